@@ -1,0 +1,654 @@
+"""
+What the model sees: from LLaVA-format JSON to input_ids, labels and X_v (Sec. 4.2, Eq. (2), Table 2).
+
+    {"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
+      --arrange-->  the image's place in the first turn, Eq. (2)
+      --render-->   [(text, is it scored?), ...] in a template, Table 2
+      --encode-->   input_ids and labels, appended in lockstep; an image is N placeholder ids
+      --collate-->  batches
+
+Also a command, which checks, shows and measures a data set before anybody trains on it:
+
+    python data.py check chat.json --images DIR             everything that can go wrong, all of it listed
+    python data.py show  chat.json --images DIR --llm DIR   one sample, with what is scored in colour
+    python data.py stats chat.json --images DIR --llm DIR   turns, images, token lengths, what would be trimmed
+
+Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
+"""
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from model import IGNORE, IMAGE
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates: X_system-message, the roles and STOP (Table 2)
+
+
+class Template(NamedTuple):
+    """How a conversation becomes text. Scored (Eq. (3)) is exactly what `answer` and `STOP` make, nothing else.
+
+    The text of two turns is   first X_instruct^1 reply  answer(X_a^1) STOP  later X_instruct^2 reply  answer(X_a^2) STOP
+    >>> "".join(text for text, _ in render(chat("<image>\\nWhat is this?", "A cat.", "Why?"), TEMPLATES["vicuna_v1"]))
+    "A chat between ... USER: <image>\\nWhat is this? ASSISTANT: A cat.</s>USER: Why? ASSISTANT:"
+    """
+    name: str
+    first: str             # before the first instruction: X_system-message and the first role
+    later: str             # before every later instruction
+    reply: str             # between an instruction and its answer; where a prompt ends
+    answer: str            # around X_a; its blank is part of the answer's first token
+    STOP: str              # ends an answer, and generation
+
+    def jinja(self):
+        """The same text as a chat template, for `transformers`, vLLM and others that load the checkpoint."""
+        before, after = self.answer.split("{}")
+        q = {k: json.dumps(v, ensure_ascii=False) for k, v in {**self._asdict(), "before": before, "after": after}.items()}
+        return (
+            "{%- macro text(content) -%}{%- if content is string -%}{{ content | trim }}{%- else -%}"
+            "{%- for part in content -%}{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}"
+            "{{ '" + IMAGE + "' if part.type == 'image' else part.text | trim }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+            "{%- for m in messages -%}{%- if m.role == 'user' -%}"
+            f"{{{{ {q['first']} if loop.first else {q['later']} }}}}{{{{ text(m.content) }}}}"
+            f"{{%- if not loop.last or add_generation_prompt -%}}{{{{ {q['reply']} }}}}{{%- endif -%}}"
+            "{%- elif m.role == 'assistant' -%}"
+            f"{{{{ {q['before']} + text(m.content) + {q['after']} + {q['STOP']} }}}}"
+            "{%- else -%}{{ raise_exception('the system message of this model is fixed; role ' + m.role) }}{%- endif -%}"
+            "{%- endfor -%}")
+
+
+ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+HUMAN_SYSTEM = "A chat between a curious human and an artificial intelligence assistant. " + ASSISTANT.format("human")
+USER_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. " + ASSISTANT.format("user")
+LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
+                  "the user provides, and assist the user with a variety of tasks using natural language.")
+
+TEMPLATES = {t.name: t for t in (
+    # OFFICIAL: Table 2 prints a newline after each STOP; the released conversations have none.
+    # OFFICIAL: training there rendered "### Human: ...\n", sampling "###Human: ..."; here both are the latter.
+    Template("llava_v0", HUMAN_SYSTEM + "###Human: ", "Human: ", "###Assistant:", " {}", "###"),
+    Template("vicuna_v1", USER_SYSTEM + " USER: ", "USER: ", " ASSISTANT:", " {}", "</s>"),
+    Template("llava_llama_2", f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " {} ", "</s>"),
+    Template("mistral_instruct", "[INST] ", "[INST] ", " [/INST]", " {} ", "</s>"),
+    Template("chatml_direct", "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n", "<|im_start|>user\n",
+             "<|im_end|><|im_start|>assistant\n", "{}", "<|im_end|>"),
+    # OFFICIAL: the released stage 1 drops the question of Sec. 4.2: the image, its caption, a newline, and no </s>.
+    Template("plain", "", "", "", "{}", "\n"),
+)}
+
+
+def template_for(config, tokenizer):
+    """The template that a language model knows best, from its config and tokenizer. OURS: the paper has one model."""
+    if "<|im_start|>" in tokenizer.get_vocab():
+        return TEMPLATES["chatml_direct"]
+    if config.model_type == "mistral":
+        return TEMPLATES["mistral_instruct"]
+    if "<<SYS>>" in (tokenizer.chat_template or ""):
+        return TEMPLATES["llava_llama_2"]
+    return TEMPLATES["vicuna_v1"]
+
+
+def check_template(template, tokenizer):
+    """ValueError unless the tokenizer has the template's special tokens: as plain text they would never stop anything."""
+    text = "".join(template)
+    for special in re.findall(r"</?s>|<\|\w+\|>", text):
+        if special not in tokenizer.get_vocab():
+            fit = [t.name for t in TEMPLATES.values()
+                   if all(s in tokenizer.get_vocab() for s in re.findall(r"</?s>|<\|\w+\|>", "".join(t)))]
+            raise ValueError(f"template {template.name} needs the token {special}, which the language model's tokenizer "
+                             f"lacks; --template {' | '.join(fit)} would fit")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering: text, then ids and labels in lockstep
+
+
+def arrange(conversations, image_position, rng, questions=None):
+    """Put the image where Eq. (2) has it: [X_q, X_v] or [X_v, X_q] in the first turn, at random.
+
+    image_position  "random": Eq. (2), drawn by `rng`. "first": <image> leads its turn. "as_written": untouched.
+    questions       stage 1 (Sec. 4.2): one of them is drawn where a human turn has no words of its own.
+    OFFICIAL: nothing draws at training time; the draw is frozen in the released JSON, and the code undoes it ("first").
+    A turn with several images stays as written (OURS; the released code keeps only one of them).
+    """
+    turns = [dict(turn) for turn in conversations]
+    for turn in turns:
+        if turn["from"] != "human":
+            continue
+        words = turn["value"].replace(IMAGE, "").strip()
+        if not words and questions:
+            turn["value"] += "\n" + (words := rng.choice(questions))
+        if turn["value"].count(IMAGE) == 1 and image_position != "as_written":
+            image_last = image_position == "random" and turn is turns[0] and rng.random() < 0.5
+            turn["value"] = (f"{words}\n{IMAGE}" if image_last else f"{IMAGE}\n{words}").strip()
+    return turns
+
+
+def render(conversations, template):
+    """Turns to [(text, scored), ...], Table 2. A last human turn stays open: that is the prompt of `sample.py`.
+
+    The `plain` template knows no question: of a human turn only its images are kept.
+    """
+    segments = []
+    for i, turn in enumerate(conversations):
+        text = turn["value"].strip()                      # OURS: outer blanks would merge with the template's characters
+        if turn["from"] == "gpt":
+            segments.append((template.answer.format(text) + template.STOP, True))
+        else:
+            text = IMAGE * text.count(IMAGE) if template.name == "plain" else text
+            segments.append(((template.later if i else template.first) + text + template.reply, False))
+    return segments
+
+
+def encode(segments, tokenizer, image_tokens):
+    """[(text, scored), ...] to input_ids and labels: equally long, labels = ids where scored, else IGNORE.
+
+    `image_tokens`: how many placeholder ids each <image> becomes, in order. The text is split at <image> and each
+    chunk tokenised on its own, after one BOS; so ids agree with released checkpoints under any tokenizer version.
+    Within a chunk, a token's character span says whether it is scored; a token that would span the border of a scored
+    segment is prevented by tokenising the two sides apart.
+    """
+    image_id, counts = tokenizer.convert_tokens_to_ids(IMAGE), iter(image_tokens)
+    ids, labels = [], []
+
+    def append(new, scored):
+        ids.extend(new)
+        labels.extend(new if scored else [IGNORE] * len(new))
+
+    def append_chunk(chunk):
+        text, scored = "".join(t for t, _ in chunk), [s for t, s in chunk for _ in t]
+        if not text:
+            return
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [(a, max(a, b - 1)) for a, b in tokens["offset_mapping"]]
+        last = len(text) - 1
+        if any(scored[min(a, last)] != scored[min(b, last)] for a, b in spans):
+            for segment in chunk:
+                append_chunk([segment])
+            return
+        for i, (a, _) in zip(tokens["input_ids"], spans):
+            append([i], scored[min(a, last)])
+
+    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        append([tokenizer.bos_token_id], False)
+    chunk = []
+    for text, scored in segments:
+        head, *tails = text.split(IMAGE)
+        chunk.append((head, scored))
+        for tail in tails:
+            append_chunk(chunk)
+            append([image_id] * next(counts), False)
+            chunk = [(tail, scored)]
+    append_chunk(chunk)
+    assert next(counts, None) is None, f"more images than {IMAGE} tags"
+    return ids, labels
+
+
+def encode_within(conversations, template, tokenizer, N, max_length):
+    """`encode` after dropping whole trailing turns until the sample fits; an image is never cut.
+
+    Returns input_ids, labels, and the turns that were kept. ValueError if not even the first question and answer fit.
+    """
+    turns = conversations
+    while True:
+        tags = sum(turn["value"].count(IMAGE) for turn in turns)
+        ids, labels = encode(render(turns, template), tokenizer, [N] * tags)
+        if len(ids) <= max_length:
+            return ids, labels, turns
+        if len(turns) <= 2:
+            raise ValueError(f"{len(ids)} tokens (one image = {N}) with a single answer left, the limit is {max_length}")
+        turns = turns[:-2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps is resized
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
+
+
+def load_image(source):
+    """A picture (path or file object) as RGB, upright. ValueError for what is no picture, is cut off or far too large.
+
+    OURS: the EXIF orientation is applied; the official code shows such pictures to the model lying on their side.
+    Grey, palette, RGBA and CMYK go through Pillow's convert("RGB"), as in the official code.
+    """
+    try:
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # what Pillow's decoders raise
+        raise ValueError(f"{getattr(source, 'name', source)}: not a readable picture ({error})") from error
+
+
+def preprocess(image, size):
+    """X_v: shortest edge to `size` (bicubic), centre crop, CLIP's mean and deviation. (3, size, size) float32.
+
+    Bit-equal to transformers' CLIPImageProcessorPil (tested).
+    """
+    w, h = image.size
+    short = min(w, h)
+    new_w, new_h = int(size * w / short), int(size * h / short)
+    left, top = (new_w - size) // 2, (new_h - size) // 2
+    if new_w * new_h <= MAX_RESIZED:
+        image = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    else:                  # 1 x 2000 pixels would become 224 x 448,000: resize what is kept, equal up to rounding
+        sx, sy = w / new_w, h / new_h
+        image = image.resize((size, size), Image.Resampling.BICUBIC,
+                             box=(left * sx, top * sy, (left + size) * sx, (top + size) * sy))
+    x = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD      # (size, size, 3)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()             # (3, size, size)
+
+
+def to_X_v(pictures, size):
+    """Pictures to (K, 3, size, size); K = 0 for a sample of text alone."""
+    return torch.stack([preprocess(p, size) for p in pictures]) if pictures else torch.zeros(0, 3, size, size)
+
+
+def image_names(record):
+    """The pictures of a sample: none, one, or a list."""
+    images = record.get("image") or []
+    return [images] if isinstance(images, str) else images
+
+
+def image_path(folder, name):
+    """folder/name; ValueError if the name leaves the folder."""
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+        raise ValueError(f"image {name!r} leaves the image folder {folder}; names are relative to --images")
+    return os.path.join(folder, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and checking
+
+
+def read_json(path):
+    """Yield the records of a JSON array or of JSON lines, one at a time. ValueError names the place of bad JSON."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+        if not text.lstrip().startswith("["):
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    yield json.loads(line)
+            return
+        decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+        at = text.index("[") + 1
+        while (at := space.match(text, at).end()) < len(text) and text[at] != "]":
+            record, at = decoder.raw_decode(text, at)
+            yield record
+        if at >= len(text):
+            raise ValueError("the array is not closed: the file is cut off")
+    except json.JSONDecodeError as error:
+        line = number if not text.lstrip().startswith("[") else error.lineno
+        raise ValueError(f"{path}: bad JSON at line {line}, column {error.colno}: {error.msg}") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class Records:
+    """The samples of some files, kept as JSON text in one bytes object: their memory is about the files' size,
+    and worker processes that are forked share it."""
+
+    def __init__(self, files):
+        self.files, self.counts, blob, ends = list(files), [], bytearray(), [0]
+        for path in files:
+            for record in read_json(path):
+                blob += json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+                ends.append(len(blob))
+            self.counts.append(len(ends) - 1 - sum(self.counts))
+            if not self.counts[-1]:
+                raise ValueError(f"{path}: no records in it")
+        self.blob, self.ends = bytes(blob), np.array(ends)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return json.loads(self.blob[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass"))
+
+    def source(self, i):
+        """Which file record i is from, and its index there."""
+        for path, count in zip(self.files, self.counts):
+            if i < count:
+                return path, i
+            i -= count
+
+    def where(self, i):
+        """'chat.json[1432] (id 000000123)', the name of a sample in every message."""
+        path, index = self.source(i)
+        record = self[i]
+        name = record.get("id") if isinstance(record, dict) else None
+        return f"{os.path.basename(path)}[{index}]" + (f" (id {name})" if name is not None else "")
+
+
+def find_problem(record, folder):
+    """The first thing that is wrong with a record's form or its pictures, or None. Pictures are decoded."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__} where an object with id, image and conversations belongs"
+    turns, names = record.get("conversations"), image_names(record)
+    if not isinstance(turns, list) or not turns:
+        return "no conversations; a list of {from, value} turns is needed"
+    for i, turn in enumerate(turns):
+        want = ("human", "gpt")[i % 2]
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return f"turn {i} is not {{from, value}} with text in value"
+        if turn.get("from") != want:
+            return f"turn {i} is from {turn.get('from')!r} where {want!r} belongs; turns alternate human, gpt"
+        if not turn["value"].strip():
+            return f"turn {i} ({want}) is empty"
+        if want == "gpt" and IMAGE in turn["value"]:
+            return f"turn {i} (gpt) holds {IMAGE}; images belong in human turns"
+    if len(turns) % 2:
+        return f"{len(turns)} turns: the last question has no answer"
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        return "image is neither a file name nor a list of file names"
+    tags = sum(turn["value"].count(IMAGE) for turn in turns)
+    if tags != len(names):
+        return f"{tags} {IMAGE} tags for {len(names)} image{'s' * (len(names) != 1)}; each image needs one tag in a human turn"
+    if names and folder is None:
+        return "has an image, but no image folder is given (--images DIR)"
+    for name in names:
+        try:
+            load_image(image_path(folder, name))
+        except FileNotFoundError:
+            return f"image {name!r} is not in {folder}"
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def prompt(turns, pictures, tokenizer, template, image_size, N, where="prompt"):
+    """A conversation that ends in a question, with its pictures (PIL), as a sample to `collate` on the left.
+
+    The ids are those that `encode` gives up to this answer when training (tested).
+    """
+    ids, labels = encode(render(turns, template), tokenizer, [N] * len(pictures))
+    return {"where": where, "input_ids": ids, "labels": labels, "X_v": to_X_v(pictures, image_size)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set
+
+
+class Conversations(Dataset):
+    """LLaVA-format samples as {where, input_ids, labels, X_v}, made on access, in worker processes.
+
+    Index it by (epoch, i, scored): the epoch because Eq. (2)'s draw is made anew in each one (seeded by seed,
+    epoch and i); scored=False gives a copy without labels, which fills the last batch up (see `micro_batches`).
+    """
+
+    def __init__(self, records, folder, tokenizer, template, image_size, N, max_length=2048, image_position="random",
+                 questions=None, seed=0):
+        self.records, self.folder, self.tokenizer, self.template = records, folder, tokenizer, template
+        self.image_size, self.N, self.max_length = image_size, N, max_length
+        self.image_position, self.questions, self.seed = image_position, questions, seed
+
+    def __len__(self):
+        return len(self.records)
+
+    def encoded(self, i, epoch=0):
+        record = self.records[i]
+        rng = random.Random(f"{self.seed} {epoch} {i}")
+        turns = arrange(record["conversations"], self.image_position, rng, self.questions)
+        ids, labels, kept = encode_within(turns, self.template, self.tokenizer, self.N, self.max_length)
+        assert any(label != IGNORE for label in labels), f"{self.records.where(i)}: no scored token"
+        names = image_names(record)[:sum(turn["value"].count(IMAGE) for turn in kept)]
+        return ids, labels, names, kept
+
+    def __getitem__(self, key):
+        epoch, i, scored = key
+        try:
+            ids, labels, names, _ = self.encoded(i, epoch)
+            X_v = to_X_v([load_image(image_path(self.folder, name)) for name in names], self.image_size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.records.where(i)}: {error}") from error
+        labels = labels if scored else [IGNORE] * len(ids)
+        return {"where": self.records.where(i), "input_ids": ids, "labels": labels, "X_v": X_v}
+
+    def question(self, i):
+        """Sample i up to its first answer, as a prompt, and that answer."""
+        _, _, names, turns = self.encoded(i)
+        pictures = [load_image(image_path(self.folder, n)) for n in names[:turns[0]["value"].count(IMAGE)]]
+        where = self.records.where(i)
+        return prompt(turns[:1], pictures, self.tokenizer, self.template, self.image_size, self.N, where), turns[1]["value"]
+
+
+class Inspect(Dataset):
+    """What is to be known about sample i before step 0: (problem or None, tokens, scored tokens, images, turns, dropped)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        record = self.data.records[i]
+        problem = find_problem(record, self.data.folder)
+        if problem or self.data.tokenizer is None:
+            turns = 0 if problem else len(record["conversations"])
+            return problem, 0, 0, 0 if problem else len(image_names(record)), turns, 0
+        try:
+            ids, labels, names, kept = self.data.encoded(i)
+        except ValueError as error:
+            return str(error), 0, 0, 0, 0, 0
+        dropped = len(record["conversations"]) - len(kept)
+        return None, len(ids), sum(label != IGNORE for label in labels), len(names), len(kept), dropped
+
+
+def inspect(data, workers=0):
+    """Check every sample. Returns ({index: problem}, table) with table[i] = tokens, scored, images, turns, dropped."""
+    loader = DataLoader(Inspect(data), batch_size=64, num_workers=workers, collate_fn=list)
+    problems, table = {}, np.zeros((len(data), 5), np.int32)
+    rows = (row for batch in loader for row in batch)
+    bar = tqdm(rows, total=len(data), desc="checking", unit=" samples", disable=not sys.stderr.isatty())
+    for i, (problem, *row) in enumerate(bar):
+        table[i] = row
+        if problem:
+            problems[i] = problem
+    return problems, table
+
+
+def report_problems(problems, records, most=20):
+    """The problems as lines: the first `most` of them, each with file, index and id, then the count of the rest."""
+    lines = [f"{records.where(i)}: {problem}" for i, problem in list(problems.items())[:most]]
+    return "\n".join(lines + [f"... and {len(problems) - most} more"] * (len(problems) > most))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
+    """The order of one epoch: a list of global batches (arrays of indices), every sample once, the last one maybe short.
+
+    OURS: samples are shuffled, then sorted by length within windows of 50 batches, then the batches are shuffled;
+    so those of one batch are about equally long and little is padded. A function of its arguments alone: a run
+    resumes from its step number.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), window * global_batch_size):
+        part = order[start:start + window * global_batch_size]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i:i + global_batch_size] for i in range(0, len(part), global_batch_size)]
+    full = [b for b in batches if len(b) == global_batch_size]
+    rng.shuffle(full)
+    return full + [b for b in batches if len(b) < global_batch_size]
+
+
+def micro_batches(batch, lengths, epoch, micro_batch_size, world_size, rank):
+    """This rank's share of one global batch: lists of (epoch, i, scored) keys, as many and as long on every rank.
+
+    Neighbours in length share a micro-batch. A short last batch is filled up with unscored copies, which add nothing
+    to the loss, so that no rank waits for one that has no work.
+    """
+    keys = [(epoch, int(i), True) for i in batch[np.argsort(lengths[batch], kind="stable")]]
+    keys += [(epoch, keys[0][1], False)] * (-len(keys) % world_size)
+    step = micro_batch_size * world_size
+    return [keys[start:start + step][rank::world_size] for start in range(0, len(keys), step)]
+
+
+class Steps(Dataset):
+    """Step number -> this rank's micro-batches of that step: all of training as a function, so a run resumes anywhere."""
+
+    def __init__(self, data, indices, lengths, global_batch_size, micro_batch_size, world_size=1, rank=0):
+        self.data, self.indices, self.lengths = data, indices, lengths
+        self.global_batch_size, self.micro = global_batch_size, (micro_batch_size, world_size, rank)
+        self.per_epoch = -(-len(indices) // global_batch_size)
+        self.epoch = None
+
+    def __getitem__(self, step):
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.plan = plan_epoch(self.lengths[self.indices], self.global_batch_size, self.data.seed, epoch)
+            self.epoch = epoch
+        batch = self.indices[self.plan[position]]
+        return [collate([self.data[key] for key in keys]) for keys in micro_batches(batch, self.lengths, epoch, *self.micro)]
+
+
+def collate(samples, pad_id=0, side="right"):
+    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), ids.
+
+    Training pads on the right, where causal attention never looks; generation on the left.
+    """
+    T = max(len(s["input_ids"]) for s in samples)
+    B = len(samples)
+    input_ids = torch.full((B, T), pad_id)                                # (B, T)
+    labels = torch.full((B, T), IGNORE)                                   # (B, T)
+    attention_mask = torch.zeros(B, T, dtype=torch.long)                  # (B, T)
+    for row, s in enumerate(samples):
+        n = len(s["input_ids"])
+        span = slice(0, n) if side == "right" else slice(T - n, T)
+        input_ids[row, span] = torch.tensor(s["input_ids"])
+        labels[row, span] = torch.tensor(s["labels"])
+        attention_mask[row, span] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
+            "X_v": torch.cat([s["X_v"] for s in samples]), "ids": [s["where"] for s in samples]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py check | show | stats
+
+
+def colored(ids, labels, tokenizer, color):
+    """One sample as text: what is scored green (or in «»), what is not plain, a run of placeholders as [N x <image>]."""
+    image_id, out, i = tokenizer.convert_tokens_to_ids(IMAGE), [], 0
+    kind = ["image" if t == image_id else "scored" if label != IGNORE else "plain" for t, label in zip(ids, labels)]
+    while i < len(ids):
+        j = i
+        while j < len(ids) and kind[j] == kind[i]:
+            j += 1
+        text = f"[{j - i} x {IMAGE}]" if kind[i] == "image" else tokenizer.decode(ids[i:j])
+        if color:
+            text = {"image": "\033[36m", "scored": "\033[1;32m", "plain": "\033[2m"}[kind[i]] + text + "\033[0m"
+        elif kind[i] == "scored":
+            text = f"«{text}»"
+        out.append(text)
+        i = j
+    return "".join(out)
+
+
+def use_color():
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def quantiles(values):
+    return "min {:.0f}   median {:.0f}   95% {:.0f}   max {:.0f}".format(*np.quantile(values, [0, 0.5, 0.95, 1]))
+
+
+def open_data(args):
+    """The data set as the command line describes it; without --model or --llm, one that is not tokenised."""
+    records, tokenizer, template, N = Records(args.files), None, None, args.image_tokens
+    image_size = 224
+    if args.model:
+        from model import LLaVA
+        model = LLaVA.from_pretrained(args.model)
+        tokenizer, N, image_size = model.tokenizer, model.N, model.image_size
+        template = TEMPLATES[args.template or model.meta["template"]]
+    elif args.llm:
+        from transformers import AddedToken, AutoConfig, AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(args.llm)
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+        template = TEMPLATES[args.template] if args.template else template_for(AutoConfig.from_pretrained(args.llm), tokenizer)
+    if tokenizer:
+        check_template(template, tokenizer)
+    return Conversations(records, args.images, tokenizer, template, image_size, N, args.max_length, args.image_position)
+
+
+def print_stats(data, problems, table):
+    good = np.array([i not in problems for i in range(len(data))])
+    source = np.array([data.records.source(i)[0] for i in range(len(data))])
+    for name in data.records.files:
+        rows, here = table[good & (source == name)], (source == name).sum()
+        print(f"{name}: {here} samples, {here - len(rows)} bad")
+        if not len(rows):
+            continue
+        tokens, scored, images, turns, dropped = rows.T
+        print(f"  answers per sample    {quantiles(turns / 2)}")
+        print(f"  images                {images.sum()} in {(images > 0).sum()} samples, {(images == 0).sum()} text only")
+        if data.tokenizer:
+            print(f"  tokens per sample     {quantiles(tokens)}   (one image = {data.N})")
+            print(f"  scored tokens         {scored.sum()} of {tokens.sum()} ({100 * scored.sum() / tokens.sum():.1f}%), "
+                  f"{(scored == 0).sum()} samples without any")
+            print(f"  trimmed at {data.max_length:<10} {(dropped > 0).sum()} samples lose {dropped.sum() // 2} answers")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Check, show or measure LLaVA-format data.", allow_abbrev=False)
+    parser.add_argument("command", choices=["check", "show", "stats"])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSON array or JSON lines")
+    parser.add_argument("--images", metavar="DIR", help="folder that the image names are relative to")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer and template to use")
+    parser.add_argument("--llm", metavar="DIR|ID", help="language model whose tokenizer to use")
+    parser.add_argument("--template", choices=TEMPLATES)
+    parser.add_argument("--image_position", choices=["random", "first", "as_written"], default="random")
+    parser.add_argument("--image_tokens", type=int, default=256, help="visual tokens per image (with --llm)")
+    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--index", type=int, default=0, help="which sample to show")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    data = open_data(args)
+    if args.command == "show":
+        if not data.tokenizer:
+            raise ValueError("show needs --model DIR or --llm DIR for the tokenizer")
+        if not 0 <= args.index < len(data):
+            raise ValueError(f"--index {args.index}: the file has samples 0 to {len(data) - 1}")
+        if problem := find_problem(data.records[args.index], data.folder):
+            raise ValueError(f"{data.records.where(args.index)}: {problem}")
+        ids, labels, names, _ = data.encoded(args.index)
+        print(f"{data.records.where(args.index)}, template {data.template.name}, {len(ids)} tokens, "
+              f"{sum(x != IGNORE for x in labels)} scored, images {names}")
+        print(colored(ids, labels, data.tokenizer, use_color()))
+        return 0
+    problems, table = inspect(data, args.workers)
+    if args.command == "stats":
+        print_stats(data, problems, table)
+    if problems:
+        print(report_problems(problems, data.records, most=len(problems)))
+    print(f"{len(data)} samples, {len(problems)} bad")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

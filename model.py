@@ -1,0 +1,316 @@
+"""
+The model of *Visual Instruction Tuning* (Liu, Li, Wu, Lee; arXiv 2304.08485v2), Sec. 4.1:
+
+    X_v --g--> Z_v --W--> H_v --,
+                                 >-- f_phi --> X_a          Fig. 1
+    X_q -----embedding---> H_q -'
+
+g is a CLIP ViT, always frozen; W is one linear layer; f_phi is a language model. An image is N
+placeholder ids in `input_ids`; their embeddings are replaced by H_v, and nothing else is new.
+
+Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
+                    D_v vision width   D model width   V vocabulary   A answer tokens in the batch
+"""
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel,
+                          DynamicCache, GenerationConfig, LlavaConfig, LlavaProcessor)
+from transformers.initialization import no_init_weights
+
+IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
+IMAGE = "<image>"    # the placeholder, in text and as one reserved id of the tokenizer
+
+# Our modules <-> the key prefixes of the llava-hf checkpoints (`LlavaForConditionalGeneration` on the hub).
+PREFIX = {"g.": "vision_tower.vision_model.", "W.": "multi_modal_projector.linear_1.", "f_phi.": "language_model."}
+
+
+class LLaVA(nn.Module):
+    """f_phi over [H_v, H_q], with H_v = W g(X_v) (Sec. 4.1, Fig. 1).
+
+    g            CLIPVisionModel
+    f_phi        any AutoModelForCausalLM whose logits are a plain linear head over its hidden states
+                 (tested: Llama, Mistral, Qwen2; tied and untied heads)
+    tokenizer    f_phi's tokenizer; it must know `<image>` (see `from_parts`)
+    feature_layer  which hidden state of g is Z_v: -2 "before the last layer", or -1 (Table 8)
+    meta         what we add to the checkpoint: template, stage, recipe, provenance (a flat dict)
+    """
+
+    def __init__(self, g, f_phi, tokenizer, feature_layer=-2, meta=None):
+        super().__init__()
+        self.g, self.f_phi, self.tokenizer = g, f_phi, tokenizer
+        self.feature_layer, self.meta = feature_layer, dict(meta or {})
+        self.W = nn.Linear(g.config.hidden_size, f_phi.config.hidden_size)   # OFFICIAL: with a bias; Eq. (1) has none
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        assert self.image_id is not None and tokenizer.decode([self.image_id]) == IMAGE, f"the tokenizer has no {IMAGE}"
+        self.image_size = g.config.image_size
+        self.N = (g.config.image_size // g.config.patch_size) ** 2           # 256 for ViT-L/14 at 224 px
+        self.set_stage(2)
+
+    # ------------------------------------------------------------------ what the paper says
+
+    def encode_images(self, X_v):
+        """H_v = W g(X_v), Eq. (1): K pictures to K x N tokens in the word embedding space.  Sec. 4.1
+
+        X_v (K, 3, H, W) normalised pixels; K = 0 gives (0, N, D) that still carries W's graph, so that a
+        batch of text alone leaves W a zero gradient and no rank of a distributed run waits for it.
+        """
+        if len(X_v) == 0:
+            Z_v = X_v.new_zeros(0, self.N, self.g.config.hidden_size)
+        else:
+            with torch.no_grad():                                            # g is frozen in both stages
+                layers = self.g(X_v, output_hidden_states=True).hidden_states
+            Z_v = layers[self.feature_layer][:, 1:]      # (K, N, D_v)  grid features; CLS dropped
+        H_v = self.W(Z_v.to(self.W.weight.dtype))        # (K, N, D)    Eq. (1)
+        return H_v
+
+    def splice(self, input_ids, X_v, ids=None):
+        """Word embeddings with H_v in place of the placeholders.  Sec. 4.1
+
+        input_ids (B, T), X_v (K, 3, H, W) in the order in which their placeholders stand, row by row.
+        `ids`: the samples' names for the error message. Text-only rows, and rows with several images, mix.
+        """
+        is_image = input_ids == self.image_id            # (B, T)
+        found, have = is_image.sum(1).tolist(), len(X_v) * self.N
+        assert sum(found) == have, (
+            f"{len(X_v)} pictures x {self.N} tokens = {have}, but the batch has {sum(found)} {IMAGE} placeholders: "
+            + ", ".join(f"{i}: {n}" for i, n in zip(ids or range(len(found)), found)))
+        H_q = self.f_phi.get_input_embeddings()(input_ids)                   # (B, T, D)
+        H_v = self.encode_images(X_v)                    # (K, N, D)
+        H = H_q.masked_scatter(is_image[..., None], H_v.to(H_q.dtype))       # (B, T, D)  H_v where placeholders stood
+        return H
+
+    def answer_logits(self, input_ids, labels, X_v, ids=None):
+        """Logits at the positions that predict an answer token, and only there.
+
+        input_ids, labels (B, T), padded on the RIGHT: causal attention never looks there, so no mask is needed.
+        Returns logits (A, V) and targets (A,). The (B, T, V) tensor is never built.
+        """
+        H = self.splice(input_ids, X_v, ids)                                 # (B, T, D)
+        h = self.f_phi.base_model(inputs_embeds=H, use_cache=False).last_hidden_state   # (B, T, D)
+        scored = labels[:, 1:] != IGNORE                 # (B, T-1)  position t predicts token t+1
+        logits = self.f_phi.get_output_embeddings()(h[:, :-1][scored])       # (A, V)
+        targets = labels[:, 1:][scored]                  # (A,)
+        return logits, targets
+
+    def forward(self, input_ids, labels, X_v, ids=None):
+        """-log p(X_a | X_v, X_instruct) = -sum_i log p_theta(x_i | X_v, X_instruct,<i, X_a,<i), Eq. (3).
+
+        Returns (sum over the batch's A answer tokens, A). The caller divides by the answer tokens of the
+        whole global batch: the loss then depends neither on accumulation nor on the number of ranks.
+        OFFICIAL: the mean within each micro-batch, averaged; batches with few answer tokens weigh more there.
+        """
+        logits, targets = self.answer_logits(input_ids, labels, X_v, ids)    # (A, V), (A,)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")     # ()  Eq. (3)
+        return loss, len(targets)
+
+    @torch.inference_mode()
+    def score(self, input_ids, labels, X_v, ids=None):
+        """log p(X_a | X_v, X_instruct) of each row's answer (the product of Eq. (3), not divided by its length).
+
+        Takes what `forward` takes; returns (B,) float32. To rank answers, render each behind the same prompt.
+        """
+        logits, targets = self.answer_logits(input_ids, labels, X_v, ids)    # (A, V), (A,)
+        log_p = -F.cross_entropy(logits.float(), targets, reduction="none")  # (A,)
+        row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # (A,)  which sample a token belongs to
+        return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)        # (B,)
+
+    def set_stage(self, stage):
+        """Freeze by stage (Sec. 4.2): theta = {W} in stage 1, theta = {W, phi} in stage 2. g never trains.
+
+        Returns theta, as {name: parameter}.
+        """
+        if stage not in (1, 2):
+            raise ValueError(f"stage {stage!r}: the paper has stage 1 (theta = W) and stage 2 (theta = W, phi)")
+        self.g.requires_grad_(False)
+        self.W.requires_grad_(True)
+        self.f_phi.requires_grad_(stage == 2)
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    # ------------------------------------------------------------------ generation
+
+    @torch.inference_mode()
+    def stream(self, input_ids, attention_mask, X_v, max_new_tokens=512, temperature=0.0, top_p=1.0, stop=(),
+               generator=None):
+        """Yield each step's next ids (a list of B, None where a row has ended), with a KV cache.
+
+        input_ids, attention_mask (B, T), padded on the LEFT. A row ends at an end-of-sequence id or once its new
+        text holds one of the strings `stop`; the token that ends it is yielded. temperature 0 is greedy.
+        """
+        B, T = input_ids.shape
+        limit = self.f_phi.config.max_position_embeddings
+        if T >= limit:
+            raise ValueError(f"the prompt is {T} tokens (one image = {self.N}); the model's context is {limit}")
+        H = self.splice(input_ids, X_v)                                      # (B, T, D)
+        position = attention_mask.cumsum(1).sub(1).clamp(min=0)              # (B, T)  padding does not count
+        cache, new, live = DynamicCache(config=self.f_phi.config), [[] for _ in range(B)], [True] * B
+        for _ in range(min(max_new_tokens, limit - T)):
+            logits = self.f_phi(inputs_embeds=H, attention_mask=attention_mask, position_ids=position,
+                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+            logits[:, self.image_id:self.image_id + 1] = -torch.inf          # a placeholder is not a word
+            next_id = sample_id(logits, temperature, top_p, generator)       # (B,)
+            step = [i if alive else None for i, alive in zip(next_id.tolist(), live)]
+            for row, i in enumerate(step):
+                if i is not None:
+                    new[row].append(i)
+                    tail = self.tokenizer.decode(new[row][-32:])
+                    live[row] = i not in self.eos_ids and not any(s in tail for s in stop)
+            yield step
+            if not any(live):
+                return
+            H = self.f_phi.get_input_embeddings()(next_id)[:, None]          # (B, 1, D)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            position = position[:, -1:] + 1                                  # (B, 1)
+
+    def generate(self, input_ids, attention_mask, X_v, stop=(), **sampling):
+        """Answers X_a as B strings, each cut before its stop string and stripped. Arguments as in `stream`."""
+        new = [[] for _ in input_ids]
+        for step in self.stream(input_ids, attention_mask, X_v, stop=stop, **sampling):
+            for row, i in zip(new, step):
+                if i is not None:
+                    row.append(i)
+        return [self.to_text(row, stop) for row in new]
+
+    def to_text(self, ids, stop=()):
+        """New ids to the answer they spell: special tokens skipped, cut before the first stop string, stripped."""
+        text = self.tokenizer.decode([i for i in ids if i not in self.eos_ids], skip_special_tokens=True)
+        return text[:min([text.find(s) for s in stop if s in text], default=None)].strip()
+
+    @property
+    def eos_ids(self):
+        """Every id that ends a sequence: the tokenizer's and the language model's own list."""
+        ids = self.f_phi.generation_config.eos_token_id if self.f_phi.generation_config else None
+        return {self.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def from_parts(cls, vision, llm, feature_layer=-2, dtype=torch.float32):
+        """A new LLaVA from a pretrained CLIP and a pretrained language model, each a hub id or a folder; W is new.
+
+        The tokenizer gets `<image>`. Where the vocabulary has no spare row for it, the embeddings grow to the
+        next multiple of 64 (32,000 to 32,064 for Vicuna); new rows are the mean of the old ones.
+        """
+        g = load_part(CLIPVisionModel, vision, "vision", dtype)
+        f_phi = load_part(AutoModelForCausalLM, llm, "llm", dtype)
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+        if IMAGE not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+        old = f_phi.get_input_embeddings().num_embeddings
+        if len(tokenizer) > old:
+            f_phi.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+            for table in (f_phi.get_input_embeddings().weight, f_phi.get_output_embeddings().weight):
+                table.data[old:] = table.data[:old].float().mean(0).to(table.dtype)
+        if tokenizer.pad_token is None:                  # OFFICIAL: pad = unk; lengths, not ids, tell padding here
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        model = cls(g, f_phi, tokenizer, feature_layer, {"vision": vision, "llm": llm})
+        model.W.to(dtype)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32):
+        """Load one checkpoint folder in llava-hf layout: strict, offline, whatever the folder is called.
+
+        Raises FileNotFoundError for what is no checkpoint, ValueError for keys that are missing or left over.
+        """
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a finished train.py")
+        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+        if config.projector_hidden_act != "linear":
+            raise ValueError(f"{folder}: projector_hidden_act is {config.projector_hidden_act!r}; only a linear W "
+                             "('linear') can be loaded")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with no_init_weights():                          # every weight is about to be overwritten
+            g = CLIPVisionModel(config.vision_config)
+            f_phi = AutoModelForCausalLM.from_config(config.text_config)
+            f_phi.tie_weights()
+            model = cls(g, f_phi, tokenizer, config.vision_feature_layer, getattr(config, "minllava", None))
+        files = sorted(f for f in os.listdir(folder) if f.endswith(".safetensors"))
+        state = {k: v for f in files for k, v in load_file(os.path.join(folder, f)).items()}
+        model.load_state_dict(model.from_hf_keys(state, folder), strict=True)
+        if os.path.isfile(os.path.join(folder, "generation_config.json")):
+            f_phi.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return model.to(dtype).eval()
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write the checkpoint folder that `transformers`, vLLM, SGLang and llama.cpp's converter read.
+
+        `dtype` casts the weights. The chat template is the tokenizer's; what we add lies under "minllava".
+        """
+        dtype = dtype or self.W.weight.dtype
+        config = LlavaConfig(                            # copies: LlavaConfig writes into the configs that it is given
+            vision_config=self.g.config.to_dict(), text_config=self.f_phi.config.to_dict(),
+            image_token_index=self.image_id,
+            image_seq_length=self.N, vision_feature_layer=self.feature_layer, vision_feature_select_strategy="default",
+            projector_hidden_act="linear", multimodal_projector_bias=True, architectures=["LlavaForConditionalGeneration"],
+            pad_token_id=self.tokenizer.pad_token_id, dtype=dtype, minllava=self.meta)
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": self.image_size},
+                                                crop_size={"height": self.image_size, "width": self.image_size})
+        # One more token (CLS) that "default" takes away again: N placeholders a picture in LlavaProcessor.
+        processor = LlavaProcessor(image_processor, self.tokenizer, patch_size=self.g.config.patch_size,
+                                   num_additional_image_tokens=1, vision_feature_select_strategy="default",
+                                   chat_template=self.tokenizer.chat_template)
+        os.makedirs(folder, exist_ok=True)
+        state = {k: v.to(dtype) for k, v in self.to_hf_keys().items()}
+        save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+        processor.save_pretrained(folder)
+        image_processor.save_pretrained(folder)          # preprocessor_config.json, which older readers look for
+        GenerationConfig(bos_token_id=self.tokenizer.bos_token_id, eos_token_id=sorted(self.eos_ids),
+                         pad_token_id=self.tokenizer.pad_token_id).save_pretrained(folder)
+        config.save_pretrained(folder)                   # last: a folder with a config.json is whole
+
+    def to_hf_keys(self):
+        """Our state dict under llava-hf names. A linear W is `linear_1 = W`, identity, `linear_2 = I`."""
+        state = {}
+        for ours, theirs in PREFIX.items():
+            state |= {theirs + k[len(ours):]: v for k, v in self.state_dict().items() if k.startswith(ours)}
+        if self.tied:
+            del state["language_model.lm_head.weight"]   # the same tensor as the input embedding
+        D = self.W.out_features
+        state["multi_modal_projector.linear_2.weight"] = torch.eye(D, dtype=self.W.weight.dtype)
+        state["multi_modal_projector.linear_2.bias"] = torch.zeros(D, dtype=self.W.weight.dtype)
+        return state
+
+    def from_hf_keys(self, state, folder):
+        """llava-hf names to ours; ValueError if the file's keys are not exactly those we would write."""
+        want = self.to_hf_keys().keys()
+        if missing := sorted(want - state.keys()):
+            raise ValueError(f"{folder}: {len(missing)} weights are missing, e.g. {missing[:5]}")
+        if extra := sorted(state.keys() - want):
+            raise ValueError(f"{folder}: {len(extra)} weights that this model does not have, e.g. {extra[:5]}")
+        eye, zero = (state.pop(f"multi_modal_projector.linear_2.{k}").float() for k in ("weight", "bias"))
+        if not (torch.equal(eye, torch.eye(len(eye))) and not zero.any()):
+            raise ValueError(f"{folder}: linear_2 is not the identity, so W is not one linear layer")
+        ours = {new + k[len(old):]: v for k, v in state.items() for new, old in PREFIX.items() if k.startswith(old)}
+        if self.tied:
+            ours["f_phi.lm_head.weight"] = ours["f_phi.model.embed_tokens.weight"]
+        return ours
+
+    @property
+    def tied(self):
+        """Whether input embedding and head are one tensor."""
+        return self.f_phi.get_input_embeddings().weight is self.f_phi.get_output_embeddings().weight
+
+
+def sample_id(logits, temperature, top_p, generator=None):
+    """One id per row of logits (B, V): the argmax at temperature 0, else a draw from the top_p nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1)                         # (B,)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
+    p[p.cumsum(-1) - p >= top_p] = 0                     # keep ids until their mass reaches top_p; the first always
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]   # (B,)
+
+
+def load_part(cls, name, flag, dtype):
+    """`cls.from_pretrained(name)`, but a weight that the files lack is an error, never a random number."""
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise FileNotFoundError(f"--{flag} {name}: the folder has no config.json")
+    part, info = cls.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"--{flag} {name}: {len(info['missing_keys'])} weights of {cls.__name__} are not in its files, "
+                         f"e.g. {sorted(info['missing_keys'])[:5]}; is it another kind of model?")
+    return part

@@ -1,0 +1,549 @@
+"""
+How it is trained (Sec. 4.2): one loop for both stages.
+
+    torchrun --nproc_per_node=8 train.py --stage 1                       W alone, on image-caption pairs
+    torchrun --nproc_per_node=8 train.py --stage 2 --init out/stage1     W and f_phi, on instructions
+
+The defaults run the paper. A flag given on the command line wins over the recipe, the recipe over the defaults;
+the resolved configuration is printed with where each value came from.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data import (TEMPLATES, Conversations, Records, Steps, check_template, collate, colored, inspect, report_problems,
+                  template_for, use_color)
+from model import IGNORE, LLaVA
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipes: what is published, one row a stage (Sec. 4.2, "Training")
+
+CC3M, COCO = "data/LLaVA-CC3M-Pretrain-595K", "data/LLaVA-Instruct-150K"
+CLIP = "openai/clip-vit-large-patch14"                    # 224 px, 256 visual tokens
+PAPER = {
+    "both": dict(vision=CLIP, template="llava_v0", max_length=2048, image_position="random"),
+    1: dict(data=[f"{CC3M}/chat.json"], images=f"{CC3M}/images", epochs=1, lr=2e-3, global_batch_size=128,
+            micro_batch_size=16),
+    # OFFICIAL: the later "full schedule" script of the project trains stage 2 with batch 128; the paper says 32.
+    2: dict(data=[f"{COCO}/llava_instruct_150k.json"], images="data/coco/train2017", epochs=3, lr=2e-5,
+            global_batch_size=32, micro_batch_size=4),
+}
+RECIPES = {
+    # OURS: the paper's Vicuna v0 exists only as a delta on LLaMA; v1.3 is the closest that loads by name.
+    "llava-7b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-7b-v1.3")},
+    "llava-13b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-13b-v1.3")},
+    # OURS: the paper in miniature, on two CPU cores (toy.py).
+    "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512,
+                         image_position="random", images="out/toy/world/images", workers=0, val_samples=64),
+            1: dict(data=["out/toy/world/stage1.json"], epochs=1, lr=2e-3, global_batch_size=64),
+            2: dict(data=["out/toy/world/instruct.json"], epochs=3, lr=1e-3, global_batch_size=64)},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "llava-7b"            # a row of RECIPES
+    stage: int = 1                      # 1: theta = {W}; 2: theta = {W, phi}  (Sec. 4.2)
+    data: list[str] = ()                # LLaVA-format JSON files
+    images: str = None                  # the folder that image names are relative to
+    vision: str = None                  # g: hub id or folder of a CLIP
+    llm: str = None                     # f_phi: hub id or folder of a language model
+    init: str = None                    # checkpoint to start from; stage 2 needs one, or "none" (COURSE: Table 8, no stage 1)
+    out: str = None                     # output folder; out/stage1 or out/stage2
+    resume: bool = False                # go on where a run with the same flags was stopped
+    template: str = "auto"              # auto: chosen from the language model's config
+    feature_layer: int = -2             # COURSE: Table 8, -2 "before the last layer" against -1
+    image_position: str = "random"      # Eq. (2); the released code has "first"
+    stage1_question: bool = True        # Sec. 4.2; --no-stage1_question is the released code: image, caption, newline
+    max_length: int = 2048              # tokens, images included; longer samples lose whole trailing turns
+    skip_bad: bool = False              # leave bad samples out and count them, rather than stop
+    epochs: int = 1
+    max_steps: int = None               # stop earlier; the schedule ends there too
+    lr: float = 2e-3                    # peak, of AdamW without weight decay (betas 0.9, 0.999)
+    warmup_ratio: float = 0.03          # linear, then cosine to 0
+    global_batch_size: int = 128        # samples per step over all ranks: the promise
+    micro_batch_size: int = None        # samples per forward and rank; what is left becomes accumulation
+    seed: int = 42
+    val_samples: int = 0                # held out of the data for a validation loss; the paper trains on all
+    eval_every: int = 200               # steps
+    save_every: int = 500               # steps
+    workers: int = 4                    # processes that decode pictures, per rank
+    device: str = "auto"                # cuda, mps or cpu
+    dtype: str = "auto"                 # bf16, fp16 or fp32 compute; what trains is kept in fp32
+
+
+CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
+           "image_position": ["random", "first", "as_written"], "device": ["auto", "cuda", "mps", "cpu"],
+           "dtype": ["auto", "bf16", "fp16", "fp32"]}
+
+
+def resolve(argv):
+    """Command line to (Config, {field: where its value came from}). Typed wins over recipe, recipe over default."""
+    parser = argparse.ArgumentParser(description="Train LLaVA.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{f.name}", type=str if f.name == "data" else f.type, choices=CHOICES.get(f.name),
+                                nargs="+" if f.name == "data" else None)
+    typed = vars(parser.parse_args(argv))
+    stage = typed.get("stage", Config.stage)
+    recipe = RECIPES[typed.get("recipe", Config.recipe)]
+    recipe = {**recipe["both"], **recipe[stage]}
+    if "llm" in typed:
+        recipe["template"] = "auto"      # the recipe's template belongs to the recipe's language model
+    recipe["out"] = f"out/stage{stage}"
+    config = Config(**{**recipe, **typed})
+    origin = {f.name: "command line" if f.name in typed else "recipe" if f.name in recipe else "default"
+              for f in dataclasses.fields(Config)}
+    if stage == 2 and config.init is None:
+        raise ValueError("stage 2 starts from stage 1: --init out/stage1, or --init none for a new W (Table 8)")
+    return config, origin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+@dataclass
+class Machine:
+    """This process's place: its rank, its device, and the number format it computes in."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    reason: str                          # why this dtype
+
+    def sum(self, *values):
+        """Numbers added up over all ranks (float64)."""
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def choose_dtype(name, device):
+    """(dtype, why): bf16 where the device has it, else fp16 with loss scaling, else fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], "command line"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has bf16"
+        return torch.float16, "this GPU lacks bf16; fp16 with loss scaling"
+    return torch.float32, f"{device.type}: half precision gains nothing here"
+
+
+def start(config):
+    """Join the other processes of `torchrun`, if any, and choose device and dtype."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return Machine(rank, world_size, device, *choose_dtype(config.dtype, device))
+
+
+def accumulation(config, world_size):
+    """(micro-batch, accumulation steps) whose product with the ranks is the global batch; ValueError if none is."""
+    G = config.global_batch_size
+    if G % world_size:
+        raise ValueError(f"global_batch_size {G} over {world_size} ranks: take a multiple of {world_size}, "
+                         f"e.g. {G // world_size * world_size or world_size} or {(G // world_size + 1) * world_size}")
+    share = G // world_size
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        fit = [d for d in range(1, share + 1) if share % d == 0]
+        raise ValueError(f"global_batch_size {G} = {world_size} ranks x {share} samples, which micro_batch_size {micro} "
+                         f"does not divide; --micro_batch_size {' | '.join(map(str, fit))} would")
+    return micro, share // micro
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and data
+
+
+def build_model(config, machine):
+    """The model of a configuration, on its device: what trains in fp32, what is frozen in the compute dtype."""
+    torch.manual_seed(config.seed)                        # W's initial values
+    dtype = torch.float32 if config.stage == 2 else machine.dtype
+    if config.init in (None, "none"):
+        model = LLaVA.from_parts(config.vision, config.llm, config.feature_layer, dtype)
+    else:
+        model = LLaVA.from_pretrained(config.init, dtype)
+        if model.feature_layer != config.feature_layer:
+            raise ValueError(f"--init {config.init} uses feature layer {model.feature_layer}, not {config.feature_layer}")
+    theta = model.set_stage(config.stage)
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
+    model.eval().to(machine.device)                       # eval: CLIP and LLaMA-like models have no dropout to switch on
+    if config.stage == 1 and not config.stage1_question:
+        template = TEMPLATES["plain"]
+    elif config.template == "auto":
+        template = template_for(model.f_phi.config, model.tokenizer)
+    else:
+        template = TEMPLATES[config.template]
+    check_template(template, model.tokenizer)
+    model.tokenizer.chat_template = template.jinja()
+    model.meta |= {"template": template.name, "stage": config.stage, "recipe": config.recipe, "init": config.init,
+                   "aspect": "crop", "data": list(config.data), "seed": config.seed}
+    return model, theta, template
+
+
+def build_data(config, machine, model, template):
+    """The checked data set: (Conversations, lengths, indices to train on, indices held out, lines for the banner).
+
+    Raises ValueError with file, index and id of what is wrong, before step 0. Rank 0 checks; the others wait.
+    """
+    questions = None
+    if config.stage == 1 and config.stage1_question:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts/brief_instructions.txt")) as f:
+            questions = f.read().splitlines()
+    records = Records(config.data)
+    data = Conversations(records, config.images, model.tokenizer, template, model.image_size, model.N,
+                         config.max_length, config.image_position, questions, config.seed)
+    found = [inspect(data, config.workers)] if machine.rank == 0 else [None]
+    if machine.world_size > 1:
+        dist.broadcast_object_list(found)
+    problems, table = found[0]
+    if problems and not config.skip_bad:
+        raise ValueError(f"{len(problems)} of {len(data)} samples are bad (--skip_bad leaves them out):\n"
+                         + report_problems(problems, records))
+    good = np.array([i for i in range(len(data)) if i not in problems])
+    if len(good) <= config.val_samples:
+        raise ValueError(f"{len(good)} good samples, of which --val_samples {config.val_samples} are held out")
+    held_out = np.random.default_rng(config.seed).permutation(good)[:config.val_samples]
+    tokens, scored, images, turns, dropped = table[good].T
+    lines = [f"data: {len(data)} samples, {len(problems)} bad and left out, {config.val_samples} held out",
+             f"      {images.sum()} images; {tokens.sum()} tokens (one image = {model.N}), {scored.sum()} scored; "
+             f"{(dropped > 0).sum()} samples lose {dropped.sum() // 2} trailing answers at {config.max_length}",
+             f"labels: {len(good)} samples, {(scored == 0).sum()} without scored tokens"]
+    lines += [f"      left out: {line}" for line in report_problems(problems, records, 5).splitlines()]
+    return data, table[:, 0], np.setdiff1d(good, held_out), held_out, lines
+
+
+def theta_table(model, theta):
+    """What is frozen, what trains, and how many parameters each has."""
+    lines = [f"theta (stage {model.meta['stage']})      parameters   trains   dtype"]
+    for part in ("g", "W", "f_phi"):
+        parameters = dict(getattr(model, part).named_parameters(prefix=part))
+        n, kind = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).dtype
+        lines.append(f"  {part:<12}{n:>18,}   {'yes' if parameters.keys() <= theta.keys() else 'frozen':<7}  {str(kind)[6:]}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and resuming. A state is train_state/step_N: theta, AdamW's moments, and the step. Everything random (the order
+# of the data, the image's place, W's start) is a function of seed, epoch and index, so the step number is the position.
+
+NOT_COMPARED = {"resume", "save_every", "eval_every", "workers", "device", "micro_batch_size"}
+
+
+def save_state(folder, step, config, theta, optimizer, scaler, lengths):
+    """Write the state under a temporary name, rename it, then drop older ones: a kill at any moment leaves a whole one."""
+    os.makedirs(folder, exist_ok=True)
+    writing, done = os.path.join(folder, "writing"), os.path.join(folder, f"step_{step:08d}")
+    shutil.rmtree(writing, ignore_errors=True)
+    os.makedirs(writing)
+    moments = {f"{key}/{name}": value for name, p in theta.items() for key, value in optimizer.state[p].items()}
+    save_file({name: p.detach() for name, p in theta.items()}, os.path.join(writing, "theta.safetensors"))
+    save_file(moments, os.path.join(writing, "optimizer.safetensors"))
+    with open(os.path.join(writing, "state.json"), "w") as f:
+        json.dump({"step": step, "config": dataclasses.asdict(config), "scaler": scaler.state_dict(),
+                   "lengths": zlib.crc32(lengths.tobytes())}, f)
+    for name in os.listdir(writing):
+        with open(os.path.join(writing, name), "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(done, ignore_errors=True)
+    os.rename(writing, done)
+    for name in os.listdir(folder):
+        if name != os.path.basename(done):
+            shutil.rmtree(os.path.join(folder, name))
+
+
+def load_state(folder, config, theta, optimizer, scaler, lengths):
+    """Restore the newest state in place and return its step; 0 if there is none yet."""
+    steps = sorted(n for n in os.listdir(folder) if n.startswith("step_")) if os.path.isdir(folder) else []
+    if not steps:
+        return 0
+    path = os.path.join(folder, steps[-1])
+    with open(os.path.join(path, "state.json")) as f:
+        state = json.load(f)
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if differ := [f"--{k} {now[k]} (was {v})" for k, v in state["config"].items() if k not in NOT_COMPARED and now[k] != v]:
+        raise ValueError(f"--resume: {path} was written by a run with other flags: {', '.join(differ)}")
+    if state["lengths"] != zlib.crc32(lengths.tobytes()):
+        raise ValueError(f"--resume: the data are not those that {path} was written with (other lengths)")
+    with torch.no_grad():
+        for name, value in load_file(os.path.join(path, "theta.safetensors")).items():
+            theta[name].copy_(value)
+    for key, value in load_file(os.path.join(path, "optimizer.safetensors")).items():
+        key, name = key.split("/", 1)
+        optimizer.state[theta[name]][key] = value if key == "step" else value.to(theta[name].device)
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def rehearse_saving(config, machine, model, theta, optimizer, scaler, lengths):
+    """Save and load everything once before step 0: a full disk or an unwritable model is better met now."""
+    if machine.rank == 0:
+        folder = os.path.join(config.out, "rehearsal")
+        model.save_pretrained(folder, dtype=machine.dtype)
+        LLaVA.from_pretrained(folder, machine.dtype)
+        save_state(os.path.join(folder, "train_state"), 0, config, theta, optimizer, scaler, lengths)
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guards
+
+
+def fingerprints(model):
+    """{name: sum of the parameter's bits}: equal before and after a step for what is bit-identical."""
+    bits = {2: torch.int16, 4: torch.int32}
+    return {name: p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64).item()
+            for name, p in model.named_parameters()}
+
+
+def check_first_step(before, model, theta):
+    """After the first step, what is frozen is bit-identical and what got a gradient has moved; else ValueError."""
+    after = fingerprints(model)
+    thawed = [n for n in before if n not in theta and after[n] != before[n]]
+    stuck = [n for n, p in theta.items() if after[n] == before[n] and p.grad is not None and p.grad.any()]
+    unused = [n for n, p in theta.items() if p.grad is None]
+    assert not thawed, f"frozen parameters changed in the first step: {thawed[:5]}"
+    assert not stuck, f"trained parameters with a gradient did not move in the first step: {stuck[:5]}"
+    assert not unused, f"parameters of theta without a gradient: {unused[:5]}"
+
+
+def stop_on(condition, machine, step, what, micro, data):
+    """On every rank at once: if the condition holds, stop and name the step's samples (those of every rank)."""
+    if not condition:
+        return
+    ids = [name for batch in micro for name in batch["ids"]]
+    if machine.world_size > 1:
+        everyone = [None] * machine.world_size
+        dist.all_gather_object(everyone, ids)
+        ids = sum(everyone, [])
+    sample = colored(micro[0]["input_ids"][0].tolist(), micro[0]["labels"][0].tolist(), data.tokenizer, False)
+    raise ValueError(f"step {step}: {what}; template {data.template.name}; samples {ids[:16]}"
+                     f"{' ...' if len(ids) > 16 else ''}; the first is rendered «scored»: {sample}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def lr_at(step, total, config):
+    """Linear warm-up over the first 3%, then cosine to 0 (step counts from 0).
+
+    OFFICIAL: warm-up there starts at 0, so that the first step changes nothing; here it starts one notch up.
+    """
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def to_device(batch, device):
+    return {k: batch[k].to(device, non_blocking=True) for k in ("input_ids", "labels", "X_v")} | {"ids": batch["ids"]}
+
+
+def backward(model, micro, theta, optimizer, scaler, machine, n_answer):
+    """The gradients of one step from this rank's micro-batches. Returns (loss over all ranks, gradient norm).
+
+    Each loss is divided by the answer tokens of the whole global batch (Eq. (3)); times the ranks, because
+    DistributedDataParallel averages the ranks' gradients.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for i, batch in enumerate(micro):
+        last = i == len(micro) - 1
+        with contextlib.nullcontext() if last or machine.world_size == 1 else model.no_sync(), machine.autocast():
+            loss, _ = model(**to_device(batch, machine.device))
+            scaler.scale(loss * (machine.world_size / n_answer)).backward()
+        total += loss.item()
+    scaler.unscale_(optimizer)
+    # OFFICIAL: no clipping (DeepSpeed's default in the released runs); the norm is only watched.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in theta.values() if p.grad is not None]).item()
+    return machine.sum(total)[0] / n_answer, norm
+
+
+@torch.no_grad()
+def evaluate(model, data, held_out, micro, machine, step):
+    """Validation loss over the held-out samples, and answers to the questions of three of them, as a log record."""
+    total = n = 0
+    mine = held_out[machine.rank::machine.world_size]
+    for at in range(0, len(mine), micro):
+        batch = collate([data[0, int(i), True] for i in mine[at:at + micro]])
+        with machine.autocast():
+            loss, count = model(**to_device(batch, machine.device))
+        total, n = total + loss.item(), n + count
+    total, n = machine.sum(total, n)
+    record = {"step": step, "val_loss": total / n, "answers": []}
+    if machine.rank == 0:
+        prompts, truths = zip(*(data.question(int(i)) for i in held_out[:3]))
+        batch = collate(prompts, side="left")
+        with machine.autocast():
+            answers = model.generate(*(batch[k].to(machine.device) for k in ("input_ids", "attention_mask", "X_v")),
+                                     stop=[data.template.STOP], max_new_tokens=64)
+        record["answers"] = [{"id": i, "truth": t, "answer": a} for i, t, a in zip(batch["ids"], truths, answers)]
+    return record
+
+
+def peak_memory(device):
+    """Bytes at the peak so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def plot_losses(folder):
+    """loss.png from log.jsonl; where a resumed run did a step twice, the later one counts."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        log = [json.loads(line) for line in f]
+    loss = {r["step"]: r["loss"] for r in log if "loss" in r}
+    val = {r["step"]: r["val_loss"] for r in log if "val_loss" in r}
+    fig, ax = plt.subplots(figsize=(7, 4))
+    ax.plot(list(loss), list(loss.values()), lw=0.8, label="training")
+    ax.plot(list(val), list(val.values()), "o-", ms=3, label="held out")
+    ax.set(xlabel="step", ylabel="loss per answer token", title=folder)
+    ax.legend()
+    fig.savefig(os.path.join(folder, "loss.png"), dpi=120)
+    plt.close(fig)
+
+
+def main(argv=None):
+    config, origin = resolve(argv)
+    machine = start(config)
+    say = print if machine.rank == 0 else lambda *_, **__: None
+    micro_batch_size, steps_accumulated = accumulation(config, machine.world_size)
+    log_path, state_folder = os.path.join(config.out, "log.jsonl"), os.path.join(config.out, "train_state")
+    if os.path.exists(log_path) and not config.resume:
+        raise ValueError(f"{config.out} holds a run already: --resume to go on with it, or another --out")
+    os.makedirs(config.out, exist_ok=True)
+
+    # ---- the banner: what a reader should see before step 0
+    say("\n".join(f"{name:<18} {value!s:<50} {origin[name]}" for name, value in vars(config).items()))
+    say(f"\n{machine.world_size} x {machine.device.type}, computing in {str(machine.dtype)[6:]} ({machine.reason})")
+    model, theta, template = build_model(config, machine)
+    say("\n" + "\n".join(theta_table(model, theta)))
+    data, lengths, train_on, held_out, lines = build_data(config, machine, model, template)
+    steps = Steps(data, train_on, lengths, config.global_batch_size, micro_batch_size, machine.world_size, machine.rank)
+    total = min(steps.per_epoch * config.epochs, config.max_steps or sys.maxsize)
+    say(f"\nbatch: {config.global_batch_size} = {machine.world_size} ranks x {micro_batch_size} samples x "
+        f"{steps_accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all")
+    say("\n".join(lines))
+    example = data[0, int(train_on[0]), True]
+    say(f"\none sample, template {template.name}, scored in {'green' if use_color() else '«»'}:\n"
+        + colored(example["input_ids"], example["labels"], data.tokenizer, use_color()) + "\n")
+
+    optimizer = torch.optim.AdamW(theta.values(), lr=config.lr, weight_decay=0.0, fused=machine.device.type == "cuda")
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    rehearse_saving(config, machine, model, theta, optimizer, scaler, lengths)
+    first = load_state(state_folder, config, theta, optimizer, scaler, lengths) if config.resume else 0
+    wrapped = model if machine.world_size == 1 else DistributedDataParallel(model)     # the one place that wraps
+    loader = DataLoader(steps, sampler=range(first, total), batch_size=None, num_workers=config.workers,
+                        pin_memory=machine.device.type == "cuda")
+    before = fingerprints(model) if first == 0 else None
+
+    stopping = []                                        # Ctrl-C asks; the step is finished and saved first
+    signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
+    log = open(log_path, "a") if machine.rank == 0 else None
+
+    def write(record):
+        if log:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+
+    # ---- the loop
+    if first:
+        say(f"resuming at step {first}")
+    began, ended = time.time(), time.time()
+    for step, micro in enumerate(loader, first):
+        waited = time.time() - ended                     # for data
+        real = sum(batch["attention_mask"].sum().item() for batch in micro)
+        padded = sum(batch["attention_mask"].numel() for batch in micro)
+        n_answer, real, padded, n_images, stop = machine.sum(
+            sum((batch["labels"][:, 1:] != IGNORE).sum().item() for batch in micro), real, padded,
+            sum(len(batch["X_v"]) for batch in micro), len(stopping))
+        stop_on(n_answer == 0, machine, step, f"0 of {real:.0f} tokens are scored", micro, data)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, total, config)
+        loss, norm = backward(wrapped, micro, theta, optimizer, scaler, machine, n_answer)
+        stop_on(not math.isfinite(loss) or loss == 0, machine, step, f"the loss is {loss}", micro, data)
+        bad_norm = not math.isfinite(norm) and scaler.get_scale() <= 1      # fp16: the scaler skips the step and tries lower
+        stop_on(bad_norm, machine, step, f"the gradient's norm is {norm}", micro, data)
+        scaler.step(optimizer)
+        scaler.update()
+        if before and math.isfinite(norm):
+            check_first_step(before, model, theta)
+            before = None
+        seconds = time.time() - ended
+        eta = timedelta(seconds=round((time.time() - began) / (step - first + 1) * (total - step - 1)))
+        write({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "seconds": seconds,
+               "tokens": real, "images": n_images, "answer_tokens": n_answer})
+        if step % max(1, total // 50) == 0 or step == total - 1:
+            say(f"step {step:>6}/{total} | loss {loss:8.4f} | lr {group['lr']:.2e} | norm {norm:8.3f} | "
+                f"{real / seconds:8.0f} tok/s | {n_images / seconds:6.1f} img/s | wait {100 * waited / seconds:4.1f}% | "
+                f"pad {100 * (1 - real / padded):4.1f}% | {peak_memory(machine.device) / 1e9:5.1f} GB | eta {eta}", flush=True)
+        done = step + 1
+        if len(held_out) and (done % config.eval_every == 0 or done == total):
+            record = evaluate(model, data, held_out, micro_batch_size, machine, done)
+            write(record)
+            say(f"  held out: loss {record['val_loss']:.4f}\n" + "\n".join(
+                f"    {e['id']}: {e['answer']!r}, truth {e['truth']!r}" for e in record["answers"]), flush=True)
+        if (done % config.save_every == 0 or stop) and done < total and machine.rank == 0:
+            save_state(state_folder, done, config, theta, optimizer, scaler, lengths)
+        if stop and done < total:
+            say(f"stopped after step {step}; the same command with --resume goes on from here")
+            return 130
+        ended = time.time()
+
+    # ---- the result
+    if machine.rank == 0:
+        save_state(state_folder, total, config, theta, optimizer, scaler, lengths)
+        model.meta["steps"] = total
+        model.save_pretrained(config.out, dtype=machine.dtype)
+        plot_losses(config.out)
+    say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")
+    if machine.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
