@@ -113,6 +113,12 @@ def check_template(template, tokenizer):
 # Rendering: text, then ids and labels in lockstep
 
 
+def brief_instructions():
+    """Our 11 ways to ask for a brief caption, the questions of stage 1 (Sec. 4.2; the paper's Table 11 is its own list)."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "brief_instructions.txt")) as f:
+        return f.read().splitlines()
+
+
 def arrange(conversations, image_position, rng, questions=None):
     """Put the image where Eq. (2) has it: [X_q, X_v] or [X_v, X_q] in the first turn, at random.
 
@@ -219,8 +225,8 @@ MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
 
 
-def load_image(source):
-    """A picture (path or file object) as RGB, upright. ValueError for what is no picture, is cut off or far too large.
+def load_image(source, name=None):
+    """A picture (path or file object, called `name` in errors) as RGB, upright. ValueError for what is no picture, is cut off or far too large.
 
     OURS: the EXIF orientation is applied; the official code shows such pictures to the model lying on their side.
     Grey, palette, RGBA and CMYK go through Pillow's convert("RGB"), as in the official code.
@@ -231,7 +237,7 @@ def load_image(source):
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # what Pillow's decoders raise
-        raise ValueError(f"{getattr(source, 'name', source)}: not a readable picture ({error})") from error
+        raise ValueError(f"{name or source}: not a readable picture ({error})") from error
 
 
 def preprocess(image, size):
@@ -284,8 +290,11 @@ def read_json(path):
             text = f.read()
         if not text.lstrip().startswith("["):
             for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    yield json.loads(line)
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"bad JSON at line {number}, column {error.colno}: {error.msg}") from error
             return
         decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
         at = text.index("[") + 1
@@ -295,10 +304,19 @@ def read_json(path):
         if at >= len(text):
             raise ValueError("the array is not closed: the file is cut off")
     except json.JSONDecodeError as error:
-        line = number if not text.lstrip().startswith("[") else error.lineno
-        raise ValueError(f"{path}: bad JSON at line {line}, column {error.colno}: {error.msg}") from error
-    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except ValueError as error:                          # UnicodeDecodeError is one
         raise ValueError(f"{path}: {error}") from error
+
+
+def whole_lines(path):
+    """The records of a JSON-lines file that we append to; a last line torn by a kill is cut off the file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb+") as f:
+        whole = f.read().rpartition(b"\n")[0]
+        f.truncate(len(whole) + bool(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 class Records:

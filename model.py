@@ -12,6 +12,7 @@ Dimension letters:  B samples   K images in the batch   N visual tokens per imag
                     D_v vision width   D model width   V vocabulary   A answer tokens in the batch
 """
 import os
+import sys
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,10 @@ from safetensors.torch import load_file
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel,
                           DynamicCache, GenerationConfig, LlavaConfig, LlavaProcessor)
 from transformers.initialization import no_init_weights
+from transformers.utils.logging import disable_progress_bar
+
+if not sys.stderr.isatty():
+    disable_progress_bar()
 
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
 IMAGE = "<image>"    # the placeholder, in text and as one reserved id of the tokenizer
@@ -314,3 +319,27 @@ def load_part(cls, name, flag, dtype):
         raise ValueError(f"--{flag} {name}: {len(info['missing_keys'])} weights of {cls.__name__} are not in its files, "
                          f"e.g. {sorted(info['missing_keys'])[:5]}; is it another kind of model?")
     return part
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name="auto", index=0):
+    """The device of that name; "auto" takes a GPU (number `index`), else Apple's, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """(dtype, why): "auto" is bf16 where the device has it, else fp16, else fp32."""
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has bf16"
+        return torch.float16, "this GPU lacks bf16"
+    return torch.float32, f"{device.type}: half precision gains little here"

@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (TEMPLATES, Conversations, Records, Steps, check_template, collate, colored, inspect, report_problems,
-                  template_for, use_color)
-from model import IGNORE, LLaVA
+from data import (TEMPLATES, Conversations, Records, Steps, brief_instructions, check_template, collate, colored, inspect, report_problems,
+                  template_for, use_color, whole_lines)
+from model import DTYPES, IGNORE, LLaVA, choose_device, choose_dtype
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes: what is published, one row a stage (Sec. 4.2, "Training")
@@ -92,7 +92,7 @@ class Config:
 
 CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
            "image_position": ["random", "first", "as_written"], "device": ["auto", "cuda", "mps", "cpu"],
-           "dtype": ["auto", "bf16", "fp16", "fp32"]}
+           "dtype": ["auto", *DTYPES]}
 
 
 def resolve(argv):
@@ -145,28 +145,12 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def choose_dtype(name, device):
-    """(dtype, why): bf16 where the device has it, else fp16 with loss scaling, else fp32."""
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], "command line"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU has bf16"
-        return torch.float16, "this GPU lacks bf16; fp16 with loss scaling"
-    return torch.float32, f"{device.type}: half precision gains nothing here"
-
-
 def start(config):
     """Join the other processes of `torchrun`, if any, and choose device and dtype."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return Machine(rank, world_size, device, *choose_dtype(config.dtype, device))
 
 
@@ -221,10 +205,7 @@ def build_data(config, machine, model, template):
 
     Raises ValueError with file, index and id of what is wrong, before step 0. Rank 0 checks; the others wait.
     """
-    questions = None
-    if config.stage == 1 and config.stage1_question:
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts/brief_instructions.txt")) as f:
-            questions = f.read().splitlines()
+    questions = brief_instructions() if config.stage == 1 and config.stage1_question else None
     records = Records(config.data)
     data = Conversations(records, config.images, model.tokenizer, template, model.image_size, model.N,
                          config.max_length, config.image_position, questions, config.seed)
@@ -429,8 +410,7 @@ def plot_losses(folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    with open(os.path.join(folder, "log.jsonl")) as f:
-        log = [json.loads(line) for line in f]
+    log = whole_lines(os.path.join(folder, "log.jsonl"))
     loss = {r["step"]: r["loss"] for r in log if "loss" in r}
     val = {r["step"]: r["val_loss"] for r in log if "val_loss" in r}
     fig, ax = plt.subplots(figsize=(7, 4))
@@ -478,6 +458,7 @@ def main(argv=None):
 
     stopping = []                                        # Ctrl-C asks; the step is finished and saved first
     signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
+    whole_lines(log_path)                                # a kill may have torn the last one
     log = open(log_path, "a") if machine.rank == 0 else None
 
     def write(record):
@@ -535,6 +516,7 @@ def main(argv=None):
         model.meta["steps"] = total
         model.save_pretrained(config.out, dtype=machine.dtype)
         plot_losses(config.out)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")
     if machine.world_size > 1:
         dist.barrier()

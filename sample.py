@@ -1,0 +1,220 @@
+"""
+Talking to it (Sec. 5.1).
+
+    python sample.py --model out/stage2 --image dog.jpg --question "What is unusual here?"     one answer
+    python sample.py --model out/stage2 --image dog.jpg                                        a chat
+    python sample.py --model out/stage2 --questions q.jsonl --images DIR --answers a.jsonl     a file of questions
+
+A picture is a path or an http(s) address. The template is the checkpoint's own: the prompt is, id for id, what the
+model saw before its answers in training.
+"""
+import argparse
+import io
+import json
+import os
+import random
+import sys
+import uuid
+from collections import Counter
+
+import requests
+import torch
+from tqdm import tqdm
+
+from data import (TEMPLATES, brief_instructions, collate, image_names, image_path, load_image, prompt, read_json, render,
+                  whole_lines)
+from model import DTYPES, IMAGE, LLaVA, choose_device, choose_dtype
+
+
+def open_picture(source):
+    """A picture (PIL) from a path or an http(s) address. ValueError or FileNotFoundError says what is wrong with it."""
+    if not source.startswith(("http://", "https://")):
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"image {source}: no such file")
+        return load_image(source)
+    try:
+        reply = requests.get(source, timeout=30)
+        reply.raise_for_status()
+    except requests.RequestException as error:
+        raise ValueError(f"image {source}: {error}") from error
+    return load_image(io.BytesIO(reply.content), source)
+
+
+class Talker:
+    """A checkpoint with its template and the way it is sampled: turns and pictures in, answers out."""
+
+    def __init__(self, args):
+        device = choose_device(args.device)
+        dtype, _ = choose_dtype(args.dtype, device)
+        self.model = LLaVA.from_pretrained(args.model, dtype).to(device)
+        if "template" not in self.model.meta and not args.template:
+            raise ValueError(f"{args.model} does not say which template it was trained with; --template "
+                             + " | ".join(TEMPLATES))
+        self.template = TEMPLATES[args.template or self.model.meta["template"]]
+        self.stop, self.show_prompt = [self.template.STOP], args.show_prompt
+        self.sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
+                         "generator": torch.Generator(device).manual_seed(args.seed)}
+        self.stage_1 = self.model.meta.get("stage") == 1
+        if self.stage_1:
+            print("notice: a stage-1 checkpoint. Only W is trained, on captions, so every question is replaced by "
+                  "stage 1's own: a brief instruction, or none (template plain)", file=sys.stderr)
+
+    def ask(self, question, n_images=0):
+        """A human turn: the images first (OFFICIAL: `<image>\\n` + question), in the form that the stage was trained with."""
+        if self.stage_1:
+            question = random.Random(0).choice(brief_instructions())
+        return {"from": "human", "value": (f"{IMAGE}\n" * n_images + question).strip()}
+
+    def batch(self, conversations):
+        """[(turns, pictures), ...] to what `generate` takes, padded on the left."""
+        m = self.model
+        samples = [prompt(turns, pictures, m.tokenizer, self.template, m.image_size, m.N) for turns, pictures in conversations]
+        if self.show_prompt:
+            for (turns, _), sample in zip(conversations, samples):
+                print("".join(text for text, _ in render(turns, self.template)), sample["input_ids"], sep="\n")
+        batch = collate(samples, side="left")
+        return [batch[k].to(m.W.weight.device) for k in ("input_ids", "attention_mask", "X_v")]
+
+    def answers(self, conversations):
+        """One answer per conversation, all in one batch."""
+        return self.model.generate(*self.batch(conversations), stop=self.stop, **self.sampling)
+
+    def stream(self, turns, pictures):
+        """The answer piece by piece, held back while it may still turn into the stop string or half a character."""
+        ids, shown = [], 0
+        for (new,) in self.model.stream(*self.batch([(turns, pictures)]), stop=self.stop, **self.sampling):
+            ids.append(new)
+            text = self.model.to_text(ids, self.stop)
+            held = max(n for n in range(len(self.template.STOP) + 1) if text.endswith(self.template.STOP[:n]))
+            if not text.endswith("\ufffd") and len(text) - held > shown:
+                yield text[shown:len(text) - held]
+                shown = len(text) - held
+        yield self.model.to_text(ids, self.stop)[shown:]
+
+
+def chat(talker, image):
+    """Questions from the terminal, answers as they come; the history is kept in the trained template."""
+    print("/image PATH adds a picture to the next question, /reset starts over, /quit leaves")
+    turns, pictures, new = [], [], [open_picture(image)] if image else []
+    while True:
+        try:
+            line = input("human: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            elif command == "/reset":
+                turns, pictures, new = [], [], []
+            elif command == "/image":
+                new.append(open_picture(rest.strip()))
+            elif command.startswith("/"):
+                print(f"{command} is not one of /image /reset /quit")
+            elif line or talker.stage_1:
+                asked = [*turns, talker.ask(line, len(new))]
+                print("assistant: ", end="")
+                answer = ""
+                try:
+                    for piece in talker.stream(asked, pictures + new):
+                        answer += piece
+                        print(piece, end="", flush=True)
+                except KeyboardInterrupt:
+                    print(" (stopped)", end="")
+                print()
+                turns, pictures, new = [*asked, {"from": "gpt", "value": answer}], pictures + new, []
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}")                     # the chat goes on
+
+
+def read_answers(path, model_id):
+    """The answers that an earlier, interrupted run left in a file; ValueError if another model gave them."""
+    answers = whole_lines(path)
+    if others := {a["model_id"] for a in answers} - {model_id}:
+        raise ValueError(f"{path} holds answers of {', '.join(sorted(others))}, not of {model_id}; name another file")
+    return answers
+
+
+def answer_file(talker, args):
+    """Answer every record of --questions ({question_id, image?, text}) into --answers, LLaVA's format for both.
+
+    Goes on where an earlier run was stopped. Questions of similar length share a batch; the file ends up in their order.
+    """
+    questions = list(read_json(args.questions))
+    for i, q in enumerate(questions):
+        if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
+            raise ValueError(f"{args.questions}[{i}]: a question needs question_id and text")
+        for name in image_names(q):
+            if not os.path.isfile(image_path(args.images or ".", name)):
+                raise FileNotFoundError(f"{args.questions}[{i}] (id {q['question_id']}): image {name!r} is not in "
+                                        f"{args.images or '.'}")
+    model_id = os.path.basename(os.path.normpath(args.model))
+    key = lambda record, text: json.dumps([record["question_id"], record[text]])   # MME asks two questions under one id
+    done = Counter(key(a, "prompt") for a in read_answers(args.answers, model_id))
+    left = []
+    for q in questions:
+        if done[key(q, "text")]:
+            done[key(q, "text")] -= 1
+        else:
+            left.append(q)
+    if +done:
+        raise ValueError(f"{args.answers} answers {sum(done.values())} questions that {args.questions} does not ask; "
+                         "name another file")
+    left.sort(key=lambda q: (len(image_names(q)), len(q["text"])))
+    bar = tqdm(total=len(questions), initial=len(questions) - len(left), desc="answering", disable=not sys.stderr.isatty())
+    with open(args.answers, "a", encoding="utf-8") as f, bar:
+        for at in range(0, len(left), args.batch_size):
+            part = left[at:at + args.batch_size]
+            conversations = [([talker.ask(q["text"], len(image_names(q)))],
+                              [load_image(image_path(args.images or ".", n)) for n in image_names(q)]) for q in part]
+            for q, text in zip(part, talker.answers(conversations)):
+                f.write(json.dumps({"question_id": q["question_id"], "prompt": q["text"], "text": text,
+                                    "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}}) + "\n")
+                bar.update()
+            f.flush()
+    order = {key(q, "text"): i for i, q in enumerate(questions)}
+    answers = sorted(read_answers(args.answers, model_id), key=lambda a: order[key(a, "prompt")])
+    with open(args.answers + ".sorted", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+    os.replace(args.answers + ".sorted", args.answers)
+    print(f"{len(answers)} answers in {args.answers}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Ask a LLaVA checkpoint.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--image", metavar="PATH|URL")
+    parser.add_argument("--question", help="without it (and without --questions): a chat")
+    parser.add_argument("--questions", metavar="FILE", help="JSON lines of question_id, image, text")
+    parser.add_argument("--images", metavar="DIR", help="folder of the questions' images")
+    parser.add_argument("--answers", metavar="FILE", help="JSON lines to write; an unfinished file is gone on with")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0: greedy, as in all published evaluations")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--template", choices=TEMPLATES, help="for a checkpoint that does not name its own")
+    parser.add_argument("--show_prompt", action="store_true", help="print the exact prompt, as text and as ids")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    args = parser.parse_args(argv)
+    if bool(args.questions) != bool(args.answers):
+        raise ValueError("--questions and --answers go together")
+    talker = Talker(args)
+    if args.questions:
+        answer_file(talker, args)
+    elif args.question is None:
+        chat(talker, args.image)
+    else:
+        pictures = [open_picture(args.image)] if args.image else []
+        for piece in talker.stream([talker.ask(args.question, len(pictures))], pictures):
+            print(piece, end="", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
