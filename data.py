@@ -16,6 +16,7 @@ Also a command, which checks, shows and measures a data set before anybody train
 Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
 """
 import argparse
+import functools
 import json
 import os
 import random
@@ -172,18 +173,19 @@ def encode(segments, tokenizer, image_tokens):
         labels.extend(new if scored else [IGNORE] * len(new))
 
     def append_chunk(chunk):
-        text, scored = "".join(t for t, _ in chunk), [s for t, s in chunk for _ in t]
+        text = "".join(part for part, _ in chunk)
         if not text:
             return
-        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = [(a, max(a, b - 1)) for a, b in tokens["offset_mapping"]]
-        last = len(text) - 1
-        if any(scored[min(a, last)] != scored[min(b, last)] for a, b in spans):
-            for segment in chunk:
-                append_chunk([segment])
+        tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        begin, end = np.array(tokens.offsets).T                            # characters [begin, end) of each token
+        ends, scored = np.cumsum([len(part) for part, _ in chunk]), np.array([s for _, s in chunk])
+        segment = lambda character: scored[np.searchsorted(ends[:-1], character, side="right")]
+        if (segment(begin) != segment(np.maximum(end - 1, begin))).any():
+            for part in chunk:
+                append_chunk([part])
             return
-        for i, (a, _) in zip(tokens["input_ids"], spans):
-            append([i], scored[min(a, last)])
+        ids.extend(tokens.ids)
+        labels.extend(np.where(segment(begin), tokens.ids, IGNORE).tolist())
 
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         append([tokenizer.bos_token_id], False)
@@ -225,8 +227,12 @@ MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
 
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what Pillow's decoders raise
+
+
 def load_image(source, name=None):
-    """A picture (path or file object, called `name` in errors) as RGB, upright. ValueError for what is no picture, is cut off or far too large.
+    """A picture (path or file object, called `name` in errors) as RGB, upright. ValueError for what is no picture,
+    is cut off, or is far too large.
 
     OURS: the EXIF orientation is applied; the official code shows such pictures to the model lying on their side.
     Grey, palette, RGBA and CMYK go through Pillow's convert("RGB"), as in the official code.
@@ -236,7 +242,7 @@ def load_image(source, name=None):
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # what Pillow's decoders raise
+    except UNREADABLE as error:
         raise ValueError(f"{name or source}: not a readable picture ({error})") from error
 
 
@@ -355,8 +361,8 @@ class Records:
         return f"{os.path.basename(path)}[{index}]" + (f" (id {name})" if name is not None else "")
 
 
-def find_problem(record, folder):
-    """The first thing that is wrong with a record's form or its pictures, or None. Pictures are decoded."""
+def form_problem(record, folder):
+    """The first thing that is wrong with a record's form, or None."""
     if not isinstance(record, dict):
         return f"a {type(record).__name__} where an object with id, image and conversations belongs"
     turns, names = record.get("conversations"), image_names(record)
@@ -381,13 +387,19 @@ def find_problem(record, folder):
         return f"{tags} {IMAGE} tags for {len(names)} image{'s' * (len(names) != 1)}; each image needs one tag in a human turn"
     if names and folder is None:
         return "has an image, but no image folder is given (--images DIR)"
-    for name in names:
-        try:
-            load_image(image_path(folder, name))
-        except FileNotFoundError:
-            return f"image {name!r} is not in {folder}"
-        except ValueError as error:
-            return str(error)
+    return None
+
+
+def picture_problem(folder, name):
+    """What is wrong with a picture, or None. It is decoded to its end, in the smallest size that its format offers."""
+    try:
+        with Image.open(image_path(folder, name)) as image:
+            image.draft(image.mode, (1, 1))
+            image.load()
+    except FileNotFoundError:
+        return f"image {name!r} is not in {folder}"
+    except UNREADABLE as error:
+        return f"image {name!r}: {error}"
     return None
 
 
@@ -439,6 +451,17 @@ class Conversations(Dataset):
         labels = labels if scored else [IGNORE] * len(ids)
         return {"where": self.records.where(i), "input_ids": ids, "labels": labels, "X_v": X_v}
 
+    def measure(self, i):
+        """(problem or None, tokens, scored tokens, images, turns kept, turns dropped) of sample i."""
+        turns = self.records[i]["conversations"]
+        if self.tokenizer is None:
+            return None, 0, 0, len(image_names(self.records[i])), len(turns), 0
+        try:
+            ids, labels, names, kept = self.encoded(i)
+        except ValueError as error:
+            return str(error), 0, 0, 0, 0, 0
+        return None, len(ids), sum(x != IGNORE for x in labels), len(names), len(kept), len(turns) - len(kept)
+
     def question(self, i):
         """Sample i up to its first answer, as a prompt, and that answer."""
         _, _, names, turns = self.encoded(i)
@@ -447,40 +470,44 @@ class Conversations(Dataset):
         return prompt(turns[:1], pictures, self.tokenizer, self.template, self.image_size, self.N, where), turns[1]["value"]
 
 
-class Inspect(Dataset):
-    """What is to be known about sample i before step 0: (problem or None, tokens, scored tokens, images, turns, dropped)."""
+class Each(Dataset):
+    """function(item) for every item, so that a DataLoader's workers can share the work."""
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, function, items, workers, desc):
+        self.function, self.items, self.workers, self.desc = function, items, workers, desc
 
     def __len__(self):
-        return len(self.data)
+        return len(self.items)
 
     def __getitem__(self, i):
-        record = self.data.records[i]
-        problem = find_problem(record, self.data.folder)
-        if problem or self.data.tokenizer is None:
-            turns = 0 if problem else len(record["conversations"])
-            return problem, 0, 0, 0 if problem else len(image_names(record)), turns, 0
-        try:
-            ids, labels, names, kept = self.data.encoded(i)
-        except ValueError as error:
-            return str(error), 0, 0, 0, 0, 0
-        dropped = len(record["conversations"]) - len(kept)
-        return None, len(ids), sum(label != IGNORE for label in labels), len(names), len(kept), dropped
+        return self.function(self.items[i])
+
+    def results(self):
+        loader = DataLoader(self, batch_size=64, num_workers=self.workers, collate_fn=list)
+        rows = (row for batch in loader for row in batch)
+        return list(tqdm(rows, desc=self.desc, total=len(self), disable=not sys.stderr.isatty()))
 
 
 def inspect(data, workers=0):
-    """Check every sample. Returns ({index: problem}, table) with table[i] = tokens, scored, images, turns, dropped."""
-    loader = DataLoader(Inspect(data), batch_size=64, num_workers=workers, collate_fn=list)
-    problems, table = {}, np.zeros((len(data), 5), np.int32)
-    rows = (row for batch in loader for row in batch)
-    bar = tqdm(rows, total=len(data), desc="checking", unit=" samples", disable=not sys.stderr.isatty())
-    for i, (problem, *row) in enumerate(bar):
+    """Check every sample and decode every picture once. Returns ({index: problem}, table) with a row
+    (tokens, scored tokens, images, turns, dropped turns) a sample; the tokens are 0 where `data` has no tokenizer."""
+    problems, pictures = {}, {}
+    for i, record in enumerate(data.records):
+        if problem := form_problem(record, data.folder):
+            problems[i] = problem
+        else:
+            pictures |= {name: None for name in image_names(record)}
+    look = functools.partial(picture_problem, data.folder)
+    pictures = dict(zip(pictures, Each(look, list(pictures), workers, "pictures").results()))
+    for i in range(len(data)):
+        if i not in problems and (bad := [pictures[n] for n in image_names(data.records[i]) if pictures[n]]):
+            problems[i] = bad[0]
+    good, table = [i for i in range(len(data)) if i not in problems], np.zeros((len(data), 5), np.int32)
+    for i, (problem, *row) in zip(good, Each(data.measure, good, workers, "samples").results()):
         table[i] = row
         if problem:
             problems[i] = problem
-    return problems, table
+    return dict(sorted(problems.items())), table
 
 
 def report_problems(problems, records, most=20):
@@ -649,7 +676,7 @@ def main(argv=None):
             raise ValueError("show needs --model DIR or --llm DIR for the tokenizer")
         if not 0 <= args.index < len(data):
             raise ValueError(f"--index {args.index}: the file has samples 0 to {len(data) - 1}")
-        if problem := find_problem(data.records[args.index], data.folder):
+        if problem := form_problem(data.records[args.index], data.folder):
             raise ValueError(f"{data.records.where(args.index)}: {problem}")
         ids, labels, names, _ = data.encoded(args.index)
         print(f"{data.records.where(args.index)}, template {data.template.name}, {len(ids)} tokens, "

@@ -1,20 +1,26 @@
 """Tiny real models and tokenizers, built from configs in the process: no download, no mock."""
+import json
+import multiprocessing
 import os
+import resource
+import runpy
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AddedToken, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 from model import IMAGE, LLaVA
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)     # such small matrices gain nothing from a second thread, and lose much on a busy machine
 
 
 def byte_tokenizer(specials=("<unk>", "<s>", "</s>")):
@@ -59,3 +65,81 @@ def tiny_llava(family="llama", tied=False, **more):
 @pytest.fixture
 def llava():
     return tiny_llava()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On disk: what the commands take
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def save_parts(folder, llm=None, tokenizer=None, clip=None):
+    """A CLIP folder and a language model folder with its tokenizer, as `--vision` and `--llm` take them."""
+    (clip or tiny_clip()).save_pretrained(folder / "clip")
+    (llm or tiny_llm()).save_pretrained(folder / "llm")
+    (tokenizer or byte_tokenizer()).save_pretrained(folder / "llm")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    return save_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """chat.json and images/: 41 samples of one to three answers; every third is text alone, some have two pictures."""
+    folder, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(0)
+    (folder / "images").mkdir()
+    modes, records = ["RGB", "L", "RGBA", "P", "CMYK"], []
+    for i in range(41):
+        names = [f"{i}_{j}.{'png' if i % 2 else 'tiff'}" for j in range(0 if i % 3 == 1 else 2 if i % 10 == 5 else 1)]
+        for name in names:
+            picture = Image.fromarray(rng.integers(0, 256, (*rng.integers(9, 90, 2), 3), dtype=np.uint8))
+            picture.convert(modes[i % 5] if name.endswith("tiff") else modes[i % 4]).save(folder / "images" / name)
+        turns = []
+        for turn in range(1 + i % 3):
+            turns.append({"from": "human", "value": "<image>\n" * (len(names) if turn == 0 else 0) + f"What is {i}.{turn}?"})
+            turns.append({"from": "gpt", "value": f"It is {'long and ' * (i % 4)}{['red', 'green', 'blue'][i % 3]}."})
+        image = {"image": names if len(names) > 1 else names[0]} if names else {}
+        records.append({"id": f"chat_{i}", **image, "conversations": turns})
+    (folder / "chat.json").write_text(json.dumps(records))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes. Importing torch and transformers takes seconds; a fork server imports them once, and each process that
+# it forks runs a script as `python script.py ARGUMENTS` would: its own pid, signals, standard streams and exit code.
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "train", "sample", "matplotlib.pyplot"])
+
+
+def be_script(script, argv, folder, stdin, stdout, file_size):
+    os.setsid()                                          # a group of its own, as a terminal's foreground job has
+    os.chdir(folder)
+    for fd, path, mode in ((0, stdin, os.O_RDONLY), (1, stdout, os.O_WRONLY | os.O_APPEND), (2, stdout, os.O_WRONLY | os.O_APPEND)):
+        os.dup2(os.open(path, mode), fd)
+    sys.stdin = open(0, closefd=False)
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.argv = [script, *map(str, argv)]
+    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+
+
+def start_script(folder, script, *argv, stdin="", file_size=None, fifo=False):
+    """Start a script with `folder` as its working folder; returns the process. Its output goes to folder/output, which is a
+    FIFO if `fifo`; `file_size` limits the bytes that it may write to a file."""
+    (folder / "input").write_text(stdin)
+    (folder / "output").unlink(missing_ok=True)
+    os.mkfifo(folder / "output") if fifo else (folder / "output").touch()
+    process = FORKS.Process(target=be_script, args=(script, argv, folder, folder / "input", folder / "output", file_size))
+    process.start()
+    return process
+
+
+def run_script(folder, script, *argv, **options):
+    """Run a script to its end; returns (exit code, standard output and error together)."""
+    process = start_script(folder, script, *argv, **options)
+    process.join(120)
+    return process.exitcode, (folder / "output").read_text()
