@@ -16,7 +16,9 @@ Also a command, which checks, shows and measures a data set before anybody train
 Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
 """
 import argparse
+import dataclasses
 import functools
+import inspect as python_inspect
 import json
 import os
 import random
@@ -619,6 +621,24 @@ def quantiles(values):
     return "min {:.0f}   median {:.0f}   95% {:.0f}   max {:.0f}".format(*np.quantile(values, [0, 0.5, 0.95, 1]))
 
 
+def typed_flags(config, argv, description, choices=None):
+    """What was typed on a command line whose flags are the fields of a dataclass, as a dict; nothing is filled in.
+
+    A field without default is a required flag, a bool is --flag / --no-flag, and the comment behind a field is its help.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", python_inspect.getsource(config), re.MULTILINE))
+    for f in dataclasses.fields(config):
+        how = {"help": notes.get(f.name, "").replace("%", "%%"), "required": f.default is dataclasses.MISSING}
+        if f.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": str if f.type == list[str] else f.type, "choices": (choices or {}).get(f.name),
+                    "nargs": "+" if f.type == list[str] else None}
+        parser.add_argument(f"--{f.name}", **how)
+    return vars(parser.parse_args(argv))
+
+
 def open_data(args):
     """The data set as the command line describes it; without --model or --llm, one that is not tokenised."""
     records, tokenizer, template, N = Records(args.files), None, None, args.image_tokens
@@ -656,7 +676,7 @@ def print_stats(data, problems, table):
             print(f"  trimmed at {data.max_length:<10} {(dropped > 0).sum()} samples lose {dropped.sum() // 2} answers")
 
 
-def main(argv=None):
+def arguments(argv):
     parser = argparse.ArgumentParser(description="Check, show or measure LLaVA-format data.", allow_abbrev=False)
     parser.add_argument("command", choices=["check", "show", "stats"])
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON array or JSON lines")
@@ -669,7 +689,11 @@ def main(argv=None):
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--index", type=int, default=0, help="which sample to show")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
     data = open_data(args)
     if args.command == "show":
         if not data.tokenizer:

@@ -8,7 +8,6 @@ Talking to it (Sec. 5.1).
 A picture is a path or an http(s) address. The template is the checkpoint's own: the prompt is, id for id, what the
 model saw before its answers in training.
 """
-import argparse
 import io
 import json
 import os
@@ -16,13 +15,14 @@ import random
 import sys
 import uuid
 from collections import Counter
+from dataclasses import dataclass
 
 import requests
 import torch
 from tqdm import tqdm
 
 from data import (TEMPLATES, brief_instructions, collate, image_names, image_path, load_image, prompt, read_json, render,
-                  whole_lines)
+                  typed_flags, whole_lines)
 from model import DTYPES, IMAGE, LLaVA, choose_device, choose_dtype
 
 
@@ -38,6 +38,28 @@ def open_picture(source):
     except requests.RequestException as error:
         raise ValueError(f"image {source}: {error}") from error
     return load_image(io.BytesIO(reply.content), source)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str                          # checkpoint folder
+    image: str = None                   # a picture: path or http(s) address
+    question: str = None                # without it, and without --questions: a chat
+    questions: str = None               # JSON lines of question_id, image, text
+    images: str = "."                   # folder of the questions' images
+    answers: str = None                 # JSON lines to write; an unfinished file is gone on with
+    temperature: float = 0.2            # 0 is greedy, as in all published evaluations
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    batch_size: int = 16                # questions answered at once
+    template: str = None                # for a checkpoint that does not name its own
+    show_prompt: bool = False           # print the exact prompt, as text and as ids
+    seed: int = 0
+    device: str = "auto"                # cuda, mps or cpu
+    dtype: str = "auto"                 # bf16, fp16 or fp32
+
+
+CHOICES = {"template": list(TEMPLATES), "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES]}
 
 
 class Talker:
@@ -146,9 +168,9 @@ def answer_file(talker, args):
         if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
             raise ValueError(f"{args.questions}[{i}]: a question needs question_id and text")
         for name in image_names(q):
-            if not os.path.isfile(image_path(args.images or ".", name)):
+            if not os.path.isfile(image_path(args.images, name)):
                 raise FileNotFoundError(f"{args.questions}[{i}] (id {q['question_id']}): image {name!r} is not in "
-                                        f"{args.images or '.'}")
+                                        f"{args.images}")
     model_id = os.path.basename(os.path.normpath(args.model))
     key = lambda record, text: json.dumps([record["question_id"], record[text]])   # MME asks two questions under one id
     done = Counter(key(a, "prompt") for a in read_answers(args.answers, model_id))
@@ -167,7 +189,7 @@ def answer_file(talker, args):
         for at in range(0, len(left), args.batch_size):
             part = left[at:at + args.batch_size]
             conversations = [([talker.ask(q["text"], len(image_names(q)))],
-                              [load_image(image_path(args.images or ".", n)) for n in image_names(q)]) for q in part]
+                              [load_image(image_path(args.images, n)) for n in image_names(q)]) for q in part]
             for q, text in zip(part, talker.answers(conversations)):
                 f.write(json.dumps({"question_id": q["question_id"], "prompt": q["text"], "text": text,
                                     "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}}) + "\n")
@@ -182,23 +204,7 @@ def answer_file(talker, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Ask a LLaVA checkpoint.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--image", metavar="PATH|URL")
-    parser.add_argument("--question", help="without it (and without --questions): a chat")
-    parser.add_argument("--questions", metavar="FILE", help="JSON lines of question_id, image, text")
-    parser.add_argument("--images", metavar="DIR", help="folder of the questions' images")
-    parser.add_argument("--answers", metavar="FILE", help="JSON lines to write; an unfinished file is gone on with")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0: greedy, as in all published evaluations")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--template", choices=TEMPLATES, help="for a checkpoint that does not name its own")
-    parser.add_argument("--show_prompt", action="store_true", help="print the exact prompt, as text and as ids")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
-    args = parser.parse_args(argv)
+    args = Config(**typed_flags(Config, argv, "Ask a LLaVA checkpoint.", CHOICES))
     if bool(args.questions) != bool(args.answers):
         raise ValueError("--questions and --answers go together")
     talker = Talker(args)

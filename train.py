@@ -7,7 +7,6 @@ How it is trained (Sec. 4.2): one loop for both stages.
 The defaults run the paper. A flag given on the command line wins over the recipe, the recipe over the defaults;
 the resolved configuration is printed with where each value came from.
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -29,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (TEMPLATES, Conversations, Records, Steps, brief_instructions, check_template, collate, colored, inspect, report_problems,
-                  template_for, use_color, whole_lines)
+from data import (TEMPLATES, Conversations, Records, Steps, brief_instructions, check_template, collate, colored, inspect,
+                  report_problems, template_for, typed_flags, use_color, whole_lines)
 from model import DTYPES, IGNORE, LLaVA, choose_device, choose_dtype
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,14 +96,7 @@ CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPL
 
 def resolve(argv):
     """Command line to (Config, {field: where its value came from}). Typed wins over recipe, recipe over default."""
-    parser = argparse.ArgumentParser(description="Train LLaVA.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(f"--{f.name}", type=str if f.name == "data" else f.type, choices=CHOICES.get(f.name),
-                                nargs="+" if f.name == "data" else None)
-    typed = vars(parser.parse_args(argv))
+    typed = typed_flags(Config, argv, "Train LLaVA.", CHOICES)
     stage = typed.get("stage", Config.stage)
     recipe = RECIPES[typed.get("recipe", Config.recipe)]
     recipe = {**recipe["both"], **recipe[stage]}
@@ -218,7 +210,7 @@ def build_data(config, machine, model, template):
                          + report_problems(problems, records))
     good = np.array([i for i in range(len(data)) if i not in problems])
     if len(good) <= config.val_samples:
-        raise ValueError(f"{len(good)} good samples, of which --val_samples {config.val_samples} are held out")
+        raise ValueError(f"{len(good)} good samples, of which --val_samples {config.val_samples} would be held out; lower it")
     held_out = np.random.default_rng(config.seed).permutation(good)[:config.val_samples]
     tokens, scored, images, turns, dropped = table[good].T
     lines = [f"data: {len(data)} samples, {len(problems)} bad and left out, {config.val_samples} held out",
