@@ -117,7 +117,7 @@ def check_template(template, tokenizer):
 
 
 def brief_instructions():
-    """Our 11 ways to ask for a brief caption, the questions of stage 1 (Sec. 4.2; the paper's Table 11 is its own list)."""
+    """Our 11 ways to ask for a brief caption, the questions of stage 1 (Sec. 4.2; the paper has a list of its own)."""
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "brief_instructions.txt")) as f:
         return f.read().splitlines()
 

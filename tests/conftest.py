@@ -88,12 +88,12 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    """chat.json and images/: 41 samples of one to three answers; every third is text alone, some have two pictures."""
+    """chat.json and images/: 41 samples of one to three answers; a third is text alone, some have two pictures."""
     folder, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(0)
     (folder / "images").mkdir()
     modes, records = ["RGB", "L", "RGBA", "P", "CMYK"], []
     for i in range(41):
-        names = [f"{i}_{j}.{'png' if i % 2 else 'tiff'}" for j in range(0 if i % 3 == 1 else 2 if i % 10 == 5 else 1)]
+        names = [f"{i}_{j}.{'png' if i % 2 else 'tiff'}" for j in range([1, 0, 1, 0, 2, 1, 1, 0][i % 8])]
         for name in names:
             picture = Image.fromarray(rng.integers(0, 256, (*rng.integers(9, 90, 2), 3), dtype=np.uint8))
             picture.convert(modes[i % 5] if name.endswith("tiff") else modes[i % 4]).save(folder / "images" / name)
@@ -117,8 +117,9 @@ FORKS.set_forkserver_preload(["conftest", "train", "sample", "matplotlib.pyplot"
 
 def be_script(script, argv, folder, stdin, stdout, file_size):
     os.setsid()                                          # a group of its own, as a terminal's foreground job has
+    multiprocessing.set_start_method(None, force=True)   # its own processes start as they would without the fork server
     os.chdir(folder)
-    for fd, path, mode in ((0, stdin, os.O_RDONLY), (1, stdout, os.O_WRONLY | os.O_APPEND), (2, stdout, os.O_WRONLY | os.O_APPEND)):
+    for fd, path, mode in ((0, stdin, os.O_RDONLY), *((fd, stdout, os.O_WRONLY | os.O_APPEND) for fd in (1, 2))):
         os.dup2(os.open(path, mode), fd)
     sys.stdin = open(0, closefd=False)
     if file_size:
