@@ -32,8 +32,9 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from model import IGNORE, IMAGE
+from model import IGNORE, IMAGE, LLaVA, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates: X_system-message, the roles and STOP (Table 2)
@@ -317,14 +318,27 @@ def read_json(path):
         raise ValueError(f"{path}: {error}") from error
 
 
-def whole_lines(path):
-    """The records of a JSON-lines file that we append to; a last line torn by a kill is cut off the file."""
+def whole_lines(path, repair=False):
+    """The records of a JSON-lines file that we append to, without a last line that a kill tore; `repair` cuts it off the file.
+
+    ValueError names the file if it is no such file.
+    """
     if not os.path.exists(path):
         return []
-    with open(path, "rb+") as f:
-        whole = f.read().rpartition(b"\n")[0]
-        f.truncate(len(whole) + bool(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    with open(path, "rb") as f:
+        lines = f.read().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    if repair:
+        with open(path, "rb+") as f:
+            f.write(b"".join(line + b"\n" for line in lines[:len(records)]))
+            f.truncate()
+    return records
 
 
 class Records:
@@ -438,7 +452,12 @@ class Conversations(Dataset):
         record = self.records[i]
         rng = random.Random(f"{self.seed} {epoch} {i}")
         turns = arrange(record["conversations"], self.image_position, rng, self.questions)
-        ids, labels, kept = encode_within(turns, self.template, self.tokenizer, self.N, self.max_length)
+        try:
+            ids, labels, kept = encode_within(turns, self.template, self.tokenizer, self.N, self.max_length)
+        except ValueError:                               # a longer question was drawn than when the sample was checked
+            if epoch == 0:
+                raise
+            return self.encoded(i)
         assert any(label != IGNORE for label in labels), f"{self.records.where(i)}: no scored token"
         names = image_names(record)[:sum(turn["value"].count(IMAGE) for turn in kept)]
         return ids, labels, names, kept
@@ -644,14 +663,11 @@ def open_data(args):
     records, tokenizer, template, N = Records(args.files), None, None, args.image_tokens
     image_size = 224
     if args.model:
-        from model import LLaVA
         model = LLaVA.from_pretrained(args.model)
         tokenizer, N, image_size = model.tokenizer, model.N, model.image_size
         template = TEMPLATES[args.template or model.meta["template"]]
     elif args.llm:
-        from transformers import AddedToken, AutoConfig, AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(args.llm)
-        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+        tokenizer = load_tokenizer(args.llm)
         template = TEMPLATES[args.template] if args.template else template_for(AutoConfig.from_pretrained(args.llm), tokenizer)
     if tokenizer:
         check_template(template, tokenizer)

@@ -81,7 +81,7 @@ class LLaVA(nn.Module):
         """
         is_image = input_ids == self.image_id            # (B, T)
         found, have = is_image.sum(1).tolist(), len(X_v) * self.N
-        assert sum(found) == have, (
+        assert sum(found) == have and not any(n % self.N for n in found), (
             f"{len(X_v)} pictures x {self.N} tokens = {have}, but the batch has {sum(found)} {IMAGE} placeholders: "
             + ", ".join(f"{i}: {n}" for i, n in zip(ids or range(len(found)), found)))
         H_q = self.f_phi.get_input_embeddings()(input_ids)                   # (B, T, D)
@@ -152,6 +152,7 @@ class LLaVA(nn.Module):
             raise ValueError(f"the prompt is {T} tokens (one image = {self.N}); the model's context is {limit}")
         H = self.splice(input_ids, X_v)                                      # (B, T, D)
         position = attention_mask.cumsum(1).sub(1).clamp(min=0)              # (B, T)  padding does not count
+        window = 8 + max((len(s.encode()) for s in stop), default=0)         # ids that can hold a stop string
         cache, new, live = DynamicCache(config=self.f_phi.config), [[] for _ in range(B)], [True] * B
         for _ in range(min(max_new_tokens, limit - T)):
             logits = self.f_phi(inputs_embeds=H, attention_mask=attention_mask, position_ids=position,
@@ -162,7 +163,7 @@ class LLaVA(nn.Module):
             for row, i in enumerate(step):
                 if i is not None:
                     new[row].append(i)
-                    tail = self.tokenizer.decode(new[row][-32:])
+                    tail = self.tokenizer.decode(new[row][-window:])
                     live[row] = i not in self.eos_ids and not any(s in tail for s in stop)
             yield step
             if not any(live):
@@ -202,16 +203,12 @@ class LLaVA(nn.Module):
         """
         g = load_part(CLIPVisionModel, vision, "vision", dtype)
         f_phi = load_part(AutoModelForCausalLM, llm, "llm", dtype)
-        tokenizer = AutoTokenizer.from_pretrained(llm)
-        if IMAGE not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+        tokenizer = load_tokenizer(llm)
         old = f_phi.get_input_embeddings().num_embeddings
         if len(tokenizer) > old:
             f_phi.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
             for table in (f_phi.get_input_embeddings().weight, f_phi.get_output_embeddings().weight):
                 table.data[old:] = table.data[:old].float().mean(0).to(table.dtype)
-        if tokenizer.pad_token is None:                  # OFFICIAL: pad = unk; lengths, not ids, tell padding here
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         model = cls(g, f_phi, tokenizer, feature_layer, {"vision": vision, "llm": llm})
         model.W.to(dtype)
         return model
@@ -225,21 +222,26 @@ class LLaVA(nn.Module):
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a finished train.py")
         config = LlavaConfig.from_pretrained(folder, local_files_only=True)
-        if config.projector_hidden_act != "linear":
-            raise ValueError(f"{folder}: projector_hidden_act is {config.projector_hidden_act!r}; only a linear W "
-                             "('linear') can be loaded")
+        if (kind := LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")) != "llava":
+            raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava'")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        for name, allowed in (("projector_hidden_act", ["linear"]), ("vision_feature_select_strategy", ["default"]),
+                              ("image_token_index", [tokenizer.convert_tokens_to_ids(IMAGE)])):
+            if (found := getattr(config, name)) not in allowed:
+                raise ValueError(f"{folder}: {name} in config.json is {found!r}; this model has {allowed}")
         with no_init_weights():                          # every weight is about to be overwritten
             g = CLIPVisionModel(config.vision_config)
-            f_phi = AutoModelForCausalLM.from_config(config.text_config)
+            f_phi = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
             f_phi.tie_weights()
             model = cls(g, f_phi, tokenizer, config.vision_feature_layer, getattr(config, "minllava", None))
         files = sorted(f for f in os.listdir(folder) if f.endswith(".safetensors"))
         state = {k: v for f in files for k, v in load_file(os.path.join(folder, f)).items()}
+        for p in model.parameters():                     # not model.to(dtype): it would round the rotary frequencies too
+            p.data = p.data.to(dtype)
         model.load_state_dict(model.from_hf_keys(state, folder), strict=True)
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             f_phi.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        return model.to(dtype).eval()
+        return model.eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write the checkpoint folder that `transformers`, vLLM, SGLang and llama.cpp's converter read.
@@ -248,9 +250,10 @@ class LLaVA(nn.Module):
         """
         dtype = dtype or self.W.weight.dtype
         config = LlavaConfig(                            # copies: LlavaConfig writes into the configs that it is given
-            vision_config=self.g.config.to_dict(), text_config=self.f_phi.config.to_dict(),
-            image_token_index=self.image_id,
-            image_seq_length=self.N, vision_feature_layer=self.feature_layer, vision_feature_select_strategy="default",
+            vision_config=self.g.config.to_dict() | {"dtype": dtype},
+            text_config=self.f_phi.config.to_dict() | {"dtype": dtype},
+            image_token_index=self.image_id, image_seq_length=self.N,
+            vision_feature_layer=self.feature_layer, vision_feature_select_strategy="default",
             projector_hidden_act="linear", multimodal_projector_bias=True, architectures=["LlavaForConditionalGeneration"],
             pad_token_id=self.tokenizer.pad_token_id, dtype=dtype, minllava=self.meta)
         image_processor = CLIPImageProcessorPil(size={"shortest_edge": self.image_size},
@@ -260,6 +263,8 @@ class LLaVA(nn.Module):
                                    num_additional_image_tokens=1, vision_feature_select_strategy="default",
                                    chat_template=self.tokenizer.chat_template)
         os.makedirs(folder, exist_ok=True)
+        if os.path.isfile(last := os.path.join(folder, "config.json")):
+            os.remove(last)                              # until the folder is whole again
         state = {k: v.to(dtype) for k, v in self.to_hf_keys().items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
         processor.save_pretrained(folder)
@@ -282,11 +287,13 @@ class LLaVA(nn.Module):
 
     def from_hf_keys(self, state, folder):
         """llava-hf names to ours; ValueError if the file's keys are not exactly those we would write."""
-        want = self.to_hf_keys().keys()
-        if missing := sorted(want - state.keys()):
+        want = self.to_hf_keys()
+        if missing := sorted(want.keys() - state.keys()):
             raise ValueError(f"{folder}: {len(missing)} weights are missing, e.g. {missing[:5]}")
-        if extra := sorted(state.keys() - want):
+        if extra := sorted(state.keys() - want.keys()):
             raise ValueError(f"{folder}: {len(extra)} weights that this model does not have, e.g. {extra[:5]}")
+        if wrong := [f"{k} {(*v.shape,)} instead of {(*want[k].shape,)}" for k, v in state.items() if v.shape != want[k].shape]:
+            raise ValueError(f"{folder}: {len(wrong)} weights do not have the shape of config.json, e.g. {wrong[:5]}")
         eye, zero = (state.pop(f"multi_modal_projector.linear_2.{k}").float() for k in ("weight", "bias"))
         if not (torch.equal(eye, torch.eye(len(eye))) and not zero.any()):
             raise ValueError(f"{folder}: linear_2 is not the identity, so W is not one linear layer")
@@ -306,18 +313,33 @@ def sample_id(logits, temperature, top_p, generator=None):
     if temperature == 0:
         return logits.argmax(-1)                         # (B,)
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
-    p[p.cumsum(-1) - p >= top_p] = 0                     # keep ids until their mass reaches top_p; the first always
+    p[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = 0     # keep ids until their mass reaches top_p; the first always
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]   # (B,)
+
+
+def load_tokenizer(llm):
+    """A language model's tokenizer, from a hub id or a folder, with `<image>` as one reserved id."""
+    if os.path.isdir(llm) and not os.path.isfile(os.path.join(llm, "tokenizer_config.json")):
+        raise ValueError(f"--llm {llm}: no tokenizer_config.json; without it <s> and blanks would be guessed")
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    if tokenizer.pad_token is None:                      # OFFICIAL: pad = unk; lengths, not ids, tell padding here
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
 
 
 def load_part(cls, name, flag, dtype):
     """`cls.from_pretrained(name)`, but a weight that the files lack is an error, never a random number."""
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise FileNotFoundError(f"--{flag} {name}: the folder has no config.json")
-    part, info = cls.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"--{flag} {name}: {len(info['missing_keys'])} weights of {cls.__name__} are not in its files, "
-                         f"e.g. {sorted(info['missing_keys'])[:5]}; is it another kind of model?")
+    try:
+        part, info = cls.from_pretrained(name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError) as error:               # no such folder or hub id; a model of another kind
+        raise ValueError(f"--{flag} {name}: cannot be loaded as {cls.__name__}: {str(error)[:300]}") from error
+    if bad := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
+        raise ValueError(f"--{flag} {name}: {len(bad)} weights of {cls.__name__} are not in its files, or of another "
+                         f"shape, e.g. {bad[:5]}; is it another kind of model?")
     return part
 
 

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data import (TEMPLATES, brief_instructions, collate, image_names, image_path, load_image, prompt, read_json, render,
-                  typed_flags, whole_lines)
+                  picture_problem, typed_flags, whole_lines)
 from model import DTYPES, IMAGE, LLaVA, choose_device, choose_dtype
 
 
@@ -83,6 +83,8 @@ class Talker:
 
     def ask(self, question, n_images=0):
         """A human turn: the images first (OFFICIAL: `<image>\\n` + question), in the form that the stage was trained with."""
+        if IMAGE in question:
+            raise ValueError(f"the question holds {IMAGE}; leave it out, the picture itself stands for it: {question!r}")
         if self.stage_1:
             question = random.Random(0).choice(brief_instructions())
         return {"from": "human", "value": (f"{IMAGE}\n" * n_images + question).strip()}
@@ -108,9 +110,10 @@ class Talker:
             ids.append(new)
             text = self.model.to_text(ids, self.stop)
             held = max(n for n in range(len(self.template.STOP) + 1) if text.endswith(self.template.STOP[:n]))
-            if not text.endswith("\ufffd") and len(text) - held > shown:
-                yield text[shown:len(text) - held]
-                shown = len(text) - held
+            sure = len(text[:len(text) - held].rstrip())
+            if not text.endswith("\ufffd") and sure > shown:
+                yield text[shown:sure]
+                shown = sure
         yield self.model.to_text(ids, self.stop)[shown:]
 
 
@@ -153,6 +156,8 @@ def chat(talker, image):
 def read_answers(path, model_id):
     """The answers that an earlier, interrupted run left in a file; ValueError if another model gave them."""
     answers = whole_lines(path)
+    if not all(isinstance(a, dict) and {"question_id", "prompt", "model_id"} <= a.keys() for a in answers):
+        raise ValueError(f"{path} is not an answers file; name another file")
     if others := {a["model_id"] for a in answers} - {model_id}:
         raise ValueError(f"{path} holds answers of {', '.join(sorted(others))}, not of {model_id}; name another file")
     return answers
@@ -168,9 +173,8 @@ def answer_file(talker, args):
         if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
             raise ValueError(f"{args.questions}[{i}]: a question needs question_id and text")
         for name in image_names(q):
-            if not os.path.isfile(image_path(args.images, name)):
-                raise FileNotFoundError(f"{args.questions}[{i}] (id {q['question_id']}): image {name!r} is not in "
-                                        f"{args.images}")
+            if problem := picture_problem(args.images, name):
+                raise ValueError(f"{args.questions}[{i}] (id {q['question_id']}): {problem}")
     model_id = os.path.basename(os.path.normpath(args.model))
     key = lambda record, text: json.dumps([record["question_id"], record[text]])   # MME asks two questions under one id
     done = Counter(key(a, "prompt") for a in read_answers(args.answers, model_id))
@@ -185,6 +189,7 @@ def answer_file(talker, args):
                          "name another file")
     left.sort(key=lambda q: (len(image_names(q)), len(q["text"])))
     bar = tqdm(total=len(questions), initial=len(questions) - len(left), desc="answering", disable=not sys.stderr.isatty())
+    whole_lines(args.answers, repair=True)
     with open(args.answers, "a", encoding="utf-8") as f, bar:
         for at in range(0, len(left), args.batch_size):
             part = left[at:at + args.batch_size]

@@ -217,6 +217,10 @@ def build_data(config, machine, model, template):
              f"      {images.sum()} images; {tokens.sum()} tokens (one image = {model.N}), {scored.sum()} scored; "
              f"{(dropped > 0).sum()} samples lose {dropped.sum() // 2} trailing answers at {config.max_length}",
              f"labels: {len(good)} samples, {(scored == 0).sum()} without scored tokens"]
+    limit = model.f_phi.config.max_position_embeddings
+    if tokens.max() > limit:
+        raise ValueError(f"{records.where(good[tokens.argmax()])}: {tokens.max()} tokens, but the language model's context is "
+                         f"{limit}; --max_length {limit} leaves trailing turns out")
     lines += [f"      left out: {line}" for line in report_problems(problems, records, 5).splitlines()]
     return data, table[:, 0], np.setdiff1d(good, held_out), held_out, lines
 
@@ -238,7 +242,7 @@ def theta_table(model, theta):
 NOT_COMPARED = {"resume", "save_every", "eval_every", "workers", "device", "micro_batch_size"}
 
 
-def save_state(folder, step, config, theta, optimizer, scaler, lengths):
+def save_state(folder, step, config, theta, optimizer, scaler, checksum):
     """Write the state under a temporary name, rename it, then drop older ones: a kill at any moment leaves a whole one."""
     os.makedirs(folder, exist_ok=True)
     writing, done = os.path.join(folder, "writing"), os.path.join(folder, f"step_{step:08d}")
@@ -249,7 +253,7 @@ def save_state(folder, step, config, theta, optimizer, scaler, lengths):
     save_file(moments, os.path.join(writing, "optimizer.safetensors"))
     with open(os.path.join(writing, "state.json"), "w") as f:
         json.dump({"step": step, "config": dataclasses.asdict(config), "scaler": scaler.state_dict(),
-                   "lengths": zlib.crc32(lengths.tobytes())}, f)
+                   "data": checksum}, f)
     for name in os.listdir(writing):
         with open(os.path.join(writing, name), "rb") as f:
             os.fsync(f.fileno())
@@ -260,7 +264,7 @@ def save_state(folder, step, config, theta, optimizer, scaler, lengths):
             shutil.rmtree(os.path.join(folder, name))
 
 
-def load_state(folder, config, theta, optimizer, scaler, lengths):
+def load_state(folder, config, theta, optimizer, scaler, checksum):
     """Restore the newest state in place and return its step; 0 if there is none yet."""
     steps = sorted(n for n in os.listdir(folder) if n.startswith("step_")) if os.path.isdir(folder) else []
     if not steps:
@@ -271,25 +275,25 @@ def load_state(folder, config, theta, optimizer, scaler, lengths):
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if differ := [f"--{k} {now[k]} (was {v})" for k, v in state["config"].items() if k not in NOT_COMPARED and now[k] != v]:
         raise ValueError(f"--resume: {path} was written by a run with other flags: {', '.join(differ)}")
-    if state["lengths"] != zlib.crc32(lengths.tobytes()):
-        raise ValueError(f"--resume: the data are not those that {path} was written with (other lengths)")
+    if state["data"] != checksum:
+        raise ValueError(f"--resume: the data are not those that {path} was written with")
     with torch.no_grad():
         for name, value in load_file(os.path.join(path, "theta.safetensors")).items():
             theta[name].copy_(value)
     for key, value in load_file(os.path.join(path, "optimizer.safetensors")).items():
         key, name = key.split("/", 1)
-        optimizer.state[theta[name]][key] = value if key == "step" else value.to(theta[name].device)
+        optimizer.state[theta[name]][key].copy_(value)
     scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
-def rehearse_saving(config, machine, model, theta, optimizer, scaler, lengths):
+def rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum):
     """Save and load everything once before step 0: a full disk or an unwritable model is better met now."""
     if machine.rank == 0:
         folder = os.path.join(config.out, "rehearsal")
         model.save_pretrained(folder, dtype=machine.dtype)
         LLaVA.from_pretrained(folder, machine.dtype)
-        save_state(os.path.join(folder, "train_state"), 0, config, theta, optimizer, scaler, lengths)
+        save_state(os.path.join(folder, "train_state"), 0, config, theta, optimizer, scaler, checksum)
         shutil.rmtree(folder)
 
 
@@ -298,17 +302,22 @@ def rehearse_saving(config, machine, model, theta, optimizer, scaler, lengths):
 
 
 def fingerprints(model):
-    """{name: sum of the parameter's bits}: equal before and after a step for what is bit-identical."""
+    """{name: two sums over the parameter's bits}: equal before and after a step for what is bit-identical.
+
+    The second sum is not linear: moves of +lr and -lr would often cancel in the first alone.
+    """
     bits = {2: torch.int16, 4: torch.int32}
-    return {name: p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64).item()
-            for name, p in model.named_parameters()}
+    views = {name: p.detach().view(bits[p.element_size()]) for name, p in model.named_parameters()}
+    return {name: (b.sum(dtype=torch.int64).item(), (b % 32749).sum(dtype=torch.int64).item()) for name, b in views.items()}
 
 
-def check_first_step(before, model, theta):
-    """After the first step, what is frozen is bit-identical and what got a gradient has moved; else ValueError."""
+def check_first_step(before, model, theta, lr=math.inf):
+    """After the first step of size `lr`, what is frozen is bit-identical, and what got a gradient has moved if fp32 can
+    tell: half a unit in the last place of 1.8 is more than the paper's first step."""
     after = fingerprints(model)
     thawed = [n for n in before if n not in theta and after[n] != before[n]]
-    stuck = [n for n, p in theta.items() if after[n] == before[n] and p.grad is not None and p.grad.any()]
+    stuck = [n for n, p in theta.items() if after[n] == before[n] and p.grad is not None
+             and (p.grad.abs() > 1e-6)[p.abs() < lr / torch.finfo(p.dtype).eps].any()]
     unused = [n for n, p in theta.items() if p.grad is None]
     assert not thawed, f"frozen parameters changed in the first step: {thawed[:5]}"
     assert not stuck, f"trained parameters with a gradient did not move in the first step: {stuck[:5]}"
@@ -441,8 +450,12 @@ def main(argv=None):
 
     optimizer = torch.optim.AdamW(theta.values(), lr=config.lr, weight_decay=0.0, fused=machine.device.type == "cuda")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    rehearse_saving(config, machine, model, theta, optimizer, scaler, lengths)
-    first = load_state(state_folder, config, theta, optimizer, scaler, lengths) if config.resume else 0
+    for p in theta.values():                             # AdamW's own start, now: a disk or GPU too small for it shows here
+        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if machine.device.type == "cuda" else "cpu"),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    checksum = zlib.crc32(data.records.blob, zlib.crc32(lengths.tobytes()))
+    rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum)
+    first = load_state(state_folder, config, theta, optimizer, scaler, checksum) if config.resume else 0
     wrapped = model if machine.world_size == 1 else DistributedDataParallel(model)     # the one place that wraps
     loader = DataLoader(steps, sampler=range(first, total), batch_size=None, num_workers=config.workers,
                         pin_memory=machine.device.type == "cuda")
@@ -450,7 +463,8 @@ def main(argv=None):
 
     stopping = []                                        # Ctrl-C asks; the step is finished and saved first
     signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
-    whole_lines(log_path)                                # a kill may have torn the last one
+    if machine.rank == 0:
+        whole_lines(log_path, repair=True)               # a kill may have torn the last one
     log = open(log_path, "a") if machine.rank == 0 else None
 
     def write(record):
@@ -479,11 +493,12 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         if before and math.isfinite(norm):
-            check_first_step(before, model, theta)
+            check_first_step(before, model, theta, group["lr"])
             before = None
         seconds = time.time() - ended
         eta = timedelta(seconds=round((time.time() - began) / (step - first + 1) * (total - step - 1)))
-        write({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "seconds": seconds,
+        write({"step": step, "loss": loss, "lr": group["lr"], "seconds": seconds,
+               "grad_norm": norm if math.isfinite(norm) else None,     # fp16: a skipped step; JSON has no infinity
                "tokens": real, "images": n_images, "answer_tokens": n_answer})
         if step % max(1, total // 50) == 0 or step == total - 1:
             say(f"step {step:>6}/{total} | loss {loss:8.4f} | lr {group['lr']:.2e} | norm {norm:8.3f} | "
@@ -496,7 +511,7 @@ def main(argv=None):
             say(f"  held out: loss {record['val_loss']:.4f}\n" + "\n".join(
                 f"    {e['id']}: {e['answer']!r}, truth {e['truth']!r}" for e in record["answers"]), flush=True)
         if (done % config.save_every == 0 or stop) and done < total and machine.rank == 0:
-            save_state(state_folder, done, config, theta, optimizer, scaler, lengths)
+            save_state(state_folder, done, config, theta, optimizer, scaler, checksum)
         if stop and done < total:
             say(f"stopped after step {step}; the same command with --resume goes on from here")
             return 130
@@ -504,7 +519,7 @@ def main(argv=None):
 
     # ---- the result
     if machine.rank == 0:
-        save_state(state_folder, total, config, theta, optimizer, scaler, lengths)
+        save_state(state_folder, total, config, theta, optimizer, scaler, checksum)
         model.meta["steps"] = total
         model.save_pretrained(config.out, dtype=machine.dtype)
         plot_losses(config.out)

@@ -1,0 +1,162 @@
+"""The miniature world: what it draws, writes and asks is true, and the held-out pairs are held out."""
+import json
+import random
+
+import numpy as np
+import pytest
+
+import toy
+from toy import HELD_OUT, KINDS, PAIRS, SEEN, Scene, Thing
+
+
+def scenes(n=300, seed=0, **more):
+    rng = random.Random(seed)
+    return [toy.sample_scene(rng, **more) for _ in range(n)], rng
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    toy.main(["world", "--out", str(folder), "--seed", "3", "--pictures", "60", "--questions", "120"])
+    return folder
+
+
+def test_every_colour_and_every_shape_is_seen_though_pairs_are_held_out():
+    """The composition test is about pairs: a colour or a shape that no picture has could not be learnt at all."""
+    assert {c for c, _ in SEEN} == set(toy.COLOURS) and {s for _, s in SEEN} == set(toy.SHAPES)
+    assert len(HELD_OUT) == len(set(HELD_OUT)) == 8 and not set(HELD_OUT) & set(SEEN)
+
+
+def test_the_coco_box_is_the_box_of_the_drawn_pixels():
+    """A COCO bbox is [x, y, width, height] in pixels; the teacher knows nothing but boxes, so they must be right."""
+    for scene in scenes()[0]:
+        pixels = np.asarray(toy.draw(scene)).astype(int)
+        for t in scene.things:
+            r, c = (toy.CELL * v for v in t.cell)
+            ys, xs = np.where(abs(pixels[r:r + toy.CELL, c:c + toy.CELL] - scene.grey).sum(-1) > 6)
+            found = (c + xs.min(), r + ys.min(), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1)
+            assert found == t.box, f"{t}: the pixels say {found}"
+
+
+def test_answers_agree_with_the_boxes():
+    """A scene small enough to be read by eye; every answer below was written by hand."""
+    scene = Scene((Thing("red", "circle", (2, 2, 9, 9)), Thing("blue", "star", (34, 3, 13, 13)),
+                   Thing("red", "ring", (3, 50, 9, 9))))
+    said = {q.text: q.answer for seed in range(20) for q in toy.questions(scene, random.Random(seed))}
+    for question, answer in {
+            "What colour is the star?": "The star is blue.",
+            "What shape is the blue thing?": "The blue thing is a star.",
+            "How many red things are there?": "There are two red things.",
+            "How many crosses are there?": "There are no crosses.",
+            "How many things can you see?": "There are three things.",
+            "Is there a blue star?": "Yes, there is.",
+            "Is there a blue circle?": "No, there is not.",
+            "Where is the red ring?": "The red ring is at the bottom left.",
+            "Where is the blue star, seen from the red circle?": "Seen from the red circle, the blue star is to the right.",
+            "Where is the red circle, seen from the red ring?": "Seen from the red ring, the red circle is above."}.items():
+        assert said[question] == answer
+    assert "What shape is the red thing?" not in said, "two red things: the question is ambiguous"
+
+
+def test_a_coco_file_gives_back_the_scenes_that_it_was_written_from(small_world):
+    """`read_coco` is all that the scripted teacher may know of a picture (Sec. 3: captions and boxes)."""
+    rng = random.Random(3)
+    drawn = [toy.sample_scene(rng) for _ in range(60)]
+    read = toy.read_coco(small_world / "annotations" / "instances_train.json")
+    assert [read[i + 1].things for i in range(60)] == [scene.things for scene in drawn]
+    captions = json.loads((small_world / "annotations" / "captions_train.json").read_text())["annotations"]
+    assert len(captions) == 5 * 60, "COCO has five captions a picture"
+
+
+def test_training_never_shows_or_names_a_held_out_pair(small_world):
+    """Else `new_pairs` would not measure composition."""
+    read = toy.read_coco(small_world / "annotations" / "instances_train.json")
+    assert not {t.pair for scene in read.values() for t in scene.things} & set(HELD_OUT)
+    text = (small_world / "stage1.json").read_text() + (small_world / "instruct.json").read_text()
+    assert not [pair for pair in HELD_OUT if " ".join(pair) in text]
+
+
+def test_clip_never_sees_a_held_out_pair():
+    """Not in a named colour, and not in a paint whose nearest colour is held out with that shape."""
+    rng = random.Random(0)
+    for _ in range(200):
+        for scene, _ in toy.siblings(rng):
+            for t in scene.things:
+                rgb = t.paint or toy.COLOURS[t.colour]
+                nearest = min(toy.COLOURS, key=lambda c: sum(abs(p - q) for p, q in zip(rgb, toy.COLOURS[c])))
+                assert (nearest, t.shape) in SEEN
+
+
+def test_the_llava_json_alternates_and_has_one_image_in_the_first_turn(small_world):
+    """The schema of LLaVA-Instruct; the picture before or after the first question, both drawn (Eq. (2))."""
+    firsts = set()
+    for file in ("stage1.json", "instruct.json"):
+        for sample in json.loads((small_world / file).read_text()):
+            turns = sample["conversations"]
+            assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
+            assert [t["value"].count("<image>") for t in turns] == [1] + [0] * (len(turns) - 1)
+            assert (small_world / "images" / sample["image"]).exists()
+            firsts.add(turns[0]["value"].startswith("<image>\n"))
+    assert firsts == {True, False}
+
+
+def test_no_answer_is_a_safe_bet(small_world):
+    """Each kind has 120 questions with its answers equally often, so a blind model stays at chance."""
+    rows = toy.read_lines(small_world / "questions_held_out.jsonl")
+    for kind in KINDS:
+        said = [r["truth"] for r in rows if r["category"] == kind]
+        assert len(said) == 120
+        most = max(said.count(x) for x in said)
+        assert most <= {"existence": 60}.get(kind, 30), f"{kind}: one answer is right {most} times of 120"
+
+
+def test_blind_and_shuffled_ask_the_same_questions(small_world):
+    """They differ in the picture alone: absent, or another question's."""
+    read = lambda split: toy.read_lines(small_world / f"questions_{split}.jsonl")
+    for held, blind, shuffled in zip(read("held_out"), read("blind"), read("shuffled")):
+        assert {k: v for k, v in held.items() if k != "image"} == blind
+        assert {**shuffled, "image": held["image"]} == held and shuffled["image"] != held["image"]
+
+
+def test_every_new_pairs_question_is_decided_by_a_held_out_pair():
+    scenes, asked = toy.exam(random.Random(0), 24, new=True)
+    assert all(question.about & set(HELD_OUT) for _, question in asked)
+    for k, question in asked:
+        assert question.answer in {q.answer for q in toy.questions(scenes[k], random.Random(0), PAIRS)}
+
+
+def test_a_missing_answer_is_an_error_and_not_a_wrong_answer(small_world, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    rows = toy.read_lines(small_world / "questions_blind.jsonl")
+    toy.save_lines(answers, [{"question_id": r["question_id"], "text": r["truth"] + " "} for r in rows])
+    assert toy.score(small_world / "questions_blind.jsonl", answers)[0]["all"] == 100
+    toy.save_lines(answers, [{"question_id": r["question_id"], "text": r["truth"]} for r in rows[1:]])
+    with pytest.raises(ValueError, match="1 of 720 questions"):
+        toy.score(small_world / "questions_blind.jsonl", answers)
+
+
+def test_report_writes_results_and_a_picture(small_world, tmp_path):
+    """`results.json` in percent by kind, and `report.png`, from answers of which half are right."""
+    (tmp_path / "world").symlink_to(small_world)
+    for split in toy.SPLITS:
+        rows = toy.read_lines(small_world / f"questions_{split}.jsonl")
+        toy.save_lines(tmp_path / f"answers_{split}.jsonl", [
+            {"question_id": r["question_id"], "text": r["truth"] if n % 2 else "No."} for n, r in enumerate(rows)])
+    for stage in (1, 2):
+        (tmp_path / f"stage{stage}").mkdir()
+        toy.save_lines(tmp_path / f"stage{stage}" / "log.jsonl", [{"step": i, "loss": 2 / (i + 1)} for i in range(9)])
+    toy.main(["report", "--out", str(tmp_path), "--minutes", "world=0.1", "stage_1=0.5"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["held_out"]["all"] == 50 and set(results["blind"]) == {"all", *KINDS}
+    assert results["minutes"] == {"world": 0.1, "stage_1": 0.5}
+    assert (tmp_path / "report.png").stat().st_size > 10000
+
+
+def test_the_language_model_reads_the_template_of_data_py():
+    """The shipped model was pretrained on chats as data.py renders and encodes them, token for token."""
+    from transformers import AutoTokenizer
+    from data import TEMPLATES, encode, render
+    tokenizer = AutoTokenizer.from_pretrained("toy_parts/llm")
+    turns = [("Is there a red circle?", "Yes, there is."), ("Where is it?", "The red circle is at the top left.")]
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]
+    assert toy.encode_chat(tokenizer, turns) == tuple(encode(render(said, TEMPLATES["llava_v0"]), tokenizer, []))
