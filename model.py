@@ -226,6 +226,7 @@ class LLaVA(nn.Module):
             raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava'")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         for name, allowed in (("projector_hidden_act", ["linear"]), ("vision_feature_select_strategy", ["default"]),
+                              ("vision_feature_layer", range(-config.vision_config.num_hidden_layers - 1, 0)),
                               ("image_token_index", [tokenizer.convert_tokens_to_ids(IMAGE)])):
             if (found := getattr(config, name)) not in allowed:
                 raise ValueError(f"{folder}: {name} in config.json is {found!r}; this model has {allowed}")
