@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import struct
 import sys
 import warnings
 from typing import NamedTuple
@@ -57,13 +58,16 @@ class Template(NamedTuple):
     def jinja(self):
         """The same text as a chat template, for `transformers`, vLLM and others that load the checkpoint."""
         before, after = self.answer.split("{}")
+        question = "text(m.content)"
+        if self.name == "plain":                          # as in `render`: its images alone
+            question = f"'{IMAGE}' * (text(m.content).split('{IMAGE}') | length - 1)"
         q = {k: json.dumps(v, ensure_ascii=False) for k, v in {**self._asdict(), "before": before, "after": after}.items()}
         return (
             "{%- macro text(content) -%}{%- if content is string -%}{{ content | trim }}{%- else -%}"
             "{%- for part in content -%}{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}"
             "{{ '" + IMAGE + "' if part.type == 'image' else part.text | trim }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
             "{%- for m in messages -%}{%- if m.role == 'user' -%}"
-            f"{{{{ {q['first']} if loop.first else {q['later']} }}}}{{{{ text(m.content) }}}}"
+            f"{{{{ {q['first']} if loop.first else {q['later']} }}}}{{{{ {question} }}}}"
             f"{{%- if not loop.last or add_generation_prompt -%}}{{{{ {q['reply']} }}}}{{%- endif -%}}"
             "{%- elif m.role == 'assistant' -%}"
             f"{{{{ {q['before']} + text(m.content) + {q['after']} + {q['STOP']} }}}}"
@@ -168,27 +172,44 @@ def encode(segments, tokenizer, image_tokens):
     Within a chunk, a token's character span says whether it is scored; a token that would span the border of a scored
     segment is prevented by tokenising the two sides apart.
     """
-    image_id, counts = tokenizer.convert_tokens_to_ids(IMAGE), iter(image_tokens)
+    image_id, counts, backend = tokenizer.convert_tokens_to_ids(IMAGE), iter(image_tokens), tokenizer.backend_tokenizer
+    backend.no_truncation(), backend.no_padding()        # a tokenizer file may carry limits of its own
+    tags = sum(text.count(IMAGE) for text, _ in segments)
+    if tags != len(image_tokens):
+        raise ValueError(f"{tags} {IMAGE} tags for {len(image_tokens)} pictures; each tag needs one picture")
     ids, labels = [], []
 
     def append(new, scored):
         ids.extend(new)
         labels.extend(new if scored else [IGNORE] * len(new))
 
-    def append_chunk(chunk):
-        text = "".join(part for part, _ in chunk)
-        if not text:
-            return
-        tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        begin, end = np.array(tokens.offsets).T                            # characters [begin, end) of each token
-        ends, scored = np.cumsum([len(part) for part, _ in chunk]), np.array([s for _, s in chunk])
+    def tokens_of(chunk, cut):
+        """A chunk's ids and labels, or None where a token would span the border of a scored segment.
+
+        A chunk that was cut off starts no text of its own: behind a special token, which is taken away again,
+        sentencepiece does not add the blank with which it starts a text.
+        """
+        parts = [(IMAGE, False)] * cut + chunk
+        tokens = backend.encode("".join(part for part, _ in parts), add_special_tokens=False)
+        begin, end = np.array(tokens.offsets, int).reshape(-1, 2).T        # characters [begin, end) of each token
+        ends, scored = np.cumsum([len(part) for part, _ in parts]), np.array([s for _, s in parts])
         segment = lambda character: scored[np.searchsorted(ends[:-1], character, side="right")]
         if (segment(begin) != segment(np.maximum(end - 1, begin))).any():
-            for part in chunk:
-                append_chunk([part])
+            return None
+        return tokens.ids[cut:], np.where(segment(begin), tokens.ids, IGNORE).tolist()[cut:]
+
+    def append_chunk(chunk, cut=False):
+        chunk = [(part, scored) for part, scored in chunk if part]
+        if not chunk:
             return
-        ids.extend(tokens.ids)
-        labels.extend(np.where(segment(begin), tokens.ids, IGNORE).tolist())
+        if tokens := tokens_of(chunk, cut):
+            ids.extend(tokens[0])
+            labels.extend(tokens[1])
+            return
+        # Cut at the first such border: what follows it has no say, so a prompt is cut where training was.
+        n = next(n for n in range(1, len(chunk)) if tokens_of(chunk[:n + 1], cut) is None)
+        append_chunk(chunk[:n], cut)
+        append_chunk(chunk[n:], True)
 
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         append([tokenizer.bos_token_id], False)
@@ -201,7 +222,6 @@ def encode(segments, tokenizer, image_tokens):
             append([image_id] * next(counts), False)
             chunk = [(tail, scored)]
     append_chunk(chunk)
-    assert next(counts, None) is None, f"more images than {IMAGE} tags"
     return ids, labels
 
 
@@ -230,7 +250,8 @@ MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
 
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what Pillow's decoders raise
+# What Pillow's decoders raise; the last three for damaged EXIF blocks, AVIF and DDS files.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error, TypeError, RuntimeError)
 
 
 def load_image(source, name=None):
@@ -262,8 +283,9 @@ def preprocess(image, size):
         image = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:                  # 1 x 2000 pixels would become 224 x 448,000: resize what is kept, equal up to rounding
         sx, sy = w / new_w, h / new_h
-        image = image.resize((size, size), Image.Resampling.BICUBIC,
-                             box=(left * sx, top * sy, (left + size) * sx, (top + size) * sy))
+        for new, box in (((size, h), (left * sx, 0, (left + size) * sx, h)),          # columns, then rows: with one box for
+                         ((size, size), (0, top * sy, size, (top + size) * sy))):     # both, Pillow starts with the cheaper
+            image = image.resize(new, Image.Resampling.BICUBIC, box=box)
     x = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD      # (size, size, 3)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()             # (3, size, size)
 
@@ -291,27 +313,21 @@ def image_path(folder, name):
 
 
 def read_json(path):
-    """Yield the records of a JSON array or of JSON lines, one at a time. ValueError names the place of bad JSON."""
+    """The records of a JSON array or of JSON lines. ValueError names the place of bad JSON."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
-        if not text.lstrip().startswith("["):
-            for number, line in enumerate(text.split("\n"), 1):
-                try:
-                    if line.strip():
-                        yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"bad JSON at line {number}, column {error.colno}: {error.msg}") from error
-            return
-        decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-        at = text.index("[") + 1
-        while (at := space.match(text, at).end()) < len(text) and text[at] != "]":
-            record, at = decoder.raw_decode(text, at)
-            yield record
-        if at >= len(text):
-            raise ValueError("the array is not closed: the file is cut off")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                records += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"bad JSON at line {number}, column {error.colno}: {error.msg}") from error
+        return records
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except ValueError as error:                          # UnicodeDecodeError is one
@@ -374,6 +390,7 @@ class Records:
         path, index = self.source(i)
         record = self[i]
         name = record.get("id") if isinstance(record, dict) else None
+        name = str(name).encode(errors="backslashreplace").decode() if name is not None else None     # printable
         return f"{os.path.basename(path)}[{index}]" + (f" (id {name})" if name is not None else "")
 
 
@@ -390,6 +407,8 @@ def form_problem(record, folder):
             return f"turn {i} is not {{from, value}} with text in value"
         if turn.get("from") != want:
             return f"turn {i} is from {turn.get('from')!r} where {want!r} belongs; turns alternate human, gpt"
+        if re.search("[\ud800-\udfff]", turn["value"]):
+            return f"turn {i} ({want}) holds half a surrogate pair, which is no text"
         if not turn["value"].strip():
             return f"turn {i} ({want}) is empty"
         if want == "gpt" and IMAGE in turn["value"]:
@@ -411,7 +430,7 @@ def picture_problem(folder, name):
     try:
         with Image.open(image_path(folder, name)) as image:
             image.draft(image.mode, (1, 1))
-            image.load()
+            ImageOps.exif_transpose(image).convert("RGB")                   # as in load_image
     except FileNotFoundError:
         return f"image {name!r} is not in {folder}"
     except UNREADABLE as error:
@@ -550,6 +569,7 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
+    window = max(1, min(window, len(order) // (4 * global_batch_size)))    # small data: still batches of other company
     batches = []
     for start in range(0, len(order), window * global_batch_size):
         part = order[start:start + window * global_batch_size]
@@ -716,7 +736,7 @@ def main(argv=None):
             raise ValueError("show needs --model DIR or --llm DIR for the tokenizer")
         if not 0 <= args.index < len(data):
             raise ValueError(f"--index {args.index}: the file has samples 0 to {len(data) - 1}")
-        if problem := form_problem(data.records[args.index], data.folder):
+        if problem := form_problem(data.records[args.index], data.folder) or data.measure(args.index)[0]:
             raise ValueError(f"{data.records.where(args.index)}: {problem}")
         ids, labels, names, _ = data.encoded(args.index)
         print(f"{data.records.where(args.index)}, template {data.template.name}, {len(ids)} tokens, "
