@@ -250,8 +250,9 @@ MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
 
 
-# What Pillow's decoders raise; the last three for damaged EXIF blocks, AVIF and DDS files.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error, TypeError, RuntimeError)
+# What Pillow's decoders raise; the last four for damaged EXIF blocks, AVIF, DDS and JPEG 2000 files.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error, TypeError, RuntimeError,
+              MemoryError)
 
 
 def load_image(source, name=None):
@@ -283,8 +284,10 @@ def preprocess(image, size):
         image = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:                  # 1 x 2000 pixels would become 224 x 448,000: resize what is kept, equal up to rounding
         sx, sy = w / new_w, h / new_h
-        for new, box in (((size, h), (left * sx, 0, (left + size) * sx, h)),          # columns, then rows: with one box for
-                         ((size, size), (0, top * sy, size, (top + size) * sy))):     # both, Pillow starts with the cheaper
+        y = max(0, int(top * sy) - 8)                                      # the rows that the kept ones depend on
+        image = image.crop((0, y, w, min(h, y + int(size * sy) + 17)))
+        for new, box in (((size, image.height), (left * sx, 0, (left + size) * sx, image.height)),   # columns, then rows:
+                         ((size, size), (0, top * sy - y, size, (top + size) * sy - y))):            # Pillow's own order
             image = image.resize(new, Image.Resampling.BICUBIC, box=box)
     x = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD      # (size, size, 3)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()             # (3, size, size)
@@ -313,21 +316,32 @@ def image_path(folder, name):
 
 
 def read_json(path):
-    """The records of a JSON array or of JSON lines. ValueError names the place of bad JSON."""
+    """Yield the records of a JSON array or of JSON lines, one at a time. ValueError names the place of bad JSON."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                records += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"bad JSON at line {number}, column {error.colno}: {error.msg}") from error
-        return records
+        if not text.lstrip().startswith("["):
+            for number, line in enumerate(text.split("\n"), 1):
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"bad JSON at line {number}, column {error.colno}: {error.msg}") from error
+            return
+        decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+        at = blank.match(text, text.index("[") + 1).end()
+        while text[at:at + 1] != "]":
+            record, at = decode(text, at)
+            yield record
+            at = blank.match(text, at).end()
+            if text[at:at + 1] == ",":
+                at = blank.match(text, at + 1).end()
+            elif text[at:at + 1] != "]":
+                raise json.JSONDecodeError("a comma or ] is missing", text, at)
+        if text[at + 1:].strip():
+            raise json.JSONDecodeError("something follows the array", text, blank.match(text, at + 1).end())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except ValueError as error:                          # UnicodeDecodeError is one
@@ -685,6 +699,9 @@ def open_data(args):
     if args.model:
         model = LLaVA.from_pretrained(args.model)
         tokenizer, N, image_size = model.tokenizer, model.N, model.image_size
+        if not (args.template or "template" in model.meta):
+            raise ValueError(f"{args.model} does not say which template it was trained with; --template "
+                             + " | ".join(TEMPLATES))
         template = TEMPLATES[args.template or model.meta["template"]]
     elif args.llm:
         tokenizer = load_tokenizer(args.llm)

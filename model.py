@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel,
                           DynamicCache, GenerationConfig, LlavaConfig, LlavaProcessor)
 from transformers.initialization import no_init_weights
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
+logging.set_verbosity_error()    # its report of CLIP's unused text tower; what is missing is our own error (`load_part`)
 if not sys.stderr.isatty():
-    disable_progress_bar()
+    logging.disable_progress_bar()
 
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
 IMAGE = "<image>"    # the placeholder, in text and as one reserved id of the tokenizer
@@ -122,6 +123,8 @@ class LLaVA(nn.Module):
         logits, targets = self.answer_logits(input_ids, labels, X_v, ids)    # (A, V), (A,)
         log_p = -F.cross_entropy(logits.float(), targets, reduction="none")  # (A,)
         row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # (A,)  which sample a token belongs to
+        if len(row.unique()) < len(labels):
+            raise ValueError("score: a row without an answer has no likelihood")
         return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)        # (B,)
 
     def set_stage(self, stage):
@@ -261,8 +264,7 @@ class LLaVA(nn.Module):
                                                 crop_size={"height": self.image_size, "width": self.image_size})
         # One more token (CLS) that "default" takes away again: N placeholders a picture in LlavaProcessor.
         processor = LlavaProcessor(image_processor, self.tokenizer, patch_size=self.g.config.patch_size,
-                                   num_additional_image_tokens=1, vision_feature_select_strategy="default",
-                                   chat_template=self.tokenizer.chat_template)
+                                   num_additional_image_tokens=1, vision_feature_select_strategy="default")
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):
             os.remove(last)                              # until the folder is whole again
@@ -311,6 +313,8 @@ class LLaVA(nn.Module):
 
 def sample_id(logits, temperature, top_p, generator=None):
     """One id per row of logits (B, V): the argmax at temperature 0, else a draw from the top_p nucleus."""
+    if temperature < 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: temperature is at least 0, top_p from 0 to 1")
     if temperature == 0:
         return logits.argmax(-1)                         # (B,)
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)

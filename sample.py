@@ -168,7 +168,7 @@ def answer_file(talker, args):
 
     Goes on where an earlier run was stopped. Questions of similar length share a batch; the file ends up in their order.
     """
-    questions = read_json(args.questions)
+    questions = list(read_json(args.questions))
     for i, q in enumerate(questions):
         if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
             raise ValueError(f"{args.questions}[{i}]: a question needs question_id and text")

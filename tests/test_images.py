@@ -555,6 +555,14 @@ def test_show_with_a_checkpoint_uses_its_template_and_its_tokens_per_image(run, 
     assert re.search(r"###Assistant:« (cat ?)+###»", out), out
 
 
+def test_a_checkpoint_that_names_no_template_needs_the_flag(run, tmp_path):
+    """Ours: a folder in llava-hf layout from elsewhere says nothing of its template; a guess would be another prompt."""
+    tiny_llava().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="--template"):
+        run("show", "--model", tmp_path / "model")
+    assert "template llava_v0" in run("show", "--model", tmp_path / "model", "--template", "llava_v0")[1]
+
+
 @pytest.mark.parametrize("args, message", [
     ([], "show needs --model DIR or --llm DIR"), (["--llm", "LLM", "--index", "22"], "0 to 21"),
     (["--llm", "LLM", "--index", "-1"], "0 to 21"),

@@ -221,23 +221,27 @@ def test_accumulation_does_not_change_training(stage, micro_batch_size, flags, s
     assert_equal_runs(tmp_path / "out", straight(stage), 1e-5, f"stage {stage}, micro-batches of {micro_batch_size}")
 
 
-def test_two_processes_train_as_one(flags, straight, tmp_path):
-    """`torchrun` over 2 real processes, with accumulation, equals one process in loss and weights, in both stages: also
-    where one rank has pictures and the other only text, and at the short last batch of the epoch."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{ROOT}/train.py"]
-    argv = {stage: flags(tmp_path / f"{stage}", *STAGE[stage], "--micro_batch_size", 1) for stage in STAGE}
-    running = {stage: subprocess.Popen([*torchrun, *argv[stage]], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for stage in STAGE}
-    ranks = build(argv[1], world_size=2)[5]
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_train_as_one(stage, flags, straight, tmp_path):
+    """`torchrun` over 2 real processes, with accumulation, equals one process in loss and weights: also where one rank
+    has pictures and the other only text, and at the short last batch of the epoch. Both processes end."""
+    argv = flags(tmp_path / "out", *STAGE[stage], "--micro_batch_size", 1)
+    ranks = build(argv, world_size=2)[5]
     images = [[sum(len(batch["X_v"]) for batch in rank[step]) for rank in ranks] for step in range(20)]
     assert any(min(n) == 0 < max(n) for n in images), "no step has a rank with text alone beside one with pictures"
     assert len(ranks[0].indices) % 4 == 1 and ranks[0].per_epoch < 20, "no short last batch is among the steps"
-    for stage, process in running.items():
-        shown, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, f"torchrun failed:\n{shown[-5000:]}"
-        assert "4 = 2 ranks x 1 samples x 2 accumulated" in shown
-        assert shown.count("theta (stage") == 1, "every rank prints the banner"
-        assert_equal_runs(tmp_path / f"{stage}", straight(stage), 1e-5, f"stage {stage} on 2 processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{ROOT}/train.py"]
+    process = subprocess.Popen([*torchrun, *argv], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        shown, _ = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)            # torchrun takes its processes with it
+        pytest.fail(f"the processes of torchrun do not end:\n{process.communicate()[0][-5000:]}")
+    assert process.returncode == 0, f"torchrun failed:\n{shown[-5000:]}"
+    assert "4 = 2 ranks x 1 samples x 2 accumulated" in shown
+    assert shown.count("theta (stage") == 1, "every rank prints the banner"
+    assert_equal_runs(tmp_path / "out", straight(stage), 1e-5, f"stage {stage} on 2 processes")
 
 
 def test_stage_1_trains_only_W_and_stage_2_also_phi(straight, parts):
