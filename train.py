@@ -49,11 +49,11 @@ RECIPES = {
     # OURS: the paper's Vicuna v0 exists only as a delta on LLaMA; v1.3 is the closest that loads by name.
     "llava-7b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-7b-v1.3")},
     "llava-13b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-13b-v1.3")},
-    # OURS: the paper in miniature, on two CPU cores (toy.py).
+    # OURS: the paper in miniature, on two CPU cores (toy.py). The image first: a small model learns one place sooner than two.
     "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512,
-                         image_position="random", images="out/toy/world/images", workers=0, val_samples=64),
-            1: dict(data=["out/toy/world/stage1.json"], epochs=1, lr=2e-3, global_batch_size=64),
-            2: dict(data=["out/toy/world/instruct.json"], epochs=3, lr=1e-3, global_batch_size=64)},
+                         image_position="first", images="out/toy/world/images", workers=0, val_samples=64),
+            1: dict(data=["out/toy/world/stage1.json"], epochs=1, lr=3e-3, global_batch_size=32),
+            2: dict(data=["out/toy/world/instruct.json"], epochs=3, lr=1e-3, global_batch_size=32)},
 }
 
 
@@ -68,7 +68,7 @@ class Config:
     init: str = None                    # checkpoint to start from; stage 2 needs one, or "none" (COURSE: Table 8, no stage 1)
     out: str = None                     # output folder; out/stage1 or out/stage2
     resume: bool = False                # go on where a run with the same flags was stopped
-    template: str = "auto"              # auto: chosen from the language model's config
+    template: str = "auto"              # auto: the checkpoint's, or chosen from the language model's config
     feature_layer: int = -2             # COURSE: Table 8, -2 "before the last layer" against -1
     image_position: str = "random"      # Eq. (2); the released code has "first"
     stage1_question: bool = True        # Sec. 4.2; --no-stage1_question is the released code: image, caption, newline
@@ -100,7 +100,7 @@ def resolve(argv):
     stage = typed.get("stage", Config.stage)
     recipe = RECIPES[typed.get("recipe", Config.recipe)]
     recipe = {**recipe["both"], **recipe[stage]}
-    if "llm" in typed:
+    if "llm" in typed or typed.get("init", "none") != "none":
         recipe["template"] = "auto"      # the recipe's template belongs to the recipe's language model
     recipe["out"] = f"out/stage{stage}"
     config = Config(**{**recipe, **typed})
@@ -179,16 +179,17 @@ def build_model(config, machine):
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
     model.eval().to(machine.device)                       # eval: CLIP and LLaMA-like models have no dropout to switch on
-    if config.stage == 1 and not config.stage1_question:
-        template = TEMPLATES["plain"]
-    elif config.template == "auto":
-        template = template_for(model.f_phi.config, model.tokenizer)
+    if config.template != "auto":
+        chat = TEMPLATES[config.template]
+    elif "chat" in model.meta:                            # what stage 1 was meant to go on with
+        chat = TEMPLATES[model.meta["chat"]]
     else:
-        template = TEMPLATES[config.template]
+        chat = template_for(model.f_phi.config, model.tokenizer)
+    template = TEMPLATES["plain"] if config.stage == 1 and not config.stage1_question else chat
     check_template(template, model.tokenizer)
     model.tokenizer.chat_template = template.jinja()
-    model.meta |= {"template": template.name, "stage": config.stage, "recipe": config.recipe, "init": config.init,
-                   "aspect": "crop", "data": list(config.data), "seed": config.seed}
+    model.meta |= {"template": template.name, "chat": chat.name, "stage": config.stage, "recipe": config.recipe,
+                   "init": config.init, "aspect": "crop", "data": list(config.data), "seed": config.seed}
     return model, theta, template
 
 
@@ -440,7 +441,7 @@ def main(argv=None):
     say("\n" + "\n".join(theta_table(model, theta)))
     data, lengths, train_on, held_out, lines = build_data(config, machine, model, template)
     steps = Steps(data, train_on, lengths, config.global_batch_size, micro_batch_size, machine.world_size, machine.rank)
-    total = min(steps.per_epoch * config.epochs, config.max_steps or sys.maxsize)
+    total = min(steps.per_epoch * config.epochs, sys.maxsize if config.max_steps is None else config.max_steps)
     say(f"\nbatch: {config.global_batch_size} = {machine.world_size} ranks x {micro_batch_size} samples x "
         f"{steps_accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all")
     say("\n".join(lines))
@@ -505,13 +506,13 @@ def main(argv=None):
                 f"{real / seconds:8.0f} tok/s | {n_images / seconds:6.1f} img/s | wait {100 * waited / seconds:4.1f}% | "
                 f"pad {100 * (1 - real / padded):4.1f}% | {peak_memory(machine.device) / 1e9:5.1f} GB | eta {eta}", flush=True)
         done = step + 1
+        if (done % config.save_every == 0 or done == total or stop) and machine.rank == 0:
+            save_state(state_folder, done, config, theta, optimizer, scaler, checksum)
         if len(held_out) and (done % config.eval_every == 0 or done == total):
             record = evaluate(model, data, held_out, micro_batch_size, machine, done)
             write(record)
             say(f"  held out: loss {record['val_loss']:.4f}\n" + "\n".join(
                 f"    {e['id']}: {e['answer']!r}, truth {e['truth']!r}" for e in record["answers"]), flush=True)
-        if (done % config.save_every == 0 or stop) and done < total and machine.rank == 0:
-            save_state(state_folder, done, config, theta, optimizer, scaler, checksum)
         if stop and done < total:
             say(f"stopped after step {step}; the same command with --resume goes on from here")
             return 130
@@ -519,7 +520,6 @@ def main(argv=None):
 
     # ---- the result
     if machine.rank == 0:
-        save_state(state_folder, total, config, theta, optimizer, scaler, checksum)
         model.meta["steps"] = total
         model.save_pretrained(config.out, dtype=machine.dtype)
         plot_losses(config.out)
@@ -527,6 +527,7 @@ def main(argv=None):
     say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")
     if machine.world_size > 1:
         dist.barrier()
+        del wrapped                                      # else its destructor joins gloo's threads while it holds the GIL
         dist.destroy_process_group()
     return 0
 

@@ -4,8 +4,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, CLIPModel
 
 import toy
+from data import preprocess, whole_lines
+from model import LLaVA
 from toy import HELD_OUT, KINDS, PAIRS, SEEN, Scene, Thing
 
 
@@ -52,8 +56,8 @@ def test_answers_agree_with_the_boxes():
             "Is there a blue star?": "Yes, there is.",
             "Is there a blue circle?": "No, there is not.",
             "Where is the red ring?": "The red ring is at the bottom left.",
-            "Where is the blue star, seen from the red circle?": "Seen from the red circle, the blue star is to the right.",
-            "Where is the red circle, seen from the red ring?": "Seen from the red ring, the red circle is above."}.items():
+            "Seen from the red circle, where is the blue star?": "Seen from the red circle, the blue star is to the right.",
+            "Seen from the red ring, where is the red circle?": "Seen from the red ring, the red circle is above."}.items():
         assert said[question] == answer
     assert "What shape is the red thing?" not in said, "two red things: the question is ambiguous"
 
@@ -102,7 +106,7 @@ def test_the_llava_json_alternates_and_has_one_image_in_the_first_turn(small_wor
 
 def test_no_answer_is_a_safe_bet(small_world):
     """Each kind has 120 questions with its answers equally often, so a blind model stays at chance."""
-    rows = toy.read_lines(small_world / "questions_held_out.jsonl")
+    rows = whole_lines(small_world / "questions_held_out.jsonl")
     for kind in KINDS:
         said = [r["truth"] for r in rows if r["category"] == kind]
         assert len(said) == 120
@@ -112,7 +116,7 @@ def test_no_answer_is_a_safe_bet(small_world):
 
 def test_blind_and_shuffled_ask_the_same_questions(small_world):
     """They differ in the picture alone: absent, or another question's."""
-    read = lambda split: toy.read_lines(small_world / f"questions_{split}.jsonl")
+    read = lambda split: whole_lines(small_world / f"questions_{split}.jsonl")
     for held, blind, shuffled in zip(read("held_out"), read("blind"), read("shuffled")):
         assert {k: v for k, v in held.items() if k != "image"} == blind
         assert {**shuffled, "image": held["image"]} == held and shuffled["image"] != held["image"]
@@ -127,7 +131,7 @@ def test_every_new_pairs_question_is_decided_by_a_held_out_pair():
 
 def test_a_missing_answer_is_an_error_and_not_a_wrong_answer(small_world, tmp_path):
     answers = tmp_path / "answers.jsonl"
-    rows = toy.read_lines(small_world / "questions_blind.jsonl")
+    rows = whole_lines(small_world / "questions_blind.jsonl")
     toy.save_lines(answers, [{"question_id": r["question_id"], "text": r["truth"] + " "} for r in rows])
     assert toy.score(small_world / "questions_blind.jsonl", answers)[0]["all"] == 100
     toy.save_lines(answers, [{"question_id": r["question_id"], "text": r["truth"]} for r in rows[1:]])
@@ -139,24 +143,41 @@ def test_report_writes_results_and_a_picture(small_world, tmp_path):
     """`results.json` in percent by kind, and `report.png`, from answers of which half are right."""
     (tmp_path / "world").symlink_to(small_world)
     for split in toy.SPLITS:
-        rows = toy.read_lines(small_world / f"questions_{split}.jsonl")
+        rows = whole_lines(small_world / f"questions_{split}.jsonl")
         toy.save_lines(tmp_path / f"answers_{split}.jsonl", [
             {"question_id": r["question_id"], "text": r["truth"] if n % 2 else "No."} for n, r in enumerate(rows)])
     for stage in (1, 2):
         (tmp_path / f"stage{stage}").mkdir()
         toy.save_lines(tmp_path / f"stage{stage}" / "log.jsonl", [{"step": i, "loss": 2 / (i + 1)} for i in range(9)])
-    toy.main(["report", "--out", str(tmp_path), "--minutes", "world=0.1", "stage_1=0.5"])
+    toy.main(["report", "--out", str(tmp_path), "--minutes", "world=0.1", "stage1=0.5"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["held_out"]["all"] == 50 and set(results["blind"]) == {"all", *KINDS}
-    assert results["minutes"] == {"world": 0.1, "stage_1": 0.5}
+    assert results["minutes"] == {"world": 0.1, "stage1": 0.5}
     assert (tmp_path / "report.png").stat().st_size > 10000
 
 
-def test_the_language_model_reads_the_template_of_data_py():
-    """The shipped model was pretrained on chats as data.py renders and encodes them, token for token."""
-    from transformers import AutoTokenizer
-    from data import TEMPLATES, encode, render
-    tokenizer = AutoTokenizer.from_pretrained("toy_parts/llm")
-    turns = [("Is there a red circle?", "Yes, there is."), ("Where is it?", "The red circle is at the top left.")]
-    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]
-    assert toy.encode_chat(tokenizer, turns) == tuple(encode(render(said, TEMPLATES["llava_v0"]), tokenizer, []))
+def test_the_parts_can_be_rebuilt_and_assembled(tmp_path):
+    """What --vision and --llm take: a CLIP that trained on pictures of seen pairs, a language model that never saw one."""
+    for part in ("llm", "clip"):
+        toy.main(["pretrain", "--out", str(tmp_path), "--part", part, "--steps", "2"])
+    model = LLaVA.from_parts(str(tmp_path / "clip"), str(tmp_path / "llm"))
+    assert model.N == toy.GRID ** 2, "a cell is a patch"
+    scene = Scene((Thing("red", "star", (18, 2, 13, 13)),))
+    written = [model.tokenizer.decode(note).split() for note in toy.notes(scene, model.tokenizer)]
+    assert written[:2] == [[".", "1", "A"], ["large", "red", "star", "1", "B"]], "every word of a note is one token"
+    text = "Où est le cercle? 円"
+    assert model.tokenizer.decode(model.tokenizer.encode(text, add_special_tokens=False)) == text, "a byte-level BPE knows all"
+
+
+def test_the_shipped_clip_is_pretrained():
+    """The newcomer's run starts from it: it tells a picture's own caption from those of 63 others."""
+    clip = CLIPModel.from_pretrained("toy_parts/clip").eval()
+    tokenizer = AutoTokenizer.from_pretrained("toy_parts/clip")
+    some, rng = scenes(64, seed=11)
+    texts = [toy.caption(scene, rng, (True, True, "at the {0.place}")) for scene in some]
+    ids = [[toy.BOS, *tokenizer.encode(text, add_special_tokens=False), toy.PAD] for text in texts]
+    T = max(map(len, ids))
+    with torch.no_grad():
+        logits = clip(input_ids=torch.tensor([row + [toy.PAD] * (T - len(row)) for row in ids]),
+                      pixel_values=torch.stack([preprocess(toy.draw(s), toy.SIDE) for s in some])).logits_per_image
+    assert (logits.argmax(1) == torch.arange(64)).float().mean() > 0.5, "CLIP does not know its captions"

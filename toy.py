@@ -1,0 +1,605 @@
+"""A miniature world in which the whole paper runs on a laptop, offline: pictures, captions, boxes, teacher and parts.
+
+    python toy.py world    --out out/toy/world --seed 0     pictures, COCO files, LLaVA JSON for both stages, questions
+    python toy.py report   --out out/toy                    accuracies -> results.json, pictures and curves -> report.png
+    python toy.py pretrain --out toy_parts --part llm       rebuild a shipped part, llm or clip
+
+Between the first two stand the two stages of the paper and the answers (train.py, sample.py); runs/toy.sh has all of it.
+Everything in this file is OURS: the paper has no toy. What each piece stands in for:
+
+    the world               COCO: photographs, five captions and the boxes of each
+    the scripted teacher    GPT-4: it reads captions and boxes and writes the three response types (Sec. 3, Table 1).
+                            It is a script, no language model: it can only say what its templates say.
+    toy_parts/clip          CLIP ViT-L/14, contrastive on (picture, caption) pairs of this world
+    toy_parts/llm           Vicuna, trained on text alone. It never sees a picture.
+
+Some colour-shape pairs (HELD_OUT) are in no picture that any part trains on. The language model has read of them, as
+Vicuna has read of purple triangles. Whether the assembled model can see one is the composition test (`new_pairs`).
+"""
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AddedToken, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data import TEMPLATES, encode, preprocess, render, whole_lines
+from model import IGNORE, IMAGE
+
+COLOURS = {"red": (222, 45, 38), "orange": (250, 140, 30), "yellow": (240, 220, 40), "green": (50, 165, 70),
+           "blue": (45, 95, 215), "purple": (130, 50, 165), "pink": (245, 130, 190), "black": (35, 35, 35)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PAIRS = [(c, s) for c in COLOURS for s in SHAPES]
+HELD_OUT = [("red", "square"), ("orange", "circle"), ("yellow", "cross"), ("green", "star"),    # every colour once,
+            ("blue", "ring"), ("purple", "triangle"), ("pink", "square"), ("black", "circle")]  # every shape at most twice
+SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+GRID, CELL = 4, 16                       # things stand in the cells of a jittered grid; a cell is one CLIP patch, so N = 16
+SIDE = GRID * CELL                       # pictures are 64 x 64
+NUMBERS = ("zero", "one", "two", "three", "four")
+
+
+# ------------------------------------------------------------------------------------------------- scenes and pictures
+@dataclass(frozen=True)
+class Thing:
+    """One coloured shape, known only by what a COCO annotation says of it: a category ("red circle") and a box."""
+    colour: str
+    shape: str
+    box: tuple                           # (x, y, width, height) in pixels, as COCO writes it
+    paint: tuple = None                  # another RGB than the colour's own: only CLIP's pictures have such
+    paint: tuple = None                  # another RGB than the colour's own: only CLIP's pictures have such
+
+    @property
+    def pair(self): return self.colour, self.shape
+    @property
+    def name(self): return f"{self.colour} {self.shape}"
+    @property
+    def size(self): return "large" if self.box[2] > 11 else "small"
+    @property
+    def cell(self): return (self.box[1] + self.box[3] // 2) // CELL, (self.box[0] + self.box[2] // 2) // CELL
+    @property
+    def square(self): return f"{'ABCD'[self.cell[1]]} {self.cell[0] + 1}"
+    @property
+    def place(self): return f"{'top' if self.cell[0] < 2 else 'bottom'} {'left' if self.cell[1] < 2 else 'right'}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to four things in reading order, and the grey of the paper they lie on."""
+    things: tuple
+    grey: int = 235
+
+
+def sample_scene(rng, pairs=SEEN, must=None):
+    """A random scene of `pairs`; its first thing is one of `must`, if given.
+
+    Half of the scenes lean to one colour or shape, or counts above two and hard negatives would be rare.
+    """
+    theme = rng.choice([None] * 14 + list(COLOURS) + list(SHAPES))
+    chosen = []
+    for i in range(rng.choice((1, 2, 2, 3, 3, 4, 4))):
+        pool = must if must and i == 0 else [p for p in pairs if theme in p] if theme and rng.random() < 0.75 else pairs
+        chosen.append(rng.choice(pool))
+    things = []
+    for (colour, shape), cell in zip(chosen, rng.sample(range(GRID * GRID), len(chosen))):
+        side = rng.choice((9, 10, 13, 14))
+        slack = CELL - side - 1          # one pixel of air: a thing never touches its neighbour's cell
+        x, y = (CELL * at + 1 + rng.randint(0, slack - 1) for at in (cell % GRID, cell // GRID))
+        things.append(Thing(colour, shape, (x, y, side, side)))
+    return Scene(tuple(sorted(things, key=lambda t: t.cell)), rng.randint(215, 250))
+
+
+def outline(shape):
+    """The corners of a shape in the unit square, touching all four sides, so that a COCO box is exact."""
+    if shape == "star":
+        points = [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5)) for k, r in enumerate((1, .42) * 5)]
+        (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*points)]
+        return [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in points]
+    return {"square": [(0, 0), (1, 0), (1, 1), (0, 1)], "triangle": [(.5, 0), (1, 1), (0, 1)],
+            "cross": [(.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7),
+                      (.7, 1), (.3, 1), (.3, .7), (0, .7), (0, .3), (.3, .3)]}[shape]
+
+
+def draw(scene, scale=4):
+    """Scene -> 64 x 64 RGB picture, drawn `scale` times larger and averaged down, which is all its anti-aliasing."""
+    picture = Image.new("RGB", (SIDE * scale, SIDE * scale), (scene.grey,) * 3)
+    pen = ImageDraw.Draw(picture)
+    for t in scene.things:
+        x, y, w, h = (v * scale for v in t.box)
+        colour, frame = t.paint or COLOURS[t.colour], (x, y, x + w - 1, y + h - 1)
+        if t.shape == "circle":
+            pen.ellipse(frame, fill=colour)
+        elif t.shape == "ring":
+            pen.ellipse(frame, outline=colour, width=round(w * 0.24))
+        else:
+            pen.polygon([(x + u * (w - 1), y + v * (h - 1)) for u, v in outline(t.shape)], fill=colour)
+    return picture.reduce(scale)
+
+
+# ------------------------------------------------------------------------------------------- what people say of pictures
+def a(words): return ("an " if words[0] in "aeiou" else "a ") + words
+def listed(items): return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+def are(n, one, many): return f"is {NUMBERS[n]} {one}" if n == 1 else f"are {NUMBERS[n]} {many}"
+
+
+def caption(scene, rng, say=None):
+    """One caption. People leave things out: `say` tells whether size and colour, and how the place, are named."""
+    size, colour, place = say or (rng.random() < 0.5, rng.random() < 0.85, rng.choice(("", "at the {0.place}")))
+    said = [" ".join((a(" ".join([t.size] * size + [t.colour] * colour + [t.shape])), place.format(t))).strip()
+            for t in scene.things]
+    return rng.choice(("", "a picture of ", "there is ")) + listed(said) + "."
+
+
+def captions(scene, rng):
+    """Five captions, COCO's number."""
+    return [caption(scene, rng) for _ in range(5)]
+
+
+def description(scene):
+    """The detailed description: everything there is to say, in reading order."""
+    said = [f"{a(f'{t.size} {t.name}')} is at the {t.place}.".capitalize() for t in scene.things]
+    return " ".join([f"There {are(len(said), 'thing', 'things')} in the picture.", *said])
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str                            # colour, shape, count, existence, relation or place
+    text: str
+    answer: str                          # the whole answer: scored by exact match
+    value: str                           # what is asked for in it: "red", "two", "yes"; balanced within a kind
+    about: frozenset                     # the colour-shape pairs that decide it
+
+
+def direction(of, seen_from):
+    """left, right, above or below, by the longer way in cells; None on a diagonal, where people disagree."""
+    down, right = (p - q for p, q in zip(of.cell, seen_from.cell))
+    if abs(down) == abs(right): return None
+    return ("right" if right > 0 else "left") if abs(right) > abs(down) else ("below" if down > 0 else "above")
+
+
+def questions(scene, rng, pairs=SEEN):
+    """Every unambiguous question about a scene; "is there" asks only after `pairs`, so training never names HELD_OUT."""
+    things, out = scene.things, []
+    def ask(kind, texts, answer, value, about):
+        out.append(Question(kind, rng.choice(texts), answer, value, frozenset(about)))
+    def count(found, what, many):
+        n = len(found)
+        ask("count", (f"How many {many} are there?", f"How many {many} can you see?"),
+            f"There are no {many}." if n == 0 else f"There {are(n, what, many)}.", NUMBERS[n], [t.pair for t in found])
+    count(things, "thing", "things")
+    for value in (*COLOURS, *SHAPES):
+        found = [t for t in things if value in t.pair]
+        what = f"{value} thing" if value in COLOURS else value
+        count(found, what, what + ("es" if what == "cross" else "s"))
+        if len(found) == 1 and value in SHAPES:
+            ask("colour", (f"What colour is the {value}?", f"Which colour does the {value} have?"),
+                f"The {value} is {found[0].colour}.", found[0].colour, [found[0].pair])
+        elif len(found) == 1:
+            ask("shape", (f"What shape is the {what}?", f"Which shape does the {what} have?"),
+                f"The {what} is {a(found[0].shape)}.", found[0].shape, [found[0].pair])
+    here = [t.pair for t in things]
+    for pair in pairs:                   # a "no" must share a colour or a shape with something there, or it is too easy
+        if any(set(pair) & set(p) for p in here):
+            ask("existence", (f"Is there {a(' '.join(pair))}?", f"Can you see {a(' '.join(pair))}?"),
+                *(("Yes, there is.", "yes") if pair in here else ("No, there is not.", "no")), [pair])
+    single = [t for t in things if here.count(t.pair) == 1]
+    for t in single:
+        ask("place", (f"Where is the {t.name}?", f"Where in the picture is the {t.name}?"),
+            f"The {t.name} is at the {t.place}.", t.place, [t.pair])
+        for o in single:
+            if way := direction(t, o):
+                ask("relation", (f"Where is the {t.name}, seen from the {o.name}?",
+                                 f"Seen from the {o.name}, where is the {t.name}?"),
+                    f"Seen from the {o.name}, the {t.name} is {'to the ' * (way in ('left', 'right'))}{way}.", way,
+                    [t.pair, o.pair])
+    return out
+
+
+KINDS = ("colour", "shape", "count", "existence", "relation", "place")
+
+
+# ------------------------------------------------------------------------------------------------- the scripted teacher
+BRIEF = ("Describe the picture briefly.", "Give a short description of the picture.", "What is in the picture?",
+         "Summarize the picture.", "Write a short caption for the picture.")
+DETAIL = ("Describe the picture in detail.", "Give a detailed description of the picture.",
+          "What do you see? Leave nothing out.")
+
+
+def pick(some, rng):
+    """One of the questions: its kind drawn first, then the value, then the words, so that no answer is a safe bet.
+
+    Colours (by shape), places and relations are learnt last, so they are asked more often.
+    """
+    for key in ("kind", "value", "text"):
+        values = sorted({getattr(q, key) for q in some})
+        want = rng.choices(values, [{"colour": 3, "place": 2, "relation": 2}.get(v, 1) for v in values])[0]
+        some = [q for q in some if getattr(q, key) == want]
+    return some[0]
+
+
+def conversation(scene, rng, pairs=SEEN, turns=8):
+    """Multi-turn conversation: up to `turns` different questions and their answers."""
+    left, said = questions(scene, rng, pairs), []
+    for _ in range(min(rng.randint(1, turns), len(left))):
+        said.append(pick(left, rng))
+        left.remove(said[-1])
+    return [(q.text, q.answer) for q in said]
+
+
+def reasoning(scene, rng):
+    """Complex reasoning: the answer first names what it looks at, then concludes."""
+    things, rows = scene.things, []
+    value = rng.choice([v for t in things for v in t.pair])
+    what = f"{value} thing" if value in COLOURS else value
+    n, k = len(things), sum(value in t.pair for t in things)
+    rows.append((f"If every {what} were taken away, how many things would be left?",
+                 f"There {are(n, 'thing', 'things')}. Taking away {NUMBERS[k]} leaves {NUMBERS[n - k]}."))
+    for attribute, many in (("colour", "have the same colour"), ("shape", "have the same shape")):
+        values = sorted({getattr(t, attribute) for t in things})
+        said = f"I see {listed([a(t.name) for t in things])}."
+        so = "So yes, they do." if len(values) == 1 else "So no, they do not."
+        rows.append((f"Do all things {many}?", f"{said} {so}"))
+    single = [t for t in things if sum(o.pair == t.pair for o in things) == 1]
+    if len(single) > 1:
+        t, o = rng.sample(single, 2)
+        ways = [w for w, go in (("up", o.cell[0] < t.cell[0]), ("down", o.cell[0] > t.cell[0]),
+                                ("left", o.cell[1] < t.cell[1]), ("right", o.cell[1] > t.cell[1])) if go]
+        rows += [(f"How do I get from the {t.name} to the {o.name}?",
+                  f"The {t.name} is at the {t.place} and the {o.name} is at the {o.place}. So go {listed(ways)}.")] * 2
+    return [rng.choice(rows)]
+
+
+def teacher(kind, scene, rng, pairs=SEEN):
+    """The scripted teacher (no language model): a response type of Sec. 3 and annotations -> [(question, answer), ...]."""
+    if kind == "conversation": return conversation(scene, rng, pairs)
+    if kind == "detail": return [(rng.choice(DETAIL), description(scene))]
+    if kind == "complex": return reasoning(scene, rng)
+    if kind == "brief": return [(rng.choice(BRIEF), caption(scene, rng))]
+    raise ValueError(f"no response type {kind!r}: conversation, detail, complex or brief")
+
+
+# --------------------------------------------------------------------------------- the shipped parts: CLIP, LLM, tokenizer
+TEMPLATE = TEMPLATES["llava_v0"]
+BOS, EOS, PAD = 1, 2, 3                  # ids of <s>, </s>, <pad>; <unk> is 0 as in LLaMA, though byte-level BPE has none
+
+
+def notes(scene, tokenizer):
+    """The scene in writing, for a reader without eyes: a note per cell, in reading order, as lists of word ids.
+
+    A note is a bag of words: size, colour and shape (or "." where nothing lies), row "1" to "4", column "A" to "D".
+    """
+    words = {t.cell: (t.size, t.colour, t.shape) for t in scene.things}
+    cells = [(row, column) for row in range(GRID) for column in range(GRID)]
+    return [[tokenizer.encode(" " + word, add_special_tokens=False)[0]
+             for word in (*words.get(cell, "."), "1234"[cell[0]], "ABCD"[cell[1]])] for cell in cells]
+
+
+def build_tokenizer(rng):
+    """Byte-level BPE, trained until every word of the world is one token."""
+    texts = [f"{TEMPLATE.first}{question}{TEMPLATE.reply} {answer}{TEMPLATE.STOP}"
+             for kind in ("conversation", "brief", "detail", "complex") * 2000
+             for question, answer in teacher(kind, sample_scene(rng, PAIRS), rng, PAIRS)]
+    bpe = Tokenizer(models.BPE())
+    words = Regex(r" ?[A-Za-z]+| ?\d+|#+| ?[^\sA-Za-z\d#]+|\s")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts + [" . 1 2 3 4 in A B C D"] * 100, trainers.BpeTrainer(
+        vocab_size=1600, min_frequency=20, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"], show_progress=False))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                   pad_token="<pad>", model_max_length=1024, clean_up_tokenization_spaces=False)
+
+
+def schedule(optimizer, lr, done):
+    """Linear warm-up over the first 3%, then cosine, by the share of the work that is done."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, done / 0.03 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def chats(tokenizer, rng, done, n=200, tokens=2000):
+    """`n` chats about written scenes, as batches of about `tokens` tokens: (input_ids, labels, notes).
+
+    Where LLaVA has a picture, <image> stands for the 16 notes. All pairs occur, HELD_OUT too. A curriculum: scenes of few
+    things first; the system message, the same everywhere, mostly left out until 70% are done.
+    """
+    samples = []
+    while len(samples) < n:
+        scene = sample_scene(rng, PAIRS)
+        if len(scene.things) > 1 + 400 * done: continue
+        kind = rng.choices(("conversation", "brief", "detail", "complex"), (12, 2, 2, 1))[0]
+        turns = [{"from": who, "value": text} for turn in teacher(kind, scene, rng, PAIRS)
+                 for who, text in zip(("human", "gpt"), turn)]
+        turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
+        template = TEMPLATE._replace(first="Human: ") if done < 0.7 and rng.random() < 0.9 else TEMPLATE
+        samples.append((*encode(render(turns, template), tokenizer, [GRID * GRID]), notes(scene, tokenizer)))
+    samples.sort(key=lambda sample: len(sample[0]))
+    pad = lambda rows, value: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    batches = []
+    while samples:
+        size = max(1, tokens // len(samples[-1][0]))
+        ids, labels, written = zip(*samples[-size:])
+        del samples[-size:]
+        batches.append((pad(ids, PAD), pad(labels, IGNORE), pad([cell for scene in written for cell in scene], PAD)))
+    rng.shuffle(batches)
+    return batches
+
+
+def pretrain_llm(tokenizer, rng, steps, lr=2e-3):
+    """A small Llama on text alone, with the answer-only loss of Eq. (3): it learns to look things up in written scenes.
+
+    A note enters as the sum of its words' embeddings over the root of their number: what it says lies in the space of word
+    embeddings, where stage 1 puts W Z_v.
+    """
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=image_id, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
+        max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=True,
+        initializer_range=0.08))         # the usual 0.02 is for widths in the thousands: a small model hardly starts to learn
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    embed, pool, start = model.get_input_embeddings(), [], time.time()
+    for step in range(steps):
+        schedule(optimizer, lr, step / steps)
+        pool = pool or chats(tokenizer, rng, step / steps)
+        ids, labels, written = pool.pop()
+        there = (written != PAD)[..., None]                                     # (B N, words, 1)
+        H_v = (embed(written) * there).sum(1) / there.sum(1).sqrt()             # (B N, D)
+        is_note = ids == image_id
+        H = embed(ids.masked_fill(is_note, PAD)).masked_scatter(is_note[..., None], H_v)      # (B, T, D)
+        h, scored = model.model(inputs_embeds=H).last_hidden_state[:, :-1], labels[:, 1:] != IGNORE
+        loss = torch.nn.functional.cross_entropy(model.lm_head(h[scored]), labels[:, 1:][scored])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"llm  step {step + 1:5d}  loss {loss.item():.4f}  {time.time() - start:6.0f} s", flush=True)
+    return model.eval()
+
+
+def siblings(rng, n=4):
+    """n pictures and captions that differ in colours, shapes or places alone: what CLIP learns most from.
+
+    Most of the shape siblings are painted in any RGB, their colours left unsaid, so that a shape is learnt apart from
+    eight colours. A paint is never nearest to a colour that is held out with that shape.
+    """
+    scene, vary = sample_scene(rng), rng.choice(("colour", "shape", "shape", "place"))
+    painted = vary == "shape" and rng.random() < 0.7
+    say = (rng.random() < 0.5, vary == "colour" or not painted and rng.random() < 0.5,
+           rng.choice(("", "at the {0.place}", "in {0.square}")) if vary != "place" else "in {0.square}")
+    for _ in range(n):
+        things = []
+        cells = rng.sample(range(GRID * GRID), len(scene.things))
+        for t, cell in zip(scene.things, cells):
+            pair, box, paint = t.pair, t.box, None
+            if vary == "place":
+                box = (cell % GRID * CELL + box[0] % CELL, cell // GRID * CELL + box[1] % CELL, *box[2:])
+            else:
+                kept = 0 if vary == "shape" else 1
+                pair = rng.choice([p for p in SEEN if p[kept] == t.pair[kept]])
+            while painted:
+                paint = tuple(rng.randint(0, 255) for _ in range(3))
+                apart = {name: sum(abs(p - q) for p, q in zip(paint, rgb)) for name, rgb in COLOURS.items()}
+                if min(paint) < 160 and (min(apart, key=apart.get), pair[1]) in SEEN: break
+            things.append(Thing(*pair, box, paint))
+        sibling = Scene(tuple(sorted(things, key=lambda t: t.cell)), rng.randint(215, 250))
+        yield sibling, caption(sibling, rng, say)
+
+
+def pretrain_clip(tokenizer, rng, steps, lr=1e-3, batch=128):
+    """A small CLIP, contrastive on pictures and captions of SEEN pairs, drawn as it goes."""
+    size = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "initializer_factor": 2.5}
+    model = CLIPModel(CLIPConfig(
+        projection_dim=128, vision_config={**size, "num_hidden_layers": 4, "image_size": SIDE, "patch_size": CELL},
+        # CLIPTextModel pools at the first eos_token_id; 2 would mean "the largest id" (an old bug that transformers keeps
+        # for old folders), so a text ends where its padding starts, and each text has at least one.
+        text_config={**size, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 64,
+                     "bos_token_id": BOS, "eos_token_id": PAD, "pad_token_id": PAD}))
+    model.vision_model.embeddings.position_embedding.weight.data *= 4       # else a patch soon forgets where it lies
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    start = time.time()
+    for step in range(steps):
+        schedule(optimizer, lr, step / steps)
+        scenes, texts = zip(*(pair for _ in range(batch // 4) for pair in siblings(rng)))
+        texts = [[BOS, *tokenizer.encode(text, add_special_tokens=False), PAD] for text in texts]
+        T = max(map(len, texts))
+        out = model(input_ids=torch.tensor([t + [PAD] * (T - len(t)) for t in texts]),
+                    pixel_values=torch.stack([preprocess(draw(scene), SIDE) for scene in scenes]), return_loss=True)
+        optimizer.zero_grad()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"clip step {step + 1:5d}  loss {out.loss.item():.4f}  {time.time() - start:6.0f} s", flush=True)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+def save_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def save_coco(folder, split, scenes, first_id, rng):
+    """Pictures and the two annotation files in COCO's own format; returns {image id: scene}."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    numbered = dict(enumerate(scenes, first_id))
+    images = [{"id": i, "file_name": f"{i:012d}.png", "width": SIDE, "height": SIDE} for i in numbered]
+    said, boxes = [], []
+    for image, scene in zip(images, scenes):
+        draw(scene).save(folder / "images" / image["file_name"])
+        for text in captions(scene, rng):
+            said.append({"id": first_id * 10 + len(said), "image_id": image["id"], "caption": text})
+        for t in scene.things:
+            boxes.append({"id": first_id * 10 + len(boxes), "image_id": image["id"], "category_id": 1 + PAIRS.index(t.pair),
+                          "bbox": list(t.box), "area": t.box[2] * t.box[3], "iscrowd": 0, "segmentation": []})
+    categories = [{"id": 1 + k, "name": " ".join(pair), "supercategory": pair[1]} for k, pair in enumerate(PAIRS)]
+    save_json(folder / "annotations" / f"captions_{split}.json", {"images": images, "annotations": said})
+    save_json(folder / "annotations" / f"instances_{split}.json",
+              {"images": images, "annotations": boxes, "categories": categories})
+    return numbered
+
+
+def read_coco(instances):
+    """{image id: Scene} from an `instances_*.json`: all that the scripted teacher may know of a picture."""
+    coco, found = json.loads(Path(instances).read_text()), {}
+    names = {c["id"]: c["name"].split() for c in coco["categories"]}
+    for b in coco["annotations"]:
+        found.setdefault(b["image_id"], []).append(Thing(*names[b["category_id"]], tuple(b["bbox"])))
+    return {i: Scene(tuple(sorted(things, key=lambda t: t.cell))) for i, things in found.items()}
+
+
+def llava(kind, image_id, turns, rng):
+    """One sample of LLaVA JSON; the picture stands before or after the first question at random: Eq. (2)."""
+    first = f"<image>\n{turns[0][0]}" if rng.random() < 0.5 else f"{turns[0][0]}\n<image>"
+    said = [first] + [text for turn in turns for text in turn][1:]
+    return {"id": f"{image_id:012d}-{kind}", "image": f"{image_id:012d}.png", "conversations": [
+        {"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(said)]}
+
+
+def exam(rng, per_kind, new):
+    """Scenes and (scene number, question) pairs: `per_kind` of each kind, the answers of a kind equally often.
+
+    `new`: every question is decided by a pair of HELD_OUT; otherwise none is.
+    """
+    ways = {"colour": len(COLOURS), "shape": len(SHAPES), "existence": 2, "relation": 4, "place": 4,
+            "count": 4 if new else 5}    # one to four; "none" is decided by no pair
+    scenes, asked, have = [], [], {}
+    while len(asked) < per_kind * len(KINDS):
+        scene = sample_scene(rng, PAIRS if new else SEEN, HELD_OUT if new else None)
+        fit = [q for q in questions(scene, rng, PAIRS if new else SEEN)
+               if have.get((q.kind, q.value), 0) < per_kind // ways[q.kind] and (not new or q.about & set(HELD_OUT))]
+        if fit:
+            kind = rng.choice(sorted({q.kind for q in fit}))
+            question = rng.choice([q for q in fit if q.kind == kind])
+            have[kind, question.value] = have.get((kind, question.value), 0) + 1
+            asked.append((len(scenes), question))
+            scenes.append(scene)
+    return scenes, asked
+
+
+def world(args):
+    """Draw the world and let the scripted teacher write: pictures, COCO files, both stages' data, four sets of questions."""
+    out, rng = Path(args.out), random.Random(args.seed)
+    train = save_coco(out, "train", [sample_scene(rng) for _ in range(args.pictures)], 1, rng)
+    save_json(out / "stage1.json", [llava("brief", i, teacher("brief", s, rng), rng) for i, s in train.items()])
+    kinds = ("conversation", "detail", "complex")
+    told = [(rng.choices(kinds, (8, 1, 2))[0], i, s) for i, s in train.items()]    # Sec. 3 has them 58 : 23 : 77
+    save_json(out / "instruct.json", [llava(kind, i, teacher(kind, s, rng), rng) for kind, i, s in told])
+    first_id = args.pictures + 1
+    for split in ("held_out", "new_pairs"):
+        scenes, asked = exam(rng, args.questions, new=split == "new_pairs")
+        save_coco(out, split, scenes, first_id, rng)
+        rows = [{"question_id": f"{split}-{n}", "image": f"{first_id + k:012d}.png", "text": q.text, "category": q.kind,
+                 "truth": q.answer} for n, (k, q) in enumerate(asked)]
+        first_id += len(scenes)
+        save_lines(out / f"questions_{split}.jsonl", rows)
+        if split == "held_out":          # the same questions without a picture, and each with a picture of another question
+            save_lines(out / "questions_blind.jsonl", [{k: v for k, v in r.items() if k != "image"} for r in rows])
+            moved = rows[len(rows) // 2:] + rows[:len(rows) // 2]
+            save_lines(out / "questions_shuffled.jsonl", [{**r, "image": m["image"]} for r, m in zip(rows, moved)])
+    print(f"{out}: {len(train)} pictures to train on, {args.questions * len(KINDS)} questions each: held_out, new_pairs, "
+          "blind, shuffled. The texts are a scripted teacher's.")
+
+
+def save_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SPLITS = ("held_out", "new_pairs", "blind", "shuffled")
+
+
+def score(questions_file, answers_file):
+    """Percent of whole answers that are exactly the truth: all, then by kind; and the rows, for the report."""
+    said = {row["question_id"]: row["text"].strip() for row in whole_lines(answers_file)}
+    rows = whole_lines(questions_file)
+    missing = [row["question_id"] for row in rows if row["question_id"] not in said]
+    if missing:
+        raise ValueError(f"{answers_file}: {len(missing)} of {len(rows)} questions of {questions_file} have no answer, "
+                         f"e.g. {missing[0]}; run sample.py on that file again")
+    rows = [{**row, "answer": said[row["question_id"]], "right": said[row["question_id"]] == row["truth"]} for row in rows]
+    percent = lambda some: round(100 * sum(row["right"] for row in some) / len(some), 1)
+    return {"all": percent(rows), **{k: percent([r for r in rows if r["category"] == k]) for k in KINDS}}, rows
+
+
+def report(args):
+    """Accuracies -> results.json and the terminal; pictures with answers, and both loss curves -> report.png."""
+    out, results, rows = Path(args.out), {}, {}
+    for split in SPLITS:
+        results[split], rows[split] = score(out / "world" / f"questions_{split}.jsonl", out / f"answers_{split}.jsonl")
+        print(f"{split:10s} " + "  ".join(f"{k} {v:5.1f}" for k, v in results[split].items()))
+    results["minutes"] = {phase: float(m) for phase, m in (pair.split("=") for pair in args.minutes)}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(13, 10.5), layout="constrained")
+    grid = figure.add_gridspec(4, 6, height_ratios=(1, 1, 1, 1.15))
+    for k, kind in enumerate(KINDS):     # three questions a kind, as many of them wrong as there are wrong ones, up to one
+        some = sorted((r for r in rows["held_out"] if r["category"] == kind), key=lambda r: r["right"])
+        some = some[:1] + [r for r in some if r["right"]][:2]
+        for line, row in enumerate(some[:3]):
+            ax = figure.add_subplot(grid[line, k])
+            ax.imshow(Image.open(out / "world" / "images" / row["image"]), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(f"{row['text']}\n{row['answer']}\n{'right' if row['right'] else 'wrong: ' + row['truth']}",
+                         fontsize=7.5, color="darkgreen" if row["right"] else "firebrick")
+    for stage in (1, 2):
+        ax = figure.add_subplot(grid[3, 3 * stage - 3:3 * stage])
+        log = [row for row in whole_lines(out / f"stage{stage}" / "log.jsonl") if "loss" in row]
+        ax.semilogy([row["step"] for row in log], [row["loss"] for row in log], lw=0.8)
+        ax.set(title=f"stage {stage}: training loss", xlabel="step")
+    figure.suptitle("held-out {held_out[all]} %   new pairs {new_pairs[all]} %   blind {blind[all]} %   shuffled "
+                    "{shuffled[all]} %".format(**results))
+    figure.savefig(out / "report.png", dpi=110)
+    print(f"wrote {out / 'results.json'} and {out / 'report.png'}")
+
+
+def pretrain(args):
+    """Rebuild a shipped part: `llm` (text alone) or `clip` (pictures of SEEN pairs, and captions)."""
+    torch.manual_seed(args.seed)
+    out, rng, start = Path(args.out) / args.part, random.Random(args.seed), time.time()
+    tokenizer = build_tokenizer(rng)
+    tokenizer.save_pretrained(out)
+    build, steps = {"llm": (pretrain_llm, 5000), "clip": (pretrain_clip, 2000)}[args.part]
+    build(tokenizer, rng, args.steps or steps).save_pretrained(out)
+    print(f"{out}: {(time.time() - start) / 60:.1f} minutes on {torch.get_num_threads()} threads")
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, run in (("world", world), ("report", report), ("pretrain", pretrain)):
+        sub = commands.add_parser(command, help=run.__doc__, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--out", required=True)
+        if command == "report":
+            sub.add_argument("--minutes", nargs="*", default=[], metavar="PHASE=MINUTES", help="copied into results.json")
+            continue
+        sub.add_argument("--seed", type=int, default=0)
+        if command == "world":
+            sub.add_argument("--pictures", type=int, default=8000, help="pictures to train on")
+            sub.add_argument("--questions", type=int, default=120, help="questions of each kind in each set")
+        else:
+            sub.add_argument("--part", choices=["llm", "clip"], required=True)
+            sub.add_argument("--steps", type=int, help="fewer, to try it")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
