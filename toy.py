@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import random
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -542,19 +543,18 @@ def report(args):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(13, 10.5), layout="constrained")
-    grid = figure.add_gridspec(4, 6, height_ratios=(1, 1, 1, 1.15))
-    for k, kind in enumerate(KINDS):     # three questions a kind, as many of them wrong as there are wrong ones, up to one
+    figure = plt.figure(figsize=(13, 11.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 1))
+    grid = above.subplots(3, len(KINDS))
+    for column, kind in zip(grid.T, KINDS):       # three questions a kind; where some are wrong, one of the three is
         some = sorted((r for r in rows["held_out"] if r["category"] == kind), key=lambda r: r["right"])
-        some = some[:1] + [r for r in some if r["right"]][:2]
-        for line, row in enumerate(some[:3]):
-            ax = figure.add_subplot(grid[line, k])
+        for ax, row in zip(column, some[:1] + [r for r in some[1:] if r["right"]][:2]):
             ax.imshow(Image.open(out / "world" / "images" / row["image"]), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            ax.set_title(f"{row['text']}\n{row['answer']}\n{'right' if row['right'] else 'wrong: ' + row['truth']}",
-                         fontsize=7.5, color="darkgreen" if row["right"] else "firebrick")
-    for stage in (1, 2):
-        ax = figure.add_subplot(grid[3, 3 * stage - 3:3 * stage])
+            verdict = "right" if row["right"] else f"wrong: {row['truth']}"
+            ax.set_title("\n".join(textwrap.fill(text, 30) for text in (row["text"], row["answer"], verdict)),
+                         fontsize=8, color="darkgreen" if row["right"] else "firebrick")
+    for stage, ax in zip((1, 2), below.subplots(1, 2)):
         log = [row for row in whole_lines(out / f"stage{stage}" / "log.jsonl") if "loss" in row]
         ax.semilogy([row["step"] for row in log], [row["loss"] for row in log], lw=0.8)
         ax.set(title=f"stage {stage}: training loss", xlabel="step")
