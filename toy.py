@@ -32,7 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import TEMPLATES, encode, preprocess, render, whole_lines
+from data import TEMPLATES, brief_instructions, encode, preprocess, render, whole_lines
 from model import IGNORE, IMAGE
 
 COLOURS = {"red": (222, 45, 38), "orange": (250, 140, 30), "yellow": (240, 220, 40), "green": (50, 165, 70),
@@ -54,7 +54,6 @@ class Thing:
     colour: str
     shape: str
     box: tuple                           # (x, y, width, height) in pixels, as COCO writes it
-    paint: tuple = None                  # another RGB than the colour's own: only CLIP's pictures have such
     paint: tuple = None                  # another RGB than the colour's own: only CLIP's pictures have such
 
     @property
@@ -151,18 +150,11 @@ def description(scene):
 
 @dataclass(frozen=True)
 class Question:
-    kind: str                            # colour, shape, count, existence, relation or place
+    kind: str                            # one of KINDS, or "in short ...": a list of look-ups
     text: str
     answer: str                          # the whole answer: scored by exact match
     value: str                           # what is asked for in it: "red", "two", "yes"; balanced within a kind
     about: frozenset                     # the colour-shape pairs that decide it
-
-
-def direction(of, seen_from):
-    """left, right, above or below, by the longer way in cells; None on a diagonal, where people disagree."""
-    down, right = (p - q for p, q in zip(of.cell, seen_from.cell))
-    if abs(down) == abs(right): return None
-    return ("right" if right > 0 else "left") if abs(right) > abs(down) else ("below" if down > 0 else "above")
 
 
 def questions(scene, rng, pairs=SEEN):
@@ -174,32 +166,48 @@ def questions(scene, rng, pairs=SEEN):
         n = len(found)
         ask("count", (f"How many {many} are there?", f"How many {many} can you see?"),
             f"There are no {many}." if n == 0 else f"There {are(n, what, many)}.", NUMBERS[n], [t.pair for t in found])
+    def in_short(what, facts, about=()):     # telegraphic lists in any order: the word that is looked up comes right after
+        facts = rng.sample(facts, min(6, len(facts)))
+        if facts: ask(f"in short {what}", (f"In short, {what}?",), ", ".join(facts) + ".", " ".join(facts), about)
     count(things, "thing", "things")
+    colours, shapes, counts, absent = [], [], [f"thing {NUMBERS[len(things)]}"], []
     for value in (*COLOURS, *SHAPES):
         found = [t for t in things if value in t.pair]
         what = f"{value} thing" if value in COLOURS else value
         count(found, what, what + ("es" if what == "cross" else "s"))
+        (counts if found else absent).append(f"{value} {NUMBERS[len(found)]}")
         if len(found) == 1 and value in SHAPES:
             ask("colour", (f"What colour is the {value}?", f"Which colour does the {value} have?"),
                 f"The {value} is {found[0].colour}.", found[0].colour, [found[0].pair])
+            colours.append(f"{value} {found[0].colour}")
         elif len(found) == 1:
             ask("shape", (f"What shape is the {what}?", f"Which shape does the {what} have?"),
                 f"The {what} is {a(found[0].shape)}.", found[0].shape, [found[0].pair])
-    here = [t.pair for t in things]
+            shapes.append(f"{value} {found[0].shape}")
+    in_short("how many are there", counts + rng.sample(absent, 2))
+    here, there, absent, sides = [t.pair for t in things], [], [], []
     for pair in pairs:                   # a "no" must share a colour or a shape with something there, or it is too easy
         if any(set(pair) & set(p) for p in here):
             ask("existence", (f"Is there {a(' '.join(pair))}?", f"Can you see {a(' '.join(pair))}?"),
                 *(("Yes, there is.", "yes") if pair in here else ("No, there is not.", "no")), [pair])
+            (there if pair in here else absent).append(f"{' '.join(pair)} {out[-1].value}")
     single = [t for t in things if here.count(t.pair) == 1]
     for t in single:
         ask("place", (f"Where is the {t.name}?", f"Where in the picture is the {t.name}?"),
             f"The {t.name} is at the {t.place}.", t.place, [t.pair])
         for o in single:
-            if way := direction(t, o):
-                ask("relation", (f"Where is the {t.name}, seen from the {o.name}?",
-                                 f"Seen from the {o.name}, where is the {t.name}?"),
-                    f"Seen from the {o.name}, the {t.name} is {'to the ' * (way in ('left', 'right'))}{way}.", way,
-                    [t.pair, o.pair])
+            ways = [(("above", "level", "below"), ("left", "level", "right"))[axis][1 + (p > q) - (p < q)]
+                    for axis, (p, q) in enumerate(zip(t.cell, o.cell))]
+            if t is not o: sides.append(f"{t.name} {o.name} {' '.join(ways)}")
+            for way, choice in zip(ways, ("above or below", "left or right of")):
+                if way != "level":
+                    ask("relation", (f"Is the {t.name} {choice} the {o.name}?",),
+                        f"The {t.name} is {way}{' of' * ('of' in choice)} the {o.name}.", way, [t.pair, o.pair])
+    in_short("what colour is what", colours)
+    in_short("what shape is what", shapes)
+    in_short("what is where", [f"{t.name} {t.place}" for t in single])
+    in_short("what is there", there + rng.sample(absent, min(len(absent), len(there))))
+    in_short("what is on which side of what", sides)
     return out
 
 
@@ -207,20 +215,14 @@ KINDS = ("colour", "shape", "count", "existence", "relation", "place")
 
 
 # ------------------------------------------------------------------------------------------------- the scripted teacher
-BRIEF = ("Describe the picture briefly.", "Give a short description of the picture.", "What is in the picture?",
-         "Summarize the picture.", "Write a short caption for the picture.")
 DETAIL = ("Describe the picture in detail.", "Give a detailed description of the picture.",
           "What do you see? Leave nothing out.")
 
 
 def pick(some, rng):
-    """One of the questions: its kind drawn first, then the value, then the words, so that no answer is a safe bet.
-
-    Colours (by shape), places and relations are learnt last, so they are asked more often.
-    """
+    """One of the questions: its kind drawn first, then the value, then the words, so that no answer is a safe bet."""
     for key in ("kind", "value", "text"):
-        values = sorted({getattr(q, key) for q in some})
-        want = rng.choices(values, [{"colour": 3, "place": 2, "relation": 2}.get(v, 1) for v in values])[0]
+        want = rng.choice(sorted({getattr(q, key) for q in some}))
         some = [q for q in some if getattr(q, key) == want]
     return some[0]
 
@@ -262,7 +264,7 @@ def teacher(kind, scene, rng, pairs=SEEN):
     if kind == "conversation": return conversation(scene, rng, pairs)
     if kind == "detail": return [(rng.choice(DETAIL), description(scene))]
     if kind == "complex": return reasoning(scene, rng)
-    if kind == "brief": return [(rng.choice(BRIEF), caption(scene, rng))]
+    if kind == "brief": return [(rng.choice(brief_instructions()), caption(scene, rng))]
     raise ValueError(f"no response type {kind!r}: conversation, detail, complex or brief")
 
 
@@ -474,11 +476,14 @@ def exam(rng, per_kind, new):
     """
     ways = {"colour": len(COLOURS), "shape": len(SHAPES), "existence": 2, "relation": 4, "place": 4,
             "count": 4 if new else 5}    # one to four; "none" is decided by no pair
+    if uneven := [kind for kind, n in ways.items() if per_kind % n]:
+        raise ValueError(f"{per_kind} questions of each kind do not divide evenly among the answers of {', '.join(uneven)}; "
+                         f"take a multiple of {math.lcm(*ways.values())}")
     scenes, asked, have = [], [], {}
     while len(asked) < per_kind * len(KINDS):
         scene = sample_scene(rng, PAIRS if new else SEEN, HELD_OUT if new else None)
-        fit = [q for q in questions(scene, rng, PAIRS if new else SEEN)
-               if have.get((q.kind, q.value), 0) < per_kind // ways[q.kind] and (not new or q.about & set(HELD_OUT))]
+        fit = [q for q in questions(scene, rng, PAIRS if new else SEEN) if q.kind in KINDS
+               and have.get((q.kind, q.value), 0) < per_kind // ways[q.kind] and (not new or q.about & set(HELD_OUT))]
         if fit:
             kind = rng.choice(sorted({q.kind for q in fit}))
             question = rng.choice([q for q in fit if q.kind == kind])
