@@ -222,7 +222,8 @@ def ask(base_url, body, timeout=120):
         reply = session.post(url, json=body, timeout=(10, timeout), headers={"Authorization": f"Bearer {key}"} if key else {})
     except requests.Timeout as error:
         raise TryAgain("timeout") from error
-    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError,
+            requests.exceptions.ContentDecodingError) as error:
         raise TryAgain("connection lost") from error
     except requests.RequestException as error:           # no address, a wrong scheme, ...
         raise ValueError(f"{url}: {error}") from error
@@ -265,25 +266,27 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
     requests and `tpm` tokens a minute are sent (0: no limit). Returns [(job, reason)] of those that failed to the end.
     Whatever ends the run (ValueError from `ask`, Ctrl-C), replies that are on their way are waited for and kept.
     """
-    jobs, later, running, failed, seen, free_at = iter(jobs), [], {}, [], set(), 0.0
+    jobs, left, later, running, failed, seen, free_at = iter(jobs), True, [], {}, [], set(), 0.0
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
                 while len(running) < workers and time.monotonic() >= free_at:
                     if later and later[0][0] <= time.monotonic():
                         _, _, attempt, entry = heapq.heappop(later)
-                    elif (entry := next(jobs, None)) is None:
-                        break
-                    else:
+                    elif left and (entry := next(jobs, None)):
                         attempt = 1
+                    else:
+                        left = False
+                        break
                     running[pool.submit(ask, entry[0])] = attempt, entry
                     free_at = max(free_at, time.monotonic()) + 60 * max(1 / rpm if rpm else 0, entry[1] / tpm if tpm else 0)
-                if not running and not later:
+                if not (left or later or running):
                     return failed
-                next_at = max(free_at, later[0][0] if later and len(running) < workers else 0.0)
-                pause = max(0.001, next_at - time.monotonic()) if next_at > time.monotonic() else None
+                pause = None             # until something ends, or until the next request may go
+                if len(running) < workers and (left or later):
+                    pause = max(0.0, free_at - time.monotonic(), 0.0 if left else later[0][0] - time.monotonic())
                 if not running:
-                    time.sleep(pause or 0.0)
+                    time.sleep(pause)
                 for future in wait(running, pause, FIRST_COMPLETED).done if running else ():
                     attempt, entry = running.pop(future)
                     try:
@@ -372,7 +375,7 @@ class Reject(Exception):
     """Why a reply is no record; the reason is what it is counted under."""
 
 
-LABEL = re.compile(r"^[^\w\n]*(?:\d+\s*[.)]\W*)?(question|answer|q|a)\s*\d*\W{0,3}[:：]\W*?(?=\S|\n|$)", re.IGNORECASE | re.MULTILINE)
+LABEL = re.compile(r"^[^\w\n]*(?:\d+\s*[.)]\W*)?(question|answer|q|a)\s*\d*\W{0,3}[:：]", re.IGNORECASE | re.MULTILINE)
 
 
 def parse(kind, text):
@@ -389,7 +392,8 @@ def parse(kind, text):
         turns = [(None, answer)] if answer else []
     else:
         if len(pieces) == 1:                             # labels in another language, or none: the separators must do
-            said = [clean(re.sub(r"^\W*[^\W\d_]+\s*[:：]\s*", "", part.strip())) for part in re.split(r"(?m)^\s*={3,}\s*$", text)]
+            parts = re.split(r"(?m)^\s*={3,}\s*$", text)
+            said = [clean(re.sub(r"^\W*[^\W\d_]+\s*[:：]\s*", "", part.strip())) for part in parts]
             pieces = [""] + [x for i, part in enumerate(filter(None, said)) for x in ("qa"[i % 2], part)]
         turns, question = [], ""
         for label, part in zip(pieces[1::2], map(clean, pieces[2::2])):
@@ -406,24 +410,27 @@ def parse(kind, text):
 
 SPEAKS_OF = {                            # OURS: the released project does not say how bad replies were found
     "speaks of its context": re.compile(
-        r"\bcaptions?\b|\bbounding box(es)?\b|\bcoordinates?\b|\b(based on|according to|from) the (description|sentences|text)s?\b"
+        r"\bcaptions?\b|\bbounding box(es)?\b|\bcoordinates?\b"
+        r"|\b(based on|according to|from) the (description|sentences|text)s?\b"
         r"|\b(provided|given|above|following) (text|description|sentence|information|context|list|data)s?\b"
         r"|[\[(]\s*[01]?\.\d+\s*,", re.IGNORECASE),
     "refuses": re.compile(r"\b(as an? (ai|language model|text)|i('m| am) (sorry|unable)|i (cannot|can't|can not) "
                           r"(see|view|assist|help|fulfill|provide|answer)|cannot be (determined|answered))\b", re.IGNORECASE),
     "names the image token": re.compile(re.escape(IMAGE))}
 
-SCRIPTS = {**dict.fromkeys("English French German Spanish Portuguese Italian Dutch Polish Czech Swedish Danish Norwegian Finnish "
-                           "Turkish Vietnamese Indonesian Swahili Romanian Hungarian".split(), {"LATIN"}),
-           **dict.fromkeys("Russian Ukrainian Bulgarian Serbian".split(), {"CYRILLIC"}),
-           **dict.fromkeys("Arabic Persian Urdu".split(), {"ARABIC"}), **dict.fromkeys("Hindi Marathi Nepali".split(), {"DEVANAGARI"}),
-           "Chinese": {"CJK"}, "Japanese": {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}, "Korean": {"HANGUL"},
-           "Greek": {"GREEK"}, "Hebrew": {"HEBREW"}, "Thai": {"THAI"}, "Bengali": {"BENGALI"}, "Tamil": {"TAMIL"}}
+SCRIPTS = {language: set(scripts.split()) for scripts, languages in {
+    "LATIN": "English French German Spanish Portuguese Italian Dutch Polish Czech Swedish Danish Norwegian Finnish Turkish "
+             "Vietnamese Indonesian Swahili Romanian Hungarian",
+    "CYRILLIC": "Russian Ukrainian Bulgarian Serbian", "ARABIC": "Arabic Persian Urdu", "DEVANAGARI": "Hindi Marathi Nepali",
+    "CJK": "Chinese", "CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA": "Japanese", "HANGUL": "Korean", "GREEK": "Greek",
+    "HEBREW": "Hebrew", "THAI": "Thai", "BENGALI": "Bengali", "TAMIL": "Tamil"}.items() for language in languages.split()}
 
 
 def in_script(text, language):
     """Are four of five letters of the language's script? Tells Chinese from English, not German from English."""
     letters = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
+    if language == "Japanese" and "HIRAGANA" not in letters:     # else Chinese would do
+        return False
     return sum(name in SCRIPTS[language] for name in letters) >= 0.8 * len(letters)
 
 
@@ -504,6 +511,9 @@ class Instruct:
     shard: str = None                    # i/n: only every n-th request from the i-th on, in OUT/shard_i_of_n
     merge: bool = False                  # write the outputs from the replies of all OUT/shard_*; send nothing
     bench: int = 0                       # make a LLaVA-Bench (COCO) of N pictures instead
+
+
+AGAIN = "run the same command again: it asks only for these"
 
 
 def amounts(pairs):
@@ -663,7 +673,7 @@ def instruct(args):
         print_report(report, out)
     if missing := len(pairs) - report["replies"]:
         raise ValueError(f"{missing} of {len(pairs)} requests have no reply yet ({report['failed'] or 'not asked'}); "
-                         + ("run the shards to their end" if args.merge else "run the same command again: it asks only for these"))
+                         + ("run the shards to their end" if args.merge else AGAIN))
 
 
 def shard_of(text):
@@ -730,7 +740,7 @@ def bench(args, contexts, prompts):
 def finish(failed):
     if failed:
         raise ValueError(f"{len(failed)} requests have no reply ({dict(Counter(reason for _, reason in failed))}); "
-                         "run the same command again: it asks only for these")
+                         + AGAIN)
 
 
 def write_lines(path, rows):
@@ -741,6 +751,9 @@ def write_lines(path, rows):
 # Stage 1: which pairs of CC3M, and naive expansion (Sec. 4.2 and the appendix)
 
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
 def read_pairs(path, columns="image caption"):
     """Yield (image, caption) from a TSV, from JSON lines with these two fields, or from a folder of pictures with .txt files.
 
@@ -748,7 +761,7 @@ def read_pairs(path, columns="image caption"):
     """
     if os.path.isdir(path):
         texts = {p.with_suffix(""): p for p in Path(path).rglob("*.txt")}
-        for picture in sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")):
+        for picture in sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES):
             if picture.with_suffix("") not in texts:
                 raise ValueError(f"{picture}: no {picture.stem}.txt with its caption beside it")
             yield str(picture.relative_to(path)), " ".join(texts[picture.with_suffix("")].read_text().split())
@@ -770,17 +783,18 @@ def read_pairs(path, columns="image caption"):
 
 
 STOP_WORDS = frozenset("""
-a an the this that these those some any each every all both either neither no none such own other another same several many few much
-more most one two three four five six seven eight nine ten first second last next it its he him his she her hers they them their we us
-our you your i me my mine who whom whose which what there here where when how why while if so as at by for from in into of off on onto
-out over under up down with without within along across after against among around before behind below beneath beside besides between
-beyond during except inside near outside past since through throughout till to toward towards until upon via and or but nor yet than
-then too very just also only even still not never ever always often again once is are was were be been being am has have had having do
-does did doing done can could will would shall should may might must get gets got getting go goes going gone come comes coming came
-make makes making made take takes taking took taken give gives giving put puts show shows showing shown see sees seen look looks
-looking seem seems sit sits sitting stand stands standing lie lies lying hold holds holding wear wears wearing walk walks walking run
-runs running ride rides riding play plays playing eat eats eating pose poses posing use uses using used fill fills filled cover covers
-covered hang hangs hanging like about because however
+a an the this that these those some any each every all both either neither no none such own other another same several many
+few much more most one two three four five six seven eight nine ten first second last next it its he him his she her hers they
+them their we us our you your i me my mine who whom whose which what there here where when how why while if so as at by for
+from in into of off on onto out over under up down with without within along across after against among around before behind
+below beneath beside besides between beyond during except inside near outside past since through throughout till to toward
+towards until upon via and or but nor yet than then too very just also only even still not never ever always often again once
+is are was were be been being am has have had having do does did doing done can could will would shall should may might must
+get gets got getting go goes going gone come comes coming came make makes making made take takes taking took taken give gives
+giving put puts show shows showing shown see sees seen look looks looking seem seems sit sits sitting stand stands standing
+lie lies lying hold holds holding wear wears wearing walk walks walking run runs running ride rides riding play plays playing
+eat eats eating pose poses posing use uses using used fill fills filled cover covers covered hang hangs hanging like about
+because however
 """.split())
 WORDS = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]")
 
@@ -806,7 +820,8 @@ def spacy_phrases(captions):
     """The same by spaCy's noun chunks, as the paper has it; determiners are dropped."""
     import spacy
     for doc in spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"]).pipe(captions, batch_size=1000):
-        yield {" ".join(t.lower_ for t in chunk if t.pos_ not in ("DET", "PRON", "PUNCT", "SPACE")) for chunk in doc.noun_chunks} - {""}
+        yield {" ".join(t.lower_ for t in chunk if t.pos_ not in ("DET", "PRON", "PUNCT", "SPACE"))
+               for chunk in doc.noun_chunks} - {""}
 
 
 def concept_filter(phrases, most=100, least=3, seed=0):
@@ -855,14 +870,15 @@ def filter_pairs(args):
     print(f"noun phrases: {'spaCy en_core_web_sm' if finder == 'spacy' else 'the light finder'}")
     pairs = list(read_pairs(args.pairs, args.columns))
     captions = tqdm((caption for _, caption in pairs), total=len(pairs), unit="caption", disable=None)
-    kept, before, after = concept_filter({"light": light_phrases, "spacy": spacy_phrases}[finder](captions), args.most, args.least,
-                                         args.seed)
+    find = {"light": light_phrases, "spacy": spacy_phrases}[finder]
+    kept, before, after = concept_filter(find(captions), args.most, args.least, args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "pairs.tsv", "w", encoding="utf-8") as f:
         f.writelines(f"{image}\t{caption}\n" for (image, caption), keep in zip(pairs, kept) if keep)
-    counts = {"pairs": len(pairs), "kept": int(kept.sum()), "phrases": len(before), "phrases_frequent": int((before >= args.least).sum()),
-              "phrases_covered": int(((before >= args.least) & (after > 0)).sum()), "finder": finder, "settings": asdict(args)}
+    frequent = before >= args.least
+    counts = {"pairs": len(pairs), "kept": int(kept.sum()), "phrases": len(before), "phrases_frequent": int(frequent.sum()),
+              "phrases_covered": int((frequent & (after > 0)).sum()), "finder": finder, "settings": asdict(args)}
     (out / "metadata.json").write_text(json.dumps(counts, indent=1) + "\n")
     import matplotlib
     matplotlib.use("Agg")
@@ -871,7 +887,7 @@ def filter_pairs(args):
     for frequency, name in ((before, f"all {len(pairs):,} pairs"), (after, f"kept {int(kept.sum()):,} pairs")):
         ax.loglog(np.arange(1, len(frequency) + 1), np.maximum(np.sort(frequency)[::-1], 0.5), label=name)
     ax.axhline(args.least, lw=0.5, color="grey")
-    ax.set(xlabel="noun phrases, the most frequent first", ylabel="captions with the phrase (at 0.5: none)", title="coverage of concepts")
+    ax.set(xlabel="noun phrases, the most frequent first", ylabel="captions with the phrase (at 0.5: none)")
     ax.legend()
     figure.savefig(out / "coverage.png", dpi=110)
     print("pairs {pairs:,} -> {kept:,}; noun phrases {phrases:,}, frequent enough {phrases_frequent:,}, of these covered "
@@ -889,14 +905,14 @@ class Expand:
 
 def expand(args):
     """Naive expansion: image and caption -> Human: X_q X_v, Assistant: X_c, with X_q from our list of 11 (Sec. 4.2)."""
-    rng, count = random.Random(args.seed), 0
+    rng, ways, count = random.Random(args.seed), brief_instructions(), 0
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}.tmp", "w", encoding="utf-8") as f:
         for count, (image, caption) in enumerate(read_pairs(args.pairs, args.columns), 1):
             if not caption or "://" in image:
-                raise ValueError(f"{args.pairs}, pair {count}: " + ("no caption" if not caption else f"the image is {image}; download "
-                                 "the pictures first and name the files here"))
-            record = {"id": Path(image).stem, "image": image, "conversations": conversation([(rng.choice(brief_instructions()), caption)], rng)}
+                raise ValueError(f"{args.pairs}, pair {count}: " + (
+                    f"the image is {image}; download the pictures and name the files" if caption else "no caption"))
+            record = {"id": Path(image).stem, "image": image, "conversations": conversation([(rng.choice(ways), caption)], rng)}
             f.write((",\n" if count > 1 else "[\n") + json.dumps(record, ensure_ascii=False))
         if not count:
             raise ValueError(f"{args.pairs}: no pairs in it")
@@ -916,7 +932,8 @@ def main(argv=None):
             return
         raise ValueError(f"{argv[0] if argv else 'nothing'}: a command is needed first: {', '.join(COMMANDS)}")
     config, run = COMMANDS[argv[0]]
-    run(config(**typed_flags(config, argv[1:], run.__doc__, {"teacher": ["api", "script"], "finder": ["auto", "light", "spacy"]})))
+    choices = {"teacher": ["api", "script"], "finder": ["auto", "light", "spacy"]}
+    run(config(**typed_flags(config, argv[1:], run.__doc__, choices)))
 
 
 if __name__ == "__main__":

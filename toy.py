@@ -1,10 +1,11 @@
 """A miniature world in which the whole paper runs on a laptop, offline: pictures, captions, boxes, teacher and parts.
 
-    python toy.py world    --out out/toy/world --seed 0     pictures, COCO files, LLaVA JSON for both stages, questions
+    python toy.py world    --out out/toy/world --seed 0     pictures, COCO's files, image-caption pairs, questions
     python toy.py report   --out out/toy                    accuracies -> results.json, pictures and curves -> report.png
     python toy.py pretrain --out toy_parts --part llm       rebuild a shipped part, llm or clip
 
-Between the first two stand the two stages of the paper and the answers (train.py, sample.py); runs/toy.sh has all of it.
+Between the first two stand the data (generate_data.py), the paper's two stages (train.py) and the answers (sample.py);
+runs/toy.sh has all of it.
 Everything in this file is OURS: the paper has no toy. What each piece stands in for:
 
     the world               COCO: photographs, five captions and the boxes of each
@@ -33,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import TEMPLATES, brief_instructions, encode, preprocess, render, whole_lines
+from generate_data import detail_questions, write_lines
 from model import IGNORE, IMAGE
 
 COLOURS = {"red": (222, 45, 38), "orange": (250, 140, 30), "yellow": (240, 220, 40), "green": (50, 165, 70),
@@ -215,10 +217,6 @@ KINDS = ("colour", "shape", "count", "existence", "relation", "place")
 
 
 # ------------------------------------------------------------------------------------------------- the scripted teacher
-DETAIL = ("Describe the picture in detail.", "Give a detailed description of the picture.",
-          "What do you see? Leave nothing out.")
-
-
 def pick(some, rng):
     """One of the questions: its kind drawn first, then the value, then the words, so that no answer is a safe bet."""
     for key in ("kind", "value", "text"):
@@ -262,10 +260,32 @@ def reasoning(scene, rng):
 def teacher(kind, scene, rng, pairs=SEEN):
     """The scripted teacher (no language model): a response type of Sec. 3 and annotations -> [(question, answer), ...]."""
     if kind == "conversation": return conversation(scene, rng, pairs)
-    if kind == "detail": return [(rng.choice(DETAIL), description(scene))]
-    if kind == "complex": return reasoning(scene, rng)
+    if kind == "detail_description": return [(rng.choice(detail_questions()), description(scene))]
+    if kind == "complex_reasoning": return reasoning(scene, rng)
     if kind == "brief": return [(rng.choice(brief_instructions()), caption(scene, rng))]
-    raise ValueError(f"no response type {kind!r}: conversation, detail, complex or brief")
+    raise ValueError(f"no response type {kind!r}: conversation, detail_description, complex_reasoning or brief")
+
+
+def scripted_teacher(request, seed):
+    """`generate_data.py --teacher script`: a request -> a reply of the shape that a chat endpoint returns.
+
+    No language model, and it reads the boxes whatever the type: what it can say needs all there is to know.
+    """
+    context, things = request.context, []
+    for line in context.boxes.splitlines():
+        name, box = line.split(": ")
+        x, y, right, bottom = (round(v * SIDE) for v in json.loads(box))
+        things.append(Thing(*name.split(), (x, y, right - x, bottom - y)))
+    scene = Scene(tuple(sorted(things, key=lambda t: t.cell)))
+    told = lambda kind: teacher(kind, scene, random.Random(f"{seed} {context.id} {kind}"))
+    if request.question:                 # a reference answer: to one of our own questions, or to one for a description
+        text = dict(told("conversation") + told("complex_reasoning")).get(request.question) or description(scene)
+    elif request.kind == "detail_description":
+        text = description(scene)
+    else:
+        text = "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in told(request.kind))
+    return {"model": "scripted teacher (no language model)",
+            "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
 
 
 # --------------------------------------------------------------------------------- the shipped parts: CLIP, LLM, tokenizer
@@ -287,7 +307,7 @@ def notes(scene, tokenizer):
 def build_tokenizer(rng):
     """Byte-level BPE, trained until every word of the world is one token."""
     texts = [f"{TEMPLATE.first}{question}{TEMPLATE.reply} {answer}{TEMPLATE.STOP}"
-             for kind in ("conversation", "brief", "detail", "complex") * 2000
+             for kind in ("conversation", "brief", "detail_description", "complex_reasoning") * 2000
              for question, answer in teacher(kind, sample_scene(rng, PAIRS), rng, PAIRS)]
     bpe = Tokenizer(models.BPE())
     words = Regex(r" ?[A-Za-z]+| ?\d+|#+| ?[^\sA-Za-z\d#]+|\s")
@@ -318,9 +338,12 @@ def chats(tokenizer, rng, done, n=200, tokens=2000):
     while len(samples) < n:
         scene = sample_scene(rng, PAIRS)
         if len(scene.things) > 1 + 400 * done: continue
-        kind = rng.choices(("conversation", "brief", "detail", "complex"), (12, 2, 2, 1))[0]
-        turns = [{"from": who, "value": text} for turn in teacher(kind, scene, rng, PAIRS)
-                 for who, text in zip(("human", "gpt"), turn)]
+        kind = rng.choices(("conversation", "brief", "detail_description", "complex_reasoning"), (12, 2, 2, 1))[0]
+        said = teacher(kind, scene, rng, PAIRS)
+        if done < 0.3:
+            said = [(q.text, q.answer) for q in questions(scene, rng, PAIRS) if q.kind not in KINDS]
+            rng.shuffle(said)
+        turns = [{"from": who, "value": text} for turn in said for who, text in zip(("human", "gpt"), turn)]
         turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
         template = TEMPLATE._replace(first="Human: ") if done < 0.7 and rng.random() < 0.9 else TEMPLATE
         samples.append((*encode(render(turns, template), tokenizer, [GRID * GRID]), notes(scene, tokenizer)))
@@ -347,8 +370,12 @@ def pretrain_llm(tokenizer, rng, steps, lr=2e-3):
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=image_id, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
         max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},            # a match of words should not fade with distance
         initializer_range=0.08))         # the usual 0.02 is for widths in the thousands: a small model hardly starts to learn
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for layer in model.model.layers:     # like attends to like, and what is attended to is copied: half of a look-up already
+        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.data.copy_(layer.self_attn.v_proj.weight.T)
     embed, pool, start = model.get_input_embeddings(), [], time.time()
     for step in range(steps):
         schedule(optimizer, lr, step / steps)
@@ -461,14 +488,6 @@ def read_coco(instances):
     return {i: Scene(tuple(sorted(things, key=lambda t: t.cell))) for i, things in found.items()}
 
 
-def llava(kind, image_id, turns, rng):
-    """One sample of LLaVA JSON; the picture stands before or after the first question at random: Eq. (2)."""
-    first = f"<image>\n{turns[0][0]}" if rng.random() < 0.5 else f"{turns[0][0]}\n<image>"
-    said = [first] + [text for turn in turns for text in turn][1:]
-    return {"id": f"{image_id:012d}-{kind}", "image": f"{image_id:012d}.png", "conversations": [
-        {"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(said)]}
-
-
 def exam(rng, per_kind, new):
     """Scenes and (scene number, question) pairs: `per_kind` of each kind, the answers of a kind equally often.
 
@@ -494,13 +513,10 @@ def exam(rng, per_kind, new):
 
 
 def world(args):
-    """Draw the world and let the scripted teacher write: pictures, COCO files, both stages' data, four sets of questions."""
+    """Draw the world: pictures, COCO's two files, image-caption pairs, and four sets of questions with their answers."""
     out, rng = Path(args.out), random.Random(args.seed)
     train = save_coco(out, "train", [sample_scene(rng) for _ in range(args.pictures)], 1, rng)
-    save_json(out / "stage1.json", [llava("brief", i, teacher("brief", s, rng), rng) for i, s in train.items()])
-    kinds = ("conversation", "detail", "complex")
-    told = [(rng.choices(kinds, (8, 1, 2))[0], i, s) for i, s in train.items()]    # Sec. 3 has them 58 : 23 : 77
-    save_json(out / "instruct.json", [llava(kind, i, teacher(kind, s, rng), rng) for kind, i, s in told])
+    write_lines(out / "pairs.jsonl", [{"image": f"{i:012d}.png", "caption": caption(s, rng)} for i, s in train.items()])
     first_id = args.pictures + 1
     for split in ("held_out", "new_pairs"):
         scenes, asked = exam(rng, args.questions, new=split == "new_pairs")
@@ -508,17 +524,13 @@ def world(args):
         rows = [{"question_id": f"{split}-{n}", "image": f"{first_id + k:012d}.png", "text": q.text, "category": q.kind,
                  "truth": q.answer} for n, (k, q) in enumerate(asked)]
         first_id += len(scenes)
-        save_lines(out / f"questions_{split}.jsonl", rows)
+        write_lines(out / f"questions_{split}.jsonl", rows)
         if split == "held_out":          # the same questions without a picture, and each with a picture of another question
-            save_lines(out / "questions_blind.jsonl", [{k: v for k, v in r.items() if k != "image"} for r in rows])
+            write_lines(out / "questions_blind.jsonl", [{k: v for k, v in r.items() if k != "image"} for r in rows])
             moved = rows[len(rows) // 2:] + rows[:len(rows) // 2]
-            save_lines(out / "questions_shuffled.jsonl", [{**r, "image": m["image"]} for r, m in zip(rows, moved)])
+            write_lines(out / "questions_shuffled.jsonl", [{**r, "image": m["image"]} for r, m in zip(rows, moved)])
     print(f"{out}: {len(train)} pictures to train on, {args.questions * len(KINDS)} questions each: held_out, new_pairs, "
-          "blind, shuffled. The texts are a scripted teacher's.")
-
-
-def save_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+          "blind, shuffled.")
 
 
 SPLITS = ("held_out", "new_pairs", "blind", "shuffled")

@@ -52,8 +52,8 @@ RECIPES = {
     # OURS: the paper in miniature, on two CPU cores (toy.py). The image first: a small model learns one place sooner than two.
     "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512,
                          image_position="first", images="out/toy/world/images", workers=0, val_samples=64),
-            1: dict(data=["out/toy/world/stage1.json"], epochs=1, lr=3e-3, global_batch_size=32),
-            2: dict(data=["out/toy/world/instruct.json"], epochs=3, lr=1e-3, global_batch_size=32)},
+            1: dict(data=["out/toy/stage1.json"], epochs=1, lr=3e-3, global_batch_size=32),
+            2: dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=1e-3, global_batch_size=32)},
 }
 
 

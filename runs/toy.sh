@@ -13,6 +13,11 @@ phase() {   # phase NAME COMMAND...: run it and note its minutes
     "$@"
     MINUTES+=("$name=$(python -c "print(round(($SECONDS - $began) / 60, 2))")")
 }
+write() {    # stage 1 by naive expansion; stage 2 by the scripted teacher (no language model), who reads captions and boxes
+    python generate_data.py expand --pairs "$W/pairs.jsonl" --out "$OUT/stage1.json" --seed "$SEED"
+    python generate_data.py instruct --captions "$W/annotations/captions_train.json" --teacher script --out "$OUT/instruct" \
+        --instances "$W/annotations/instances_train.json" --mix conversation=8 detail_description=1 complex_reasoning=2 --seed "$SEED"
+}
 ask() {
     for split in held_out new_pairs blind shuffled; do
         python sample.py --model "$OUT/stage2" --questions "$W/questions_$split.jsonl" --images "$W/images" \
@@ -21,7 +26,8 @@ ask() {
 }
 
 phase world   python toy.py world --out "$W" --seed "$SEED"
-phase stage1  python train.py --recipe toy --stage 1 --data "$W/stage1.json" --images "$W/images" --out "$OUT/stage1" --seed "$SEED"
-phase stage2  python train.py --recipe toy --stage 2 --data "$W/instruct.json" --images "$W/images" --init "$OUT/stage1" --out "$OUT/stage2" --seed "$SEED"
+phase data    write
+phase stage1  python train.py --recipe toy --stage 1 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/stage1" --seed "$SEED"
+phase stage2  python train.py --recipe toy --stage 2 --data "$OUT/instruct/instruct.json" --images "$W/images" --init "$OUT/stage1" --out "$OUT/stage2" --seed "$SEED"
 phase answers ask
 python toy.py report --out "$OUT" --minutes "${MINUTES[@]}" "total=$(python -c "print(round($SECONDS / 60, 2))")"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
+import generate_data
 import toy
 from data import preprocess, whole_lines
 from model import LLaVA
@@ -20,8 +21,12 @@ def scenes(n=300, seed=0, **more):
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
+    """As runs/toy.sh makes it: pictures and COCO's files, then both stages' data from them."""
     folder = tmp_path_factory.mktemp("world")
     toy.main(["world", "--out", str(folder), "--seed", "3", "--pictures", "60", "--questions", "120"])
+    generate_data.main(["expand", "--pairs", str(folder / "pairs.jsonl"), "--out", str(folder / "stage1.json")])
+    generate_data.main(["instruct", "--captions", str(folder / "annotations" / "captions_train.json"), "--teacher", "script",
+                        "--instances", str(folder / "annotations" / "instances_train.json"), "--out", str(folder)])
     return folder
 
 
@@ -56,10 +61,15 @@ def test_answers_agree_with_the_boxes():
             "Is there a blue star?": "Yes, there is.",
             "Is there a blue circle?": "No, there is not.",
             "Where is the red ring?": "The red ring is at the bottom left.",
-            "Seen from the red circle, where is the blue star?": "Seen from the red circle, the blue star is to the right.",
-            "Seen from the red ring, where is the red circle?": "Seen from the red ring, the red circle is above."}.items():
+            "Is the blue star left or right of the red circle?": "The blue star is right of the red circle.",
+            "Is the red circle above or below the red ring?": "The red circle is above the red ring."}.items():
         assert said[question] == answer
     assert "What shape is the red thing?" not in said, "two red things: the question is ambiguous"
+    assert "Is the blue star above or below the red circle?" not in said, "neither"
+    listed = {q.text: set(q.answer.rstrip(".").split(", ")) for q in toy.questions(scene, random.Random(0))}
+    assert listed["In short, what is where?"] == {"red circle top left", "blue star top right", "red ring bottom left"}
+    assert listed["In short, what colour is what?"] == {"circle red", "star blue", "ring red"}
+    assert "blue star red ring above right" in listed["In short, what is on which side of what?"]
 
 
 def test_a_coco_file_gives_back_the_scenes_that_it_was_written_from(small_world):
@@ -132,9 +142,9 @@ def test_every_new_pairs_question_is_decided_by_a_held_out_pair():
 def test_a_missing_answer_is_an_error_and_not_a_wrong_answer(small_world, tmp_path):
     answers = tmp_path / "answers.jsonl"
     rows = whole_lines(small_world / "questions_blind.jsonl")
-    toy.save_lines(answers, [{"question_id": r["question_id"], "text": r["truth"] + " "} for r in rows])
+    generate_data.write_lines(answers, [{"question_id": r["question_id"], "text": r["truth"] + " "} for r in rows])
     assert toy.score(small_world / "questions_blind.jsonl", answers)[0]["all"] == 100
-    toy.save_lines(answers, [{"question_id": r["question_id"], "text": r["truth"]} for r in rows[1:]])
+    generate_data.write_lines(answers, [{"question_id": r["question_id"], "text": r["truth"]} for r in rows[1:]])
     with pytest.raises(ValueError, match="1 of 720 questions"):
         toy.score(small_world / "questions_blind.jsonl", answers)
 
@@ -144,11 +154,12 @@ def test_report_writes_results_and_a_picture(small_world, tmp_path):
     (tmp_path / "world").symlink_to(small_world)
     for split in toy.SPLITS:
         rows = whole_lines(small_world / f"questions_{split}.jsonl")
-        toy.save_lines(tmp_path / f"answers_{split}.jsonl", [
+        generate_data.write_lines(tmp_path / f"answers_{split}.jsonl", [
             {"question_id": r["question_id"], "text": r["truth"] if n % 2 else "No."} for n, r in enumerate(rows)])
     for stage in (1, 2):
         (tmp_path / f"stage{stage}").mkdir()
-        toy.save_lines(tmp_path / f"stage{stage}" / "log.jsonl", [{"step": i, "loss": 2 / (i + 1)} for i in range(9)])
+        log = [{"step": i, "loss": 2 / (i + 1)} for i in range(9)]
+        generate_data.write_lines(tmp_path / f"stage{stage}" / "log.jsonl", log)
     toy.main(["report", "--out", str(tmp_path), "--minutes", "world=0.1", "stage1=0.5"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["held_out"]["all"] == 50 and set(results["blind"]) == {"all", *KINDS}

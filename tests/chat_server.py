@@ -1,0 +1,90 @@
+"""An OpenAI-compatible endpoint that misbehaves, as a process of its own.
+
+    python chat_server.py '{"seconds": 1, "faults": {"429": 0.1, "reset": 0.1}, "log": "asked.jsonl"}'
+
+It prints its port. A good reply comes after `seconds`; each fault comes with its probability. Every request goes to the log,
+with what became of it. The answer quotes the last line of the request, so that a test can tell whose it is.
+"""
+import http.server
+import json
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+
+SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None, "finish": "stop", "seed": 0}
+SETTINGS |= json.loads(sys.argv[1])
+FAULTS = SETTINGS["faults"]
+RNG, LOCK = random.Random(SETTINGS["seed"]), threading.Lock()
+LOG = open(SETTINGS["log"], "a", buffering=1) if SETTINGS["log"] else None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        last = asked["messages"][-1]["content"].splitlines()[-1]
+        with LOCK:
+            fault = RNG.choices([*FAULTS, "good"], [*FAULTS.values(), 1 - sum(FAULTS.values())])[0]
+            if LOG:
+                LOG.write(json.dumps({"last": last, "fault": fault, "time": time.time()}) + "\n")
+        if SETTINGS["key"] and self.headers.get("Authorization") != f"Bearer {SETTINGS['key']}":
+            fault = "401"
+        error = lambda code: json.dumps({"error": {"message": f"{code} it is; you sent {self.headers.get('Authorization')}"}})
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        if fault == "hang":
+            time.sleep(30)
+        if fault.isdigit():
+            return self.reply(int(fault), error(fault), {"Retry-After": "1"} if fault == "429" else {})
+        time.sleep(SETTINGS["seconds"])
+        if fault == "garbage":
+            return self.reply(200, "<html>we will be back soon</html>")
+        if fault == "shape":
+            return self.reply(200, json.dumps({"choices": []}))
+        text = SETTINGS["text"] or f"Question:\nWhat does it say about {last}?\n===\nAnswer:\nIt is about {last}."
+        if fault == "unparsable":
+            text = "Certainly! What a nice picture."
+        if fault == "empty":
+            text = " "
+        reply = json.dumps({"model": asked["model"], "choices": [{"message": {"role": "assistant", "content": text},
+                                                                  "finish_reason": SETTINGS["finish"]}],
+                            "usage": {"prompt_tokens": 1000, "completion_tokens": 100}})
+        if fault == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply[:len(reply) // 2].encode())
+            self.close_connection = True
+            return
+        self.reply(200, reply)
+
+    def reply(self, code, text, headers=()):
+        self.send_response(code)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 256
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        pass                             # a client that was killed
+
+
+server = Server(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
