@@ -353,10 +353,10 @@ class Replies:
 def ask_missing(plan, raw, ask, args, price):
     """Ask for every request of `plan` that has no reply in the file `raw` yet; returns [(request, reason)] of failures."""
     have, spent = Replies([raw]), 0.0
+    known = [request.key in have for request in plan()]
     missing = ((r, count_tokens(json.dumps(r.body["messages"])) + args.max_tokens)
-               for r in plan() if r.key not in have)
-    total = sum(1 for _ in plan())
-    with open(raw, "ab", buffering=0) as f, tqdm(total=total, initial=len(have.places), unit="request", disable=None) as bar:
+               for r, asked in zip(plan(), known) if not asked)
+    with open(raw, "ab", buffering=0) as f, tqdm(total=len(known), initial=sum(known), unit="request", disable=None) as bar:
         def keep(request, reply):
             nonlocal spent
             line = {"key": request.key, "id": request.id, "kind": request.kind, "reply": reply}
@@ -589,10 +589,13 @@ def print_requests(plan):
             print(f"[{message['role']}]\n{message['content']}")
 
 
-def write_records(plan, replies, out, args):
+def write_records(plan, replies, prompts, out, args):
     """instruct.json, a LLaVA file, and rejected.jsonl, each reject with its reason; returns the report."""
     kept, why, long, turns, answers = Counter(), defaultdict(Counter), defaultdict(list), Counter(), 0
     sketches, usage = Sketches(), Counter()
+    for kind, (_, shots) in prompts.items():             # a model may repeat the examples that it was shown
+        for i, (_, answer) in enumerate(shots):
+            sketches.twin(f"{kind} example {i}", answer)
     with open(out / "instruct.json.tmp", "w") as f, open(out / "rejected.jsonl", "w") as bad:
         f.write("[")
         for request in plan():
@@ -666,7 +669,7 @@ def instruct(args):
             print(f"merging {len(raw)} shards: {', '.join(path.parent.name for path in raw)}")
         else:
             failed = ask_missing(plan, raw[0], teacher_of(args), args, lambda reply: price(reply, args))
-        report = write_records(plan, Replies(raw), out, args)
+        report = write_records(plan, Replies(raw), prompts, out, args)
         report |= {"requests": len(pairs), "failed": dict(Counter(reason for _, reason in failed)), "date": str(date.today()),
                    "teacher": args.model, "prompts": prompts_hash(prompts), "seed": args.seed, "settings": asdict(args)}
         (out / "metadata.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -924,16 +927,21 @@ def expand(args):
 COMMANDS = {"instruct": (Instruct, instruct), "filter": (Filter, filter_pairs), "expand": (Expand, expand)}
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
+def arguments(argv):
+    """A command line -> (function, its configuration)"""
     if not argv or argv[0] not in COMMANDS:
-        print(textwrap.dedent(__doc__).strip())
-        if argv and argv[0] in ("-h", "--help"):
-            return
-        raise ValueError(f"{argv[0] if argv else 'nothing'}: a command is needed first: {', '.join(COMMANDS)}")
+        raise ValueError(f"{argv[0] if argv else 'nothing'}: a command comes first: {', '.join(COMMANDS)}; -h explains them")
     config, run = COMMANDS[argv[0]]
     choices = {"teacher": ["api", "script"], "finder": ["auto", "light", "spacy"]}
-    run(config(**typed_flags(config, argv[1:], run.__doc__, choices)))
+    return run, config(**typed_flags(config, argv[1:], run.__doc__, choices))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        return print(textwrap.dedent(__doc__).strip())
+    run, args = arguments(argv)
+    run(args)
 
 
 if __name__ == "__main__":
@@ -941,3 +949,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; every reply so far is kept: {AGAIN}")
