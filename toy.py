@@ -187,7 +187,7 @@ def questions(scene, rng, pairs=SEEN):
                 f"The {what} is {a(found[0].shape)}.", found[0].shape, [found[0].pair])
             shapes.append(f"{value} {found[0].shape}")
     in_short("how many are there", counts + rng.sample(absent, 2))
-    here, there, absent, sides = [t.pair for t in things], [], [], []
+    here, there, absent, heights, sides = [t.pair for t in things], [], [], [], []
     for pair in pairs:                   # a "no" must share a colour or a shape with something there, or it is too easy
         if any(set(pair) & set(p) for p in here):
             ask("existence", (f"Is there {a(' '.join(pair))}?", f"Can you see {a(' '.join(pair))}?"),
@@ -198,18 +198,20 @@ def questions(scene, rng, pairs=SEEN):
         ask("place", (f"Where is the {t.name}?", f"Where in the picture is the {t.name}?"),
             f"The {t.name} is at the {t.place}.", t.place, [t.pair])
         for o in single:
-            ways = [(("above", "level", "below"), ("left", "level", "right"))[axis][1 + (p > q) - (p < q)]
-                    for axis, (p, q) in enumerate(zip(t.cell, o.cell))]
-            if t is not o: sides.append(f"{t.name} {o.name} {' '.join(ways)}")
-            for way, choice in zip(ways, ("above or below", "left or right of")):
-                if way != "level":
-                    ask("relation", (f"Is the {t.name} {choice} the {o.name}?",),
-                        f"The {t.name} is {way}{' of' * ('of' in choice)} the {o.name}.", way, [t.pair, o.pair])
+            for p, q, less, more, of, facts in ((t.cell[0], o.cell[0], "above", "below", "", heights),
+                                                (t.cell[1], o.cell[1], "left", "right", " of", sides)):
+                if p != q:
+                    way = more if p > q else less
+                    facts.append(f"{t.name} {o.name} {way}")
+                    ask("relation", (f"Is the {t.name} {less} or {more}{of} the {o.name}?",),
+                        f"The {t.name} is {way}{of} the {o.name}.", way, [t.pair, o.pair])
     in_short("what colour is what", colours)
     in_short("what shape is what", shapes)
-    in_short("what is where", [f"{t.name} {t.place}" for t in single])
+    in_short("what is at the top and what at the bottom", [f"{t.name} {t.place.split()[0]}" for t in single])
+    in_short("what is left and what is right", [f"{t.name} {t.place.split()[1]}" for t in single])
     in_short("what is there", there + rng.sample(absent, min(len(absent), len(there))))
-    in_short("what is on which side of what", sides)
+    in_short("what is above what and what below", heights)
+    in_short("what is left of what and what right", sides)
     return out
 
 
@@ -220,7 +222,8 @@ KINDS = ("colour", "shape", "count", "existence", "relation", "place")
 def pick(some, rng):
     """One of the questions: its kind drawn first, then the value, then the words, so that no answer is a safe bet."""
     for key in ("kind", "value", "text"):
-        want = rng.choice(sorted({getattr(q, key) for q in some}))
+        values = sorted({getattr(q, key) for q in some})
+        want = rng.choices(values, [2 if value in KINDS else 1 for value in values])[0]
         some = [q for q in some if getattr(q, key) == want]
     return some[0]
 
@@ -359,7 +362,7 @@ def chats(tokenizer, rng, done, n=200, tokens=2000):
     return batches
 
 
-def pretrain_llm(tokenizer, rng, steps, lr=2e-3):
+def pretrain_llm(tokenizer, rng, steps, lr=1.5e-3):
     """A small Llama on text alone, with the answer-only loss of Eq. (3): it learns to look things up in written scenes.
 
     A note enters as the sum of its words' embeddings over the root of their number: what it says lies in the space of word
@@ -402,20 +405,20 @@ def siblings(rng, n=4):
     Most of the shape siblings are painted in any RGB, their colours left unsaid, so that a shape is learnt apart from
     eight colours. A paint is never nearest to a colour that is held out with that shape.
     """
-    scene, vary = sample_scene(rng), rng.choice(("colour", "shape", "shape", "place"))
+    scene, vary = sample_scene(rng), rng.choice(("colour", "colour", "shape", "shape", "shape", "place"))
     painted = vary == "shape" and rng.random() < 0.7
-    say = (rng.random() < 0.5, vary == "colour" or not painted and rng.random() < 0.5,
+    say = (rng.random() < 0.5, not painted,
            rng.choice(("", "at the {0.place}", "in {0.square}")) if vary != "place" else "in {0.square}")
-    for _ in range(n):
-        things = []
-        cells = rng.sample(range(GRID * GRID), len(scene.things))
-        for t, cell in zip(scene.things, cells):
+    kept = 0 if vary == "shape" else 1
+    pools = [rng.sample(pool, len(pool)) for pool in ([p for p in SEEN if p[kept] == t.pair[kept]] for t in scene.things)]
+    for i in range(n):
+        things, cells = [], rng.sample(range(GRID * GRID), len(scene.things))
+        for t, cell, pool in zip(scene.things, cells, pools):
             pair, box, paint = t.pair, t.box, None
             if vary == "place":
                 box = (cell % GRID * CELL + box[0] % CELL, cell // GRID * CELL + box[1] % CELL, *box[2:])
             else:
-                kept = 0 if vary == "shape" else 1
-                pair = rng.choice([p for p in SEEN if p[kept] == t.pair[kept]])
+                pair = pool[i]
             while painted:
                 paint = tuple(rng.randint(0, 255) for _ in range(3))
                 apart = {name: sum(abs(p - q) for p, q in zip(paint, rgb)) for name, rgb in COLOURS.items()}
@@ -425,16 +428,18 @@ def siblings(rng, n=4):
         yield sibling, caption(sibling, rng, say)
 
 
-def pretrain_clip(tokenizer, rng, steps, lr=1e-3, batch=128):
+def pretrain_clip(tokenizer, rng, steps, lr=1e-3, batch=64):
     """A small CLIP, contrastive on pictures and captions of SEEN pairs, drawn as it goes."""
     size = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "initializer_factor": 2.5}
     model = CLIPModel(CLIPConfig(
         projection_dim=128, vision_config={**size, "num_hidden_layers": 4, "image_size": SIDE, "patch_size": CELL},
         # CLIPTextModel pools at the first eos_token_id; 2 would mean "the largest id" (an old bug that transformers keeps
         # for old folders), so a text ends where its padding starts, and each text has at least one.
-        text_config={**size, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 64,
+        text_config={**size, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+                     "vocab_size": len(tokenizer), "max_position_embeddings": 64,
                      "bos_token_id": BOS, "eos_token_id": PAD, "pad_token_id": PAD}))
-    model.vision_model.embeddings.position_embedding.weight.data *= 4       # else a patch soon forgets where it lies
+    for k in range(GRID * GRID):         # a row and a column stand out from the start, or a patch soon forgets where it lies
+        model.vision_model.embeddings.position_embedding.weight.data[1 + k, [k // GRID, GRID + k % GRID]] += 8
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     start = time.time()
     for step in range(steps):
@@ -588,7 +593,7 @@ def pretrain(args):
     out, rng, start = Path(args.out) / args.part, random.Random(args.seed), time.time()
     tokenizer = build_tokenizer(rng)
     tokenizer.save_pretrained(out)
-    build, steps = {"llm": (pretrain_llm, 5000), "clip": (pretrain_clip, 2000)}[args.part]
+    build, steps = {"llm": (pretrain_llm, 5000), "clip": (pretrain_clip, 4500)}[args.part]
     build(tokenizer, rng, args.steps or steps).save_pretrained(out)
     print(f"{out}: {(time.time() - start) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
