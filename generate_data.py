@@ -323,16 +323,20 @@ def only_one(folder):
 
 
 class Replies:
-    """raw.jsonl files, one reply a line, as {key: place in the file}; the text stays on disk."""
+    """raw.jsonl files, one reply a line, as {key: place in the file}; the text stays on disk.
 
-    def __init__(self, paths):
+    A last line that a kill tore is passed over, and cut off the file if `repair`: only whoever appends to it may.
+    """
+
+    def __init__(self, paths, repair=False):
         self.files, self.places = [], {}
         for path in filter(os.path.exists, paths):
             end = 0
             with open(path, "rb") as f:
                 for number, line in enumerate(f, 1):
-                    if not line.endswith(b"\n"):                 # a kill tore it
-                        os.truncate(path, end)
+                    if not line.endswith(b"\n"):
+                        if repair:
+                            os.truncate(path, end)
                         break
                     try:
                         self.places.setdefault(json.loads(line)["key"], (len(self.files), end))
@@ -352,7 +356,7 @@ class Replies:
 
 def ask_missing(plan, raw, ask, args, price):
     """Ask for every request of `plan` that has no reply in the file `raw` yet; returns [(request, reason)] of failures."""
-    have, spent = Replies([raw]), 0.0
+    have, spent = Replies([raw], repair=True), 0.0
     known = [request.key in have for request in plan()]
     missing = ((r, count_tokens(json.dumps(r.body["messages"])) + args.max_tokens)
                for r, asked in zip(plan(), known) if not asked)
