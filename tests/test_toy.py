@@ -67,7 +67,8 @@ def test_answers_agree_with_the_boxes():
     assert "What shape is the red thing?" not in said, "two red things: the question is ambiguous"
     assert "Is the blue star above or below the red circle?" not in said, "neither"
     listed = {q.text: set(q.answer.rstrip(".").split(", ")) for q in toy.questions(scene, random.Random(0))}
-    assert listed["In short, what is at the top and what at the bottom?"] == {"red circle top", "blue star top", "red ring bottom"}
+    assert listed["In short, what is at the top and what at the bottom?"] == {
+        "red circle top", "blue star top", "red ring bottom"}
     assert listed["In short, what colour is what?"] == {"circle red", "star blue", "ring red"}
     assert "blue star red ring right" in listed["In short, what is left of what and what right?"]
 
