@@ -298,8 +298,10 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
                         if attempt == attempts:
                             failed.append((entry[0], error.reason))
                         else:
-                            pause = min(60, 0.25 * 2 ** attempt) * random.uniform(0.5, 1) if error.after is None else error.after
-                            heapq.heappush(later, (time.monotonic() + pause, id(entry), attempt + 1, entry))
+                            after = error.after
+                            if after is None:            # back off, twice as long each time, jittered
+                                after = min(60, 0.25 * 2 ** attempt) * random.uniform(0.5, 1)
+                            heapq.heappush(later, (time.monotonic() + after, id(entry), attempt + 1, entry))
         finally:
             for future, (_, entry) in running.items():
                 if not future.cancel() and not future.exception():

@@ -306,11 +306,12 @@ def rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum):
 def fingerprints(model):
     """{name: two sums over the parameter's bits}: equal before and after a step for what is bit-identical.
 
-    The second sum is not linear: moves of +lr and -lr would often cancel in the first alone.
+    The second sum is of squares: in a sum, as many moves of +lr as of -lr would cancel.
     """
     bits = {2: torch.int16, 4: torch.int32}
     views = {name: p.detach().view(bits[p.element_size()]) for name, p in model.named_parameters()}
-    return {name: (b.sum(dtype=torch.int64).item(), (b % 32749).sum(dtype=torch.int64).item()) for name, b in views.items()}
+    return {name: (b.sum(dtype=torch.int64).item(), (b % 32749).square().sum(dtype=torch.int64).item())
+            for name, b in views.items()}
 
 
 def check_first_step(before, model, theta, lr=math.inf):

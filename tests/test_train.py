@@ -484,6 +484,17 @@ def test_samples_beyond_the_language_models_context_are_refused(flags, tmp_path)
         train.main(flags(tmp_path / "out", *STAGE[2], "--data", path, "--max_steps", 1))
 
 
+def test_moves_that_cancel_are_seen(llava):
+    """Half of a norm's weights go up by a first step and half go down: the sum of their bits stays the same."""
+    weight = llava.f_phi.model.norm.weight
+    with torch.no_grad():
+        weight.uniform_(1.1, 1.9)
+        before = train.fingerprints(llava)
+        weight.view(torch.int32).add_(torch.tensor([140, -140]).repeat(len(weight) // 2))
+    after = train.fingerprints(llava)
+    assert [name for name in before if before[name] != after[name]] == ["f_phi.model.norm.weight"]
+
+
 def test_the_first_step_reveals_what_thawed_and_what_is_stuck(llava):
     """Sec. 4.2's freezing, checked after the first real step: what is frozen is bit-identical, what trains has moved."""
     theta = llava.set_stage(1)
