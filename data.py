@@ -16,9 +16,7 @@ Also a command, which checks, shows and measures a data set before anybody train
 Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
 """
 import argparse
-import dataclasses
 import functools
-import inspect as python_inspect
 import json
 import os
 import random
@@ -35,7 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from model import IGNORE, IMAGE, LLaVA, load_tokenizer
+from model import IGNORE, LLaVA, load_tokenizer
+from records import IMAGE, Records, form_problem, image_names, image_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates: X_system-message, the roles and STOP (Table 2)
@@ -119,12 +118,6 @@ def check_template(template, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rendering: text, then ids and labels in lockstep
-
-
-def brief_instructions():
-    """Our 11 ways to ask for a brief caption, the questions of stage 1 (Sec. 4.2; the paper has a list of its own)."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "brief_instructions.txt")) as f:
-        return f.read().splitlines()
 
 
 def arrange(conversations, image_position, rng, questions=None):
@@ -271,6 +264,19 @@ def load_image(source, name=None):
         raise ValueError(f"{name or source}: not a readable picture ({error})") from error
 
 
+def picture_problem(folder, name):
+    """What is wrong with a picture, or None. It is decoded to its end, in the smallest size that its format offers."""
+    try:
+        with Image.open(image_path(folder, name)) as image:
+            image.draft(image.mode, (1, 1))
+            ImageOps.exif_transpose(image).convert("RGB")                   # as in load_image
+    except FileNotFoundError:
+        return f"image {name!r} is not in {folder}"
+    except UNREADABLE as error:
+        return f"image {name!r}: {error}"
+    return None
+
+
 def preprocess(image, size):
     """X_v: shortest edge to `size` (bicubic), centre crop, CLIP's mean and deviation. (3, size, size) float32.
 
@@ -296,160 +302,6 @@ def preprocess(image, size):
 def to_X_v(pictures, size):
     """Pictures to (K, 3, size, size); K = 0 for a sample of text alone."""
     return torch.stack([preprocess(p, size) for p in pictures]) if pictures else torch.zeros(0, 3, size, size)
-
-
-def image_names(record):
-    """The pictures of a sample: none, one, or a list."""
-    images = record.get("image") or []
-    return [images] if isinstance(images, str) else images
-
-
-def image_path(folder, name):
-    """folder/name; ValueError if the name leaves the folder."""
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
-        raise ValueError(f"image {name!r} leaves the image folder {folder}; names are relative to --images")
-    return os.path.join(folder, name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and checking
-
-
-def read_json(path):
-    """Yield the records of a JSON array or of JSON lines, one at a time. ValueError names the place of bad JSON."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
-        if not text.lstrip().startswith("["):
-            for number, line in enumerate(text.split("\n"), 1):
-                try:
-                    if line.strip():
-                        yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"bad JSON at line {number}, column {error.colno}: {error.msg}") from error
-            return
-        decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-        at = blank.match(text, text.index("[") + 1).end()
-        while text[at:at + 1] != "]":
-            record, at = decode(text, at)
-            yield record
-            at = blank.match(text, at).end()
-            if text[at:at + 1] == ",":
-                at = blank.match(text, at + 1).end()
-            elif text[at:at + 1] != "]":
-                raise json.JSONDecodeError("a comma or ] is missing", text, at)
-        if text[at + 1:].strip():
-            raise json.JSONDecodeError("something follows the array", text, blank.match(text, at + 1).end())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except ValueError as error:                          # UnicodeDecodeError is one
-        raise ValueError(f"{path}: {error}") from error
-
-
-def whole_lines(path, repair=False):
-    """The records of a JSON-lines file that we append to, without a last line that a kill tore; `repair` cuts it off the file.
-
-    ValueError names the file if it is no such file.
-    """
-    if not os.path.exists(path):
-        return []
-    with open(path, "rb") as f:
-        lines = f.read().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-    if repair:
-        with open(path, "rb+") as f:
-            f.write(b"".join(line + b"\n" for line in lines[:len(records)]))
-            f.truncate()
-    return records
-
-
-class Records:
-    """The samples of some files, kept as JSON text in one bytes object: their memory is about the files' size,
-    and worker processes that are forked share it."""
-
-    def __init__(self, files):
-        self.files, self.counts, blob, ends = list(files), [], bytearray(), [0]
-        for path in files:
-            for record in read_json(path):
-                blob += json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-                ends.append(len(blob))
-            self.counts.append(len(ends) - 1 - sum(self.counts))
-            if not self.counts[-1]:
-                raise ValueError(f"{path}: no records in it")
-        self.blob, self.ends = bytes(blob), np.array(ends)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        return json.loads(self.blob[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass"))
-
-    def source(self, i):
-        """Which file record i is from, and its index there."""
-        for path, count in zip(self.files, self.counts):
-            if i < count:
-                return path, i
-            i -= count
-
-    def where(self, i):
-        """'chat.json[1432] (id 000000123)', the name of a sample in every message."""
-        path, index = self.source(i)
-        record = self[i]
-        name = record.get("id") if isinstance(record, dict) else None
-        name = str(name).encode(errors="backslashreplace").decode() if name is not None else None     # printable
-        return f"{os.path.basename(path)}[{index}]" + (f" (id {name})" if name is not None else "")
-
-
-def form_problem(record, folder):
-    """The first thing that is wrong with a record's form, or None."""
-    if not isinstance(record, dict):
-        return f"a {type(record).__name__} where an object with id, image and conversations belongs"
-    turns, names = record.get("conversations"), image_names(record)
-    if not isinstance(turns, list) or not turns:
-        return "no conversations; a list of {from, value} turns is needed"
-    for i, turn in enumerate(turns):
-        want = ("human", "gpt")[i % 2]
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return f"turn {i} is not {{from, value}} with text in value"
-        if turn.get("from") != want:
-            return f"turn {i} is from {turn.get('from')!r} where {want!r} belongs; turns alternate human, gpt"
-        if re.search("[\ud800-\udfff]", turn["value"]):
-            return f"turn {i} ({want}) holds half a surrogate pair, which is no text"
-        if not turn["value"].strip():
-            return f"turn {i} ({want}) is empty"
-        if want == "gpt" and IMAGE in turn["value"]:
-            return f"turn {i} (gpt) holds {IMAGE}; images belong in human turns"
-    if len(turns) % 2:
-        return f"{len(turns)} turns: the last question has no answer"
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        return "image is neither a file name nor a list of file names"
-    tags = sum(turn["value"].count(IMAGE) for turn in turns)
-    if tags != len(names):
-        return f"{tags} {IMAGE} tags for {len(names)} image{'s' * (len(names) != 1)}; each image needs one tag in a human turn"
-    if names and folder is None:
-        return "has an image, but no image folder is given (--images DIR)"
-    return None
-
-
-def picture_problem(folder, name):
-    """What is wrong with a picture, or None. It is decoded to its end, in the smallest size that its format offers."""
-    try:
-        with Image.open(image_path(folder, name)) as image:
-            image.draft(image.mode, (1, 1))
-            ImageOps.exif_transpose(image).convert("RGB")                   # as in load_image
-    except FileNotFoundError:
-        return f"image {name!r} is not in {folder}"
-    except UNREADABLE as error:
-        return f"image {name!r}: {error}"
-    return None
 
 
 def prompt(turns, pictures, tokenizer, template, image_size, N, where="prompt"):
@@ -672,24 +524,6 @@ def use_color():
 
 def quantiles(values):
     return "min {:.0f}   median {:.0f}   95% {:.0f}   max {:.0f}".format(*np.quantile(values, [0, 0.5, 0.95, 1]))
-
-
-def typed_flags(config, argv, description, choices=None):
-    """What was typed on a command line whose flags are the fields of a dataclass, as a dict; nothing is filled in.
-
-    A field without default is a required flag, a bool is --flag / --no-flag, and the comment behind a field is its help.
-    """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", python_inspect.getsource(config), re.MULTILINE))
-    for f in dataclasses.fields(config):
-        how = {"help": notes.get(f.name, "").replace("%", "%%"), "required": f.default is dataclasses.MISSING}
-        if f.type is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how |= {"type": str if f.type == list[str] else f.type, "choices": (choices or {}).get(f.name),
-                    "nargs": "+" if f.type == list[str] else None}
-        parser.add_argument(f"--{f.name}", **how)
-    return vars(parser.parse_args(argv))
 
 
 def open_data(args):

@@ -40,8 +40,7 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
-from data import brief_instructions, read_json, typed_flags
-from model import IMAGE
+from records import IMAGE, brief_instructions, read_json, typed_flags, write_lines
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")
 HERE = Path(__file__).resolve().parent
@@ -750,10 +749,6 @@ def finish(failed):
     if failed:
         raise ValueError(f"{len(failed)} requests have no reply ({dict(Counter(reason for _, reason in failed))}); "
                          + AGAIN)
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

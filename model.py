@@ -24,12 +24,13 @@ from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, CLIPI
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from records import IMAGE
+
 logging.set_verbosity_error()    # its report of CLIP's unused text tower; what is missing is our own error (`load_part`)
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
 
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
-IMAGE = "<image>"    # the placeholder, in text and as one reserved id of the tokenizer
 
 # Our modules <-> the key prefixes of the llava-hf checkpoints (`LlavaForConditionalGeneration` on the hub).
 PREFIX = {"g.": "vision_tower.vision_model.", "W.": "multi_modal_projector.linear_1.", "f_phi.": "language_model."}

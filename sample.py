@@ -21,9 +21,9 @@ import requests
 import torch
 from tqdm import tqdm
 
-from data import (TEMPLATES, brief_instructions, collate, image_names, image_path, load_image, prompt, read_json, render,
-                  picture_problem, typed_flags, whole_lines)
-from model import DTYPES, IMAGE, LLaVA, choose_device, choose_dtype
+from data import TEMPLATES, collate, load_image, picture_problem, prompt, render
+from model import DTYPES, LLaVA, choose_device, choose_dtype
+from records import IMAGE, brief_instructions, image_names, image_path, read_json, typed_flags, whole_lines
 
 
 def open_picture(source):

@@ -33,9 +33,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import TEMPLATES, brief_instructions, encode, preprocess, render, whole_lines
-from generate_data import detail_questions, write_lines
-from model import IGNORE, IMAGE
+from data import TEMPLATES, encode, preprocess, render
+from generate_data import detail_questions
+from model import IGNORE
+from records import IMAGE, brief_instructions, whole_lines, write_lines
 
 COLOURS = {"red": (222, 45, 38), "orange": (250, 140, 30), "yellow": (240, 220, 40), "green": (50, 165, 70),
            "blue": (45, 95, 215), "purple": (130, 50, 165), "pink": (245, 130, 190), "black": (35, 35, 35)}

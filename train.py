@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (TEMPLATES, Conversations, Records, Steps, brief_instructions, check_template, collate, colored, inspect,
-                  report_problems, template_for, typed_flags, use_color, whole_lines)
+from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, template_for,
+                  use_color)
 from model import DTYPES, IGNORE, LLaVA, choose_device, choose_dtype
+from records import Records, brief_instructions, typed_flags, whole_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes: what is published, one row a stage (Sec. 4.2, "Training")

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AddedToken, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
-from model import IMAGE, LLaVA
+from model import LLaVA
+from records import IMAGE
 
 torch.set_num_threads(1)     # such small matrices gain nothing from a second thread, and lose much on a busy machine
 

@@ -19,7 +19,8 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPConfig
 
 from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from data import TEMPLATES, prompt
-from model import IMAGE, LLaVA
+from model import LLaVA
+from records import IMAGE
 
 KINDS = [(family, tied) for family in ("llama", "mistral", "qwen2") for tied in (False, True)]
 TEXTS = ["What is this?", "\nWhat is", " A cat.</s>USER: Is it?", "a  b\n\n c ", "日本, Grüße!", f"x{IMAGE}{IMAGE}\ny",

@@ -14,7 +14,8 @@ from transformers import (AddedToken, AutoTokenizer, LlamaConfig, LlamaTokenizer
                           Qwen2Config)
 
 from data import TEMPLATES, arrange, check_template, encode, encode_within, prompt, render, template_for
-from model import IGNORE, IMAGE
+from model import IGNORE
+from records import IMAGE
 
 
 def chat(*texts):

@@ -16,6 +16,7 @@ import data
 import generate_data as gd
 import toy
 from conftest import ROOT, run_script, start_script
+from records import brief_instructions, form_problem
 
 SHOP = {"id": "000000000007", "image": "000000000007.jpg", "captions": ["A red bus in front of a shop.", "A bus  stops."],
         "instances": [{"category": "bus", "bbox": [0.1, 0.25, 0.53004, 1]}, {"category": "person", "bbox": [0, 0.5, 0.1, 0.9]}]}
@@ -108,9 +109,9 @@ def test_the_few_shot_examples_are_2_3_and_3():
             assert len(captions.splitlines()) == 5 and bool(boxes) == (kind != "conversation")
             request = gd.Request(str(i), kind, gd.Context("1", "1.jpg", captions, boxes), {})
             record = gd.record_of(request, {"choices": [{"message": {"content": answer}}]}, args, gd.Sketches())
-            assert not data.form_problem(record, ".")
+            assert not form_problem(record, ".")
             assert len(record["conversations"]) == (12 if kind == "conversation" else 2)
-    assert len(gd.detail_questions()) == 16 and len(data.brief_instructions()) == 11
+    assert len(gd.detail_questions()) == 16 and len(brief_instructions()) == 11
 
 
 def test_every_picture_gets_one_type_by_mix_and_so_many_by_numbers():
@@ -381,6 +382,12 @@ def test_shards_merge_into_what_one_machine_makes(tmp_path):
         gd.shard_of("3/3")
 
 
+def test_it_starts_without_torch():
+    """A thousand pictures are asked about in the time that loading torch and transformers takes."""
+    code = "import sys, generate_data; sys.exit([m for m in ('torch', 'transformers') if m in sys.modules] or 0)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "generate_data.py loads what it does not use"
+
+
 def test_show_and_estimate_send_nothing(tmp_path, capsys):
     contexts = write_contexts(tmp_path / "c.jsonl", 158)
     flags = ["instruct", "--captions", str(contexts), "--out", str(tmp_path / "out"), "--base_url", "http://127.0.0.1:9/v1"]
@@ -472,8 +479,8 @@ def test_filter_and_expand_make_stage_1s_file(tmp_path):
     records = json.loads((tmp_path / "chat.json").read_text())
     assert len(records) == counts["kept"] and {r["image"] for r in records} <= {f"{i}.jpg" for i in range(600)}
     for r in records:
-        assert r["conversations"][0]["value"].replace("<image>", "").strip() in data.brief_instructions()
-        assert r["conversations"][1]["value"] == rows[int(r["id"])].split("\t")[0] and not data.form_problem(r, ".")
+        assert r["conversations"][0]["value"].replace("<image>", "").strip() in brief_instructions()
+        assert r["conversations"][1]["value"] == rows[int(r["id"])].split("\t")[0] and not form_problem(r, ".")
 
 
 def test_pairs_come_from_json_lines_or_a_folder_too(tmp_path):

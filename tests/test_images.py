@@ -17,9 +17,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlamaConfig
 
 import data
-from data import (TEMPLATES, Conversations, Records, Steps, collate, image_path, inspect, load_image, micro_batches, plan_epoch,
-                  preprocess, read_json, to_X_v)
-from model import IGNORE, IMAGE
+from data import (TEMPLATES, Conversations, Steps, collate, inspect, load_image, micro_batches, plan_epoch, preprocess,
+                  to_X_v)
+from model import IGNORE
+from records import IMAGE, Records, image_path, read_json
 
 
 def chat(*texts):

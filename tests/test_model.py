@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText
 import model as model_py
 from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from data import TEMPLATES, collate, encode, render
-from model import IGNORE, IMAGE, LLaVA, sample_id
+from model import IGNORE, LLaVA, sample_id
+from records import IMAGE
 
 KINDS = [(family, tied) for family in ("llama", "mistral", "qwen2") for tied in (False, True)]
 CHATS = [[f"{IMAGE}\nWhat is this?", "A red cube."],

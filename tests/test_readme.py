@@ -67,9 +67,10 @@ def test_every_command_of_the_readme_parses():
     import sample
     import toy
     import train
+    from records import typed_flags
     parsers = {"train.py": train.resolve, "data.py": data.arguments, "toy.py": toy.arguments,
                "generate_data.py": generate_data.arguments,
-               "sample.py": lambda argv: data.typed_flags(sample.Config, argv, "", sample.CHOICES)}
+               "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
     seen = set()
     for words in commands():
         scripts = [w for w in words if w.endswith(".py")]

@@ -13,12 +13,12 @@ import threading
 import pytest
 import torch
 
-import data as data_module
 import sample
 import train
 from conftest import byte_tokenizer, run_script, scripted_llm, start_script, tiny_clip, tiny_llava
-from data import TEMPLATES, Conversations, Records, collate, load_image, prompt
+from data import TEMPLATES, Conversations, collate, load_image, prompt
 from model import IGNORE, LLaVA
+from records import Records, brief_instructions, image_names
 
 QUESTION = "What is 0.0?"
 
@@ -281,7 +281,7 @@ def test_a_file_of_questions_gets_the_answers_that_each_gets_alone(ask_file, que
     for a, q in zip(answers, asked):
         assert a.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
         assert a["model_id"] == "my_run"
-        alone = answer(checkpoint, q["text"], [chats / "images" / n for n in data_module.image_names(q)])
+        alone = answer(checkpoint, q["text"], [chats / "images" / n for n in image_names(q)])
         assert a["text"] == alone, f"question {q['question_id']} gets another answer in a batch than alone"
     assert len({a["answer_id"] for a in answers}) == 9 and len({a["text"] for a in answers}) > 4
 
@@ -290,8 +290,8 @@ def test_batched_answers_are_the_single_ones_token_for_token(checkpoint, questio
     """Padding on the left is masked and does not count as position: a row's ids in a batch are its ids alone."""
     talker = sample.Talker(sample.Config(model=str(checkpoint), temperature=0.0, max_new_tokens=12))
     asked = [json.loads(line) for line in questions.read_text().splitlines()]
-    conversations = [([talker.ask(q["text"], len(data_module.image_names(q)))],
-                      [load_image(chats / "images" / n) for n in data_module.image_names(q)]) for q in asked]
+    conversations = [([talker.ask(q["text"], len(image_names(q)))],
+                      [load_image(chats / "images" / n) for n in image_names(q)]) for q in asked]
 
     def ids(batch):
         steps = talker.model.stream(*talker.batch(batch), stop=talker.stop, **talker.sampling)
@@ -401,7 +401,7 @@ def test_a_stage_1_checkpoint_is_asked_in_its_own_form(question, parts, chats, p
     asked = json.loads(re.search(r"^\[[\d, ]+\]$", shown.out, re.MULTILINE)[0])
     model = LLaVA.from_pretrained(out)
     data = Conversations(Records([path]), chats / "images", model.tokenizer, TEMPLATES[model.meta["template"]],
-                         model.image_size, model.N, questions=data_module.brief_instructions() if question else None)
+                         model.image_size, model.N, questions=brief_instructions() if question else None)
     prompts = []
     for epoch in range(50):
         ids, labels, _, _ = data.encoded(0, epoch)

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, CLIPModel
 
 import generate_data
 import toy
-from data import preprocess, whole_lines
+from data import preprocess
 from model import LLaVA
+from records import whole_lines
 from toy import HELD_OUT, KINDS, PAIRS, SEEN, Scene, Thing
 
 

@@ -20,6 +20,7 @@ import data as data_module
 import train
 from conftest import ROOT, run_script, save_parts, scripted_llm, start_script, tiny_llm
 from model import IGNORE, LLaVA
+from records import brief_instructions, image_names
 
 # Learning rates at which 20 steps visibly move what trains. AdamW's first steps are nearly lr * sign(gradient), which
 # would blow up rounding where a gradient is about 0; measured at these rates, orders of summation differ by 2e-6 at most.
@@ -590,7 +591,7 @@ def test_the_banner_shows_what_will_be_trained_on_what(watched, chats):
         found = re.compile(pattern, re.MULTILINE).search(shown, at)
         assert found, f"{pattern!r} is missing, or stands before what should precede it:\n{shown[:4000]}"
         at = found.start()
-    images = sum(len(data_module.image_names(r)) for r in json.loads((chats / "chat.json").read_text()))
+    images = sum(len(image_names(r)) for r in json.loads((chats / "chat.json").read_text()))
     assert f" {images} images;" in shown, f"the banner counts other images than the {images} of the data"
     assert "[4 x <image>]" in shown, "the rendered sample does not show how many tokens an image is"
 
@@ -682,7 +683,7 @@ def test_stage_1_asks_for_a_brief_caption_or_with_a_flag_for_nothing(question, f
     form = "--stage1_question" if question else "--no-stage1_question"
     train.main(flags(out, *STAGE[1], "--data", path, "--max_steps", 1, form))
     sample = re.search(r"^one sample.*?:\n(.*?)^step", capsys.readouterr().out, re.MULTILINE | re.DOTALL)[1]
-    asked = [q for q in data_module.brief_instructions() if q in sample]
+    asked = [q for q in brief_instructions() if q in sample]
     meta = json.loads((out / "config.json").read_text())["minllava"]
     if question:
         assert len(asked) == 1 and "« a red thing###»" in sample and meta["template"] == "llava_v0"
