@@ -454,19 +454,30 @@ class Sketches:
         return next((other for other, n in common.most_common() if n >= 6 and other != name), None)
 
 
-def record_of(request, reply, args, sketches):
-    """A reply -> LLaVA's record, with the picture before or after the first question at random: Eq. (2). Raises Reject."""
-    choice, rng = reply["choices"][0], random.Random(f"{args.seed} {request.id}")
+def whole_text(reply):
+    """What a reply says; raises Reject if it was cut off."""
+    choice = reply["choices"][0]
     if choice.get("finish_reason") in ("length", "content_filter"):
         raise Reject({"length": "cut off at max_tokens", "content_filter": "content filter"}[choice["finish_reason"]])
-    turns = parse(request.kind, choice["message"]["content"])
-    turns = [(question or rng.choice(detail_questions()), answer) for question, answer in turns]
-    text = "\n".join(part for turn in turns for part in turn)
+    return choice["message"]["content"].strip()
+
+
+def check_words(text, language):
+    """Raises Reject if a text betrays that its writer saw no picture, or is in another language."""
     for reason, pattern in SPEAKS_OF.items():
         if pattern.search(text):
             raise Reject(reason)
-    if args.language and not in_script(text, args.language):
+    if language and not in_script(text, language):
         raise Reject("wrong language")
+
+
+def record_of(request, reply, args, sketches):
+    """A reply -> LLaVA's record, with the picture before or after the first question at random: Eq. (2). Raises Reject."""
+    rng = random.Random(f"{args.seed} {request.id}")
+    turns = parse(request.kind, whole_text(reply))
+    turns = [(question or rng.choice(detail_questions()), answer) for question, answer in turns]
+    text = "\n".join(part for turn in turns for part in turn)
+    check_words(text, args.language)
     if not args.keep_duplicates:
         if len({question.lower() for question, _ in turns}) < len(turns):
             raise Reject("asks the same twice")
@@ -478,7 +489,7 @@ def record_of(request, reply, args, sketches):
 def conversation(turns, rng):
     """[(question, answer), ...] -> LLaVA's turns; Eq. (2) draws whether the picture leads or follows the first question."""
     first = f"{IMAGE}\n{turns[0][0]}" if rng.random() < 0.5 else f"{turns[0][0]}\n{IMAGE}"
-    said = [first, *(part for turn in turns for part in turn)][:1] + [part for turn in turns for part in turn][1:]
+    said = [first] + [part for turn in turns for part in turn][1:]
     return [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(said)]
 
 
@@ -705,35 +716,44 @@ def bench(args, contexts, prompts):
     order = random.Random(args.seed).sample(contexts, len(contexts))
     system, asked, tried = (Path(args.prompts) / "reference" / "system_message.txt").read_text(), {}, 0
     ask, cost = teacher_of(args), lambda reply: price(reply, args)
+
+    def usable(plan, read):
+        """{picture: [read(request, reply) of each type]}, of the pictures for which none is rejected."""
+        finish(ask_missing(lambda: iter(plan), out / "raw.jsonl", ask, args, cost))
+        replies, found = Replies([out / "raw.jsonl"]), defaultdict(list)
+        for request in plan:
+            try:
+                found[request.context].append(read(request, replies[request.key]))
+            except Reject as reject:
+                print(f"{request.id}: {reject}; another picture takes its place")
+        return {context: said for context, said in found.items() if len(said) == len(TYPES)}
+
+    def question_of(request, reply):
+        first = record_of(request, reply, args, Sketches())["conversations"][0]["value"]
+        return request.kind, first.replace(IMAGE, "").strip()
+
+    def answer_of(request, reply):
+        check_words(text := whole_text(reply), args.language)
+        return text
+
     with only_one(Path(args.out)) as out:
         while len(asked) < args.bench:
             some = order[tried:tried + args.bench - len(asked)]
             if not some:
-                raise ValueError(f"{len(asked)} of {len(order)} pictures have a usable question of each type; --bench "
-                                 f"{args.bench} needs more pictures")
+                raise ValueError(f"{len(asked)} of {len(order)} pictures have a usable question and answer of each type; "
+                                 f"--bench {args.bench} needs more pictures")
             tried += len(some)
-            pairs = [(kind, context) for context in some for kind in TYPES]
-            finish(ask_missing(lambda: requests_of(pairs, prompts, args), out / "raw.jsonl", ask, args, cost))
-            replies, found = Replies([out / "raw.jsonl"]), defaultdict(dict)
-            for request in requests_of(pairs, prompts, args):
-                try:
-                    turns = record_of(request, replies[request.key], args, Sketches())["conversations"]
-                    found[request.context][request.kind] = turns[0]["value"].replace(IMAGE, "").strip()
-                except Reject as reject:
-                    print(f"{request.id}: {reject}; another picture takes its place")
-            asked |= {context: questions for context, questions in found.items() if len(questions) == len(TYPES)}
-        rows = [(context, kind, questions[kind]) for context, questions in asked.items() for kind in TYPES]
-        plan = lambda: (Request(f"{c.id}-reference-{kind}", "reference", c, body_of(args, messages(
-            system, [], f"{context_text(kind='reference', context=c)}\n\n{question}", args.language)), question)
-            for c, kind, question in rows)
-        finish(ask_missing(plan, out / "raw.jsonl", ask, args, cost))
-        replies = Replies([out / "raw.jsonl"])
-        answers = [replies[r.key]["choices"][0]["message"]["content"].strip() for r in plan()]
+            questions = usable(list(requests_of([(kind, c) for c in some for kind in TYPES], prompts, args)), question_of)
+            answers = usable([Request(f"{c.id}-reference-{kind}", "reference", c, body_of(args, messages(
+                system, [], f"{context_text(kind='reference', context=c)}\n\n{question}", args.language)), question)
+                for c, rows in questions.items() for kind, question in rows], answer_of)
+            asked |= {c: list(zip(questions[c], said)) for c, said in answers.items()}
+        rows = [(c, kind, question, text) for c, said in asked.items() for (kind, question), text in said]
         write_lines(out / "questions.jsonl", [{"question_id": i, "image": c.image, "text": question, "category": CATEGORY[kind]}
-                                              for i, (c, kind, question) in enumerate(rows)])
+                                              for i, (c, kind, question, _) in enumerate(rows)])
         write_lines(out / "reference.jsonl", [
-            {"question_id": i, "prompt": row[2], "text": text, "answer_id": f"reference-{i}", "model_id": args.model,
-             "metadata": {}, "category": CATEGORY[row[1]]} for i, (row, text) in enumerate(zip(rows, answers))])
+            {"question_id": i, "prompt": question, "text": text, "answer_id": f"reference-{i}", "model_id": args.model,
+             "metadata": {}, "category": CATEGORY[kind]} for i, (_, kind, question, text) in enumerate(rows)])
         write_lines(out / "context.jsonl", [
             {"id": c.id, "image": c.image, "captions": c.captions.split("\n"), "instances": [
                 {"category": line.rpartition(": ")[0], "bbox": json.loads(line.rpartition(": ")[2])}

@@ -51,6 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         text = SETTINGS["text"] or f"Question:\nWhat does it say about {last}?\n===\nAnswer:\nIt is about {last}."
         if fault == "unparsable":
             text = "Certainly! What a nice picture."
+        if fault == "refuses":
+            text = "I'm sorry, I cannot help with that."
         if fault == "empty":
             text = " "
         reply = json.dumps({"model": asked["model"], "choices": [{"message": {"role": "assistant", "content": text},
