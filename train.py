@@ -51,11 +51,10 @@ RECIPES = {
     "llava-7b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-7b-v1.3")},
     "llava-13b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-13b-v1.3")},
     # OURS: the paper in miniature, on two CPU cores (toy.py). The image first: a small model learns one place sooner than two.
-    # Features after the first of four layers: the later ones of so small a CLIP forget where a thing lies.
-    "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512, feature_layer=-4,
+    "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512,
                          image_position="first", images="out/toy/world/images", workers=0, val_samples=64),
             1: dict(data=["out/toy/stage1.json"], epochs=1, lr=1e-2, global_batch_size=8),
-            2: dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=1e-3, global_batch_size=32)},
+            2: dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=5e-4, global_batch_size=32)},
 }
 
 

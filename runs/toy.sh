@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper in miniature, offline, on two CPU cores: world, stage 1, stage 2, questions on held-out pictures, table.
 #     bash runs/toy.sh [--rebuild] [seed] [folder]      about 10 minutes after the install; folder is emptied first
-# --rebuild pretrains the two parts in toy_parts again, side by side: 32 minutes more.
+# --rebuild pretrains the two parts in toy_parts again, side by side: 33 minutes more.
 source "$(dirname "$0")/env.sh"
 if [ "${1:-}" = --rebuild ]; then
     shift
@@ -27,7 +27,7 @@ write() {    # stage 1 by naive expansion; stage 2 by the scripted teacher (no l
 ask() {
     for split in held_out new_pairs blind shuffled; do
         python sample.py --model "$OUT/stage2" --questions "$W/questions_$split.jsonl" --images "$W/images" \
-            --answers "$OUT/answers_$split.jsonl" --temperature 0 --max_new_tokens 24 --batch_size 120
+            --answers "$OUT/answers_$split.jsonl" --temperature 0 --max_new_tokens 32 --batch_size 120
     done
 }
 

@@ -435,8 +435,9 @@ def test_bench_has_a_question_of_each_type_and_its_reference(tmp_path):
 def test_bench_takes_no_question_and_no_reference_that_is_a_refusal(serve, tmp_path, capsys):
     """A candidate must not be scored beside "I'm sorry"; the next picture takes the place of one without an answer."""
     url, _ = serve(faults={"refuses": 0.15})
-    gd.main(["instruct", "--captions", str(write_contexts(tmp_path / "c.jsonl", 40)), "--out", str(tmp_path / "b"), "--model", "m",
-             "--base_url", url, "--bench", "6", "--workers", "1"])
+    contexts = write_contexts(tmp_path / "c.jsonl", 40)
+    gd.main(["instruct", "--captions", str(contexts), "--out", str(tmp_path / "b"), "--model", "m", "--base_url", url,
+             "--bench", "6", "--workers", "1"])
     said = capsys.readouterr().out
     assert "reference-" in said and "refuses; another picture takes its place" in said, "the test's server refused no reference"
     reference, questions = lines(tmp_path / "b" / "reference.jsonl"), lines(tmp_path / "b" / "questions.jsonl")

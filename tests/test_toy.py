@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 import generate_data
 import toy
@@ -56,22 +56,23 @@ def test_answers_agree_with_the_boxes():
     for question, answer in {
             "What colour is the star?": "The star is blue.",
             "What shape is the blue thing?": "The blue thing is a star.",
-            "How many red things are there?": "There are two red things.",
-            "How many crosses are there?": "There are no crosses.",
-            "How many things can you see?": "There are three things.",
+            "How many red things are there?": "The number of red things is two.",
+            "How many cross shapes are there?": "The number of cross shapes is zero.",
+            "How many things can you see?": "The number of things is three.",
             "Is there a blue star?": "Yes, there is.",
             "Is there a blue circle?": "No, there is not.",
-            "Where is the red ring?": "The red ring is at the bottom left.",
-            "Is the blue star left or right of the red circle?": "The blue star is right of the red circle.",
-            "Is the red circle above or below the red ring?": "The red circle is above the red ring."}.items():
+            "Where is the red ring?": "The red ring is in A 4.",
+            "Is the blue star left or right of the red circle?":
+                "The blue star is in column C and the red circle is in column A, so it is right.",
+            "Is the red circle above or below the red ring?":
+                "The red circle is in row 1 and the red ring is in row 4, so it is above."}.items():
         assert said[question] == answer
     assert "What shape is the red thing?" not in said, "two red things: the question is ambiguous"
     assert "Is the blue star above or below the red circle?" not in said, "neither"
     listed = {q.text: set(q.answer.rstrip(".").split(", ")) for q in toy.questions(scene, random.Random(0))}
-    assert listed["In short, what is at the top and what at the bottom?"] == {
-        "red circle top", "blue star top", "red ring bottom"}
+    assert listed["In short, what row is what?"] == {"red circle 1", "blue star 1", "red ring 4"}
     assert listed["In short, what colour is what?"] == {"circle red", "star blue", "ring red"}
-    assert "blue star red ring right" in listed["In short, what is left of what and what right?"]
+    assert listed["In short, what column is what?"] == {"red circle A", "blue star C", "red ring A"}
 
 
 def test_a_coco_file_gives_back_the_scenes_that_it_was_written_from(small_world):
@@ -101,6 +102,21 @@ def test_clip_never_sees_a_held_out_pair():
                 rgb = t.paint or toy.COLOURS[t.colour]
                 nearest = min(toy.COLOURS, key=lambda c: sum(abs(p - q) for p, q in zip(rgb, toy.COLOURS[c])))
                 assert (nearest, t.shape) in SEEN
+
+
+def test_a_shrunk_clip_computes_the_same_on_a_smaller_scale():
+    """Layer norms undo a scale: Z_v shrinks, what CLIP says of a picture does not change."""
+    torch.manual_seed(0)
+    vision = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2,
+                                              image_size=64, patch_size=16, initializer_factor=2.5)).eval()
+    X_v = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = vision(X_v, output_hidden_states=True)
+        toy.shrink(vision, 0.5)
+        after = vision(X_v, output_hidden_states=True)
+    for big, small in zip(before.hidden_states, after.hidden_states):
+        torch.testing.assert_close(small, 0.5 * big, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.pooler_output, before.pooler_output, rtol=1e-2, atol=1e-3)
 
 
 def test_the_llava_json_alternates_and_has_one_image_in_the_first_turn(small_world):
@@ -187,7 +203,7 @@ def test_the_shipped_clip_is_pretrained():
     clip = CLIPModel.from_pretrained("toy_parts/clip").eval()
     tokenizer = AutoTokenizer.from_pretrained("toy_parts/clip")
     some, rng = scenes(64, seed=11)
-    texts = [toy.caption(scene, rng, (True, True, "at the {0.place}")) for scene in some]
+    texts = [toy.caption(scene, rng, (True, True, "in {0.place}")) for scene in some]
     ids = [[toy.BOS, *tokenizer.encode(text, add_special_tokens=False), toy.PAD] for text in texts]
     T = max(map(len, ids))
     with torch.no_grad():
