@@ -10,8 +10,11 @@ n) or a number}, and what must be said about them. Missing, doubled and foreign 
 --official is the published arithmetic wherever it does something else: random choices, pairs by position, the servers' rules.
 """
 import ast
+import base64
 import csv
 import functools
+import gc
+import itertools
 import json
 import os
 import random
@@ -69,10 +72,13 @@ def read(path):
                 line.rstrip("\r\n").split("\t") for line in f if line.strip()]
     else:
         try:
-            with open(path, encoding="utf-8-sig") as f:
-                data = json.load(f)
+            text = Path(path).read_text(encoding="utf-8-sig")
+            try:
+                data = json.loads(text)
+            except ValueError:                           # JSON lines, all at once
+                data = json.loads("[" + ",".join(filter(str.strip, text.split("\n"))) + "]")
         except ValueError:
-            data = list(read_json(path))                 # JSON lines, or an error that names the line
+            data = list(read_json(path))                 # for its error, which names the line
     if not data:
         raise ValueError(f"{path}: it is empty")
     return data
@@ -169,6 +175,17 @@ def percent(value):
 # Yes or no: POPE, MME
 
 
+def yes_no(split, texts, labels):
+    """POPE's five measures of one split, as {split.measure: (right, n)}; None where nothing can be divided by."""
+    yes = [not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" ")) for text in texts]
+    pairs = [(y, label != "no") for y, label in zip(yes, labels)]
+    both, n_yes, n_true = pairs.count((True, True)), sum(y for y, _ in pairs), sum(true for _, true in pairs)
+    return {f"{split}.f1": 200 * both / (n_yes + n_true) if both else None,
+            f"{split}.accuracy": (sum(y == true for y, true in pairs), len(pairs)),
+            f"{split}.precision": (both, n_yes) if n_yes else None, f"{split}.recall": (both, n_true) if n_true else None,
+            f"{split}.yes": (n_yes, len(pairs))}
+
+
 def pope(args, labels):
     """POPE: is there such an object? F1 of "yes" in three splits; `--questions` says which question is of which split.
 
@@ -186,30 +203,20 @@ def pope(args, labels):
     questions = read(args.questions) if args.questions else [row | {"category": s} for s in splits for row in splits[s]]
     if others := {q["category"] for q in questions} - splits.keys():
         raise ValueError(f"--labels: there are questions of the split {', '.join(others)}, but no labels")
-    texts, scores, notes = {}, {}, []
-    if args.official:
-        split_of = {str(q["question_id"]): q["category"] for q in questions}
-        for split in splits:
-            texts[split] = [text for i, _, text in answers_of(args.answers) if split_of[str(i)] == split]
-    else:
-        said = list(zip(questions, texts_of(args, [(q["question_id"], q["text"]) for q in questions])))
-        for split, rows in splits.items():
-            texts[split] = match(
-                [(row["image"], bare(row["text"])) for row in rows],
-                [((q["image"], bare(q["text"])), text) for q, text in said if q["category"] == split], f"labels of {split}",
-                "The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, 3000 adversarial labels.")
+    split_of, scores, notes = {str(q["question_id"]): q["category"] for q in questions}, {}, []
+    answers = answers_of(args.answers)
+    said = [] if args.official else zip(questions, texts_of(args, [(q["question_id"], q["text"]) for q in questions]))
+    said = [(q["category"], (q["image"], bare(q["text"])), text) for q, text in said]
     for split, rows in splits.items():
-        yes = [not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" ")) for text in texts[split]]
-        pairs = [(y, row["label"] != "no") for y, row in zip(yes, rows)]
-        both, n_yes, n_true = pairs.count((True, True)), sum(y for y, _ in pairs), sum(true for _, true in pairs)
-        scores |= {f"{split}.f1": 200 * both / (n_yes + n_true) if both else None,
-                   f"{split}.accuracy": (sum(y == true for y, true in pairs), len(pairs)),
-                   f"{split}.precision": (both, n_yes) if n_yes else None,
-                   f"{split}.recall": (both, n_true) if n_true else None, f"{split}.yes": (n_yes, len(pairs))}
-        if not both:
-            notes.append(f"{split}: {n_yes} answers are yes and none of them is right: F1 is undefined")
-        if len(yes) != len(rows):
-            notes.append(f"{split}: {len(yes)} answers and {len(rows)} labels, paired by position, do not belong together")
+        texts = [text for i, _, text in answers if split_of[str(i)] == split] if args.official else match(
+            [(row["image"], bare(row["text"])) for row in rows], [(key, text) for name, key, text in said if name == split],
+            f"labels of {split}", "The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, 3000 "
+            "adversarial labels.")
+        scores |= yes_no(split, texts, [row["label"] for row in rows])
+        if scores[f"{split}.f1"] is None:
+            notes.append(f"{split}: no answer is rightly yes, so F1 is undefined")
+        if len(texts) != len(rows):
+            notes.append(f"{split}: {len(texts)} answers and {len(rows)} labels, paired by position, do not belong together")
     three = [scores.get(f"{split}.f1") for split in ("random", "popular", "adversarial")]
     if len(splits) < 3:
         notes.append(f"f1 is the mean of three splits; there are labels of {', '.join(splits)} only")
@@ -268,6 +275,11 @@ def option_of(text, options):
     return found[0] if len(found) == 1 else None
 
 
+def present(cell):
+    """Whether a cell of a sheet holds something; an empty one was "nan" to the official readers."""
+    return bool(cell) and cell.lower() not in ("nan", "none")
+
+
 def mmbench(args, labels):
     """MMBench and MMBench-CN: `circular` counts a question as right only if it is so in each rotation of its options (rows
     index, index + 1,000,000, ... of the official TSV); `plain` looks at the unrotated row, `rows` at every row by itself.
@@ -287,7 +299,7 @@ def mmbench(args, labels):
         return {}, ["the TSV holds no answers: a test split, which its server scores"]
     rng, groups, pairs = random.Random(args.seed), defaultdict(list), []
     for row, text in zip(rows, texts):
-        letter = option_of(text, {k: row[k] for k in "ABCD" if (row.get(k) or "nan").lower() not in ("nan", "none")})
+        letter = option_of(text, {k: row[k] for k in "ABCD" if present(row.get(k))})
         pairs.append(("unparsed", letter is None))
         letter = letter or (rng.choice(LETTERS) if args.official else None)
         groups[int(row["index"]) % 10 ** 6].append((int(row["index"]), letter == row["answer"], row))
@@ -299,6 +311,23 @@ def mmbench(args, labels):
     scores = tally(pairs)
     first = ("circular", "plain", "rows", "unparsed")
     return {key: scores[key] for key in (*first, *sorted(scores.keys() - set(first)))}, []
+
+
+def mmbench_data(args):
+    """MMBench's sheet as questions to answer, and the pictures in it as files, one for all rotations of a question."""
+    rows, questions = [row for sheet in read_labels(args, "*.tsv").values() for row in sheet], []
+    pictures = {row["index"]: row["image"] for row in rows}
+    Path(args.images).mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        options = [f"{k}. {row[k]}" for k in itertools.takewhile(lambda k: present(row.get(k)), "ABCD")]
+        lines = [row["hint"]] * present(row.get("hint")) + [row["question"], *options]
+        chinese = re.search("[\u4e00-\u9fff]", row["question"])
+        name, picture = f"{int(row['index']) % 10 ** 6}.jpg", pictures.get(row["image"], row["image"])   # or another row's
+        Path(args.images, name).write_bytes(base64.b64decode(picture))
+        questions.append({"question_id": int(row["index"]), "image": name,
+                          "text": "\n".join([*lines, "请直接回答选项字母。" if chinese else BY_LETTER])})
+    write_lines(Path(args.questions), questions)
+    print(f"{len(questions):,} questions in {args.questions}, their pictures in {args.images}")
 
 
 def seed_bench(args, labels):
@@ -313,14 +342,12 @@ def seed_bench(args, labels):
     asked = [q for q in questions if q["data_type"] in kinds or not kinds]
     texts = texts_of(args, [q["question_id"] for q in asked], missing_ok=args.official)
     write_upload(args, [{"question_id": q["question_id"], "prediction": t or ""} for q, t in zip(asked, texts)], lines=True)
-    scores = tally((key, t == q["answer"]) for q, t in zip(asked, texts)
-                   for key in ("all", q["data_type"], types[q["question_type_id"]]))
-    left_out = {q["data_type"] for q in questions} - kinds
-    if left_out:
+    scores = {"image": None, "video": None, "all": None, "unparsed": (sum(t not in LETTERS for t in texts), len(texts))}
+    scores |= tally((key, t == q["answer"]) for q, t in zip(asked, texts)
+                    for key in ("all", q["data_type"], types[q["question_type_id"]]))
+    if left_out := {q["data_type"] for q in questions} - kinds:
         scores["all"] = None
-    return ({key: scores.get(key) for key in ("image", "video", "all")} | scores
-            | {"unparsed": (sum(t not in LETTERS for t in texts), len(texts))},
-            [f"no answers to {kind} questions, so all is undefined" for kind in left_out])
+    return scores, [f"no answers to {kind} questions, so all is undefined" for kind in left_out]
 
 
 def choice_of(text, options):
@@ -350,16 +377,19 @@ def values_of(text):
 
 
 def open_right(text, truths):
-    """MMMU's open questions: what follows the last key word of each line, or else all, holds a true text or number."""
-    lines, parts = text.strip().strip(".").lower().split("\n"), []
-    for i, line in enumerate(lines):
-        marks = KEY_WORDS + ["="] * (i == len(lines) - 1)
-        tails = sorted((line.split(mark)[-1].strip() for mark in marks if mark in line), key=len)
-        parts += [tail for tail in tails if tail][:1]
-    parts = [part for part in parts if part not in list(":,.!?;'")] or [text]
+    """MMMU's open questions: what follows the key words of a line (the shortest such piece), or else all, holds a truth."""
+    whole, parts = text.strip().strip(".").lower(), []
+    lines = whole.split("\n")
+    for line in lines:
+        shortest = ""
+        for mark in KEY_WORDS + ["="] * (line is lines[-1]):
+            tail = line.split(mark)[-1].strip()
+            if mark in line and (not shortest or len(tail) < len(shortest)):
+                shortest = tail
+        parts += [shortest] * (shortest not in ["", *":,.!?;'"])
+    parts = parts or [whole]
     parts += [number for part in parts for form in NUMBERS for number in re.findall(form, part)]
-    said = [value for part in parts for value in values_of(part)]
-    truths = [value for truth in truths for value in values_of(truth)]
+    said, truths = ([value for part in some for value in values_of(part)] for some in (parts, truths))
     return any(t in s if isinstance(s, str) and isinstance(t, str) else t == s for s in said for t in truths)
 
 
@@ -407,8 +437,6 @@ def mathvista(args, labels):
 # ---------------------------------------------------------------------------------------------------------------------
 # ScienceQA (Sec. 5.2)
 
-SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
-
 
 def letter_of(text):
     """The answer's letter: it is all of the text; it begins it, "B. ..."; "The answer is B." occurs exactly once. Else None."""
@@ -418,6 +446,13 @@ def letter_of(text):
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)  # OFFICIAL: any character will do for the full stop
     return found[0] if len(found) == 1 else None
+
+
+def columns_of(problem):
+    """The columns of Table 7 in which a problem counts; with a hint and a picture it is in TXT and in IMG."""
+    subject = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}[problem["subject"]]
+    context = ["TXT"] * bool(problem["hint"]) + ["IMG"] * bool(problem["image"]) or ["NO"]
+    return [subject, *context, "G1-6" if int(problem["grade"].removeprefix("grade")) <= 6 else "G7-12", "AVG"]
 
 
 def problems_of(args, labels):
@@ -458,13 +493,8 @@ def scienceqa(args, labels):
     ours, file = {pid: index(pid, letter) for pid, letter in letters.items()}, read(args.answers)
     if args.official and isinstance(file, dict) and "results" in file:
         ours = {pid: int(file["results"].get(pid, -1)) for pid in pids}
-    pairs = []
-    for pid in pids:
-        p = problems[pid]
-        context = ["TXT"] * bool(p["hint"]) + ["IMG"] * bool(p["image"]) or ["NO"]
-        grade = "G1-6" if int(p["grade"].removeprefix("grade")) <= 6 else "G7-12"
-        pairs += [(key, ours[pid] == p["answer"]) for key in (SUBJECTS[p["subject"]], *context, grade, "AVG")]
-    scores = dict.fromkeys(PUBLISHED["scienceqa"][0].split()) | tally(pairs)
+    scores = dict.fromkeys(PUBLISHED["scienceqa"][0].split())
+    scores |= tally((key, ours[pid] == problems[pid]["answer"]) for pid in pids for key in columns_of(problems[pid]))
     scores["unparsed"] = (list(letters.values()).count(None), len(pids))
     if beyond := sum(letter not in [None, *LETTERS[:len(problems[pid]["choices"])]] for pid, letter in letters.items()):
         notes.append(f"{beyond} answers name a letter that their problem does not have")
@@ -631,10 +661,12 @@ def vizwiz(args, labels):
     """VizWiz: question_id is the place in the official annotations, or as `--questions` has it. --upload is for the server;
     with answers in --labels (validation): the accuracy, and that on the questions of type unanswerable."""
     labels = [row for data in labels.values() for row in data]
-    asked = read(args.questions) if args.questions else [
-        {"question_id": i, "image": row["image"], "text": row["question"]} for i, row in enumerate(labels)]
-    if not asked:
-        raise ValueError("--questions or --labels is needed: the server knows a question by its picture")
+    asked = [{"question_id": i, "image": row["image"], "text": row["question"]} for i, row in enumerate(labels)]
+    if args.questions:
+        asked = read(args.questions)
+    elif not labels:                                     # the test split; its pictures are numbered as its questions
+        asked = [{"question_id": i, "image": f"VizWiz_test_{int(i):08}.jpg", "text": prompt}
+                 for i, prompt in dict.fromkeys((i, prompt) for i, prompt, _ in answers_of(args.answers))]
     texts = texts_of(args, [(q["question_id"], q["text"]) for q in asked])
     write_upload(args, [{"image": q["image"], "answer": normalise(text)} for q, text in zip(asked, texts)])
     if not labels or "answers" not in labels[0]:
@@ -743,6 +775,13 @@ def score(name, args):
 
 
 @dataclass(frozen=True)
+class MMBench:
+    labels: list[str]                    # the official TSV, which holds the questions, too
+    questions: str                       # JSON lines to write
+    images: str                          # folder to write the pictures to
+
+
+@dataclass(frozen=True)
 class ScienceQA:
     labels: list[str]                    # problems.json and pid_splits.json, or their folder
     split: str = "train"                 # of pid_splits.json
@@ -774,7 +813,7 @@ def answer(args):
     sample.answer_file(sample.Talker(config), config)
 
 
-COMMANDS = {"answer": (Answer, answer), "scienceqa_data": (ScienceQA, scienceqa_data)}
+COMMANDS = {"answer": (Answer, answer), "scienceqa_data": (ScienceQA, scienceqa_data), "mmbench_data": (MMBench, mmbench_data)}
 
 
 def arguments(argv):
@@ -797,6 +836,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    gc.disable()                         # millions of small objects and no garbage: looking for it would take half of the time
     try:
         main()
     except (ValueError, FileNotFoundError) as error:

@@ -15,9 +15,9 @@ BEGIN, END = "<!-- paper-to-code: begin -->\n", "<!-- paper-to-code: end -->"
 TAG = re.compile(r"(Eq\. \(\d+\)|Table \d+|Fig\. \d+|Sec\. \d+(?:\.\d+)?)")
 SAYS = {"Eq. (1)": "H_v = W Z_v", "Eq. (2)": "the image's place in the first turn", "Eq. (3)": "the answer-only likelihood",
         "Fig. 1": "the network", "Sec. 3": "instruction data from captions and boxes", "Sec. 4.1": "architecture",
-        "Sec. 4.2": "training", "Sec. 5.1": "multimodal chat, LLaVA-Bench",
+        "Sec. 4.2": "training", "Sec. 5.1": "multimodal chat, LLaVA-Bench", "Sec. 5.2": "ScienceQA",
         "Table 1": "one example of the three response types",
-        "Table 2": "the input sequence", "Table 8": "ablations"}
+        "Table 2": "the input sequence", "Table 7": "ScienceQA by subject, context and grade", "Table 8": "ablations"}
 
 
 def paper_to_code():
