@@ -90,8 +90,8 @@ class LLaVA(nn.Module):
             + ", ".join(f"{i}: {n}" for i, n in zip(ids or range(len(found)), found)))
         H_q = self.f_phi.get_input_embeddings()(input_ids)                   # (B, T, D)
         H_v = self.encode_images(X_v)                    # (K, N, D)
-        if shown is not None:
-            H_v = H_v[shown]                             # (K, N, D)    K placeholders' worth, of fewer pictures
+        if shown is not None:                            # as often as each is shown
+            H_v = H_v[shown]
         H = H_q.masked_scatter(is_image[..., None], H_v.to(H_q.dtype))       # (B, T, D)  H_v where placeholders stood
         return H
 
