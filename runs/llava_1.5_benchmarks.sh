@@ -32,12 +32,12 @@ for name in mmbench_dev_20230712 mmbench_dev_cn_20231003; do
     if have mmbench/$name.tsv; then
         python eval.py mmbench_data --labels $D/mmbench/$name.tsv --questions $OUT/$name.questions.jsonl --images $D/mmbench/$name
         ask $OUT/$name.questions.jsonl $D/mmbench/$name $name
-        python eval.py score mmbench --answers $OUT/$name.jsonl --labels $D/mmbench/$name.tsv --json $OUT/$name.json --upload $OUT/$name.xlsx
+        python eval.py score mmbench --answers $OUT/$name.jsonl --labels $D/mmbench/$name.tsv --json $OUT/$name.json
     fi
 done
 if have seed_bench; then
     ask $D/seed_bench/llava-seed-bench.jsonl $D/seed_bench seed_bench
-    python eval.py score seed_bench --answers $OUT/seed_bench.jsonl --labels $D/seed_bench --json $OUT/seed_bench.json --upload $OUT/seed_bench_upload.jsonl
+    python eval.py score seed_bench --answers $OUT/seed_bench.jsonl --labels $D/seed_bench --json $OUT/seed_bench.json
 fi
 if have scienceqa; then
     python eval.py scienceqa_data --labels $D/scienceqa --split test --format letter --questions $OUT/scienceqa.questions.jsonl
