@@ -713,7 +713,7 @@ def wilson(right, n, z=1.96):
     """The 95% interval of an accuracy, in percent."""
     p, centre = right / n, (right + z * z / 2) / (n + z * z)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return 100 * (centre - half), 100 * (centre + half)
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def print_table(name, scores):
