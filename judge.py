@@ -46,7 +46,7 @@ PUBLISHED = {                            # conversation, detail, complex reasoni
            "paper, Table 5: BLIP-2": ("54.6 ± 1.4", "29.1 ± 1.2", "32.9 ± 0.7", "38.1 ± 1.0"),
            "paper, Table 5: OpenFlamingo": ("19.3 ± 0.5", "19.0 ± 0.5", "19.1 ± 0.7", "19.1 ± 0.4")}}
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
-MM_VET = {"LLaVA-1.5-7B": "31.1", "LLaVA-1.5-13B": "36.1"}       # Diss. Table 4.4, total
+MM_VET = {"LLaVA-1.5-7B": "31.1", "LLaVA-1.5-13B": "36.1"}       # totals, Diss. Table 4.4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,10 +74,10 @@ def keyed(path, key="question_id", **kinds):
     if bad or not rows:
         raise ValueError(f"{path}: " + (f"{len(bad)} of {len(rows)} records{some(bad)}, lack {', '.join(kinds)} or have "
                                         "something else there than belongs there" if bad else "no records in it"))
-    found = {row[key]: row for _, row in rows} if key else dict(rows)
-    if twice := [i for i, n in Counter(row[key] for _, row in rows).items() if n > 1] if key else []:
-        raise ValueError(f"{path}: {len(twice)} of {len(found)} ids occur more than once{some(twice)}; one record each is needed")
-    return found
+    rows = [(row[key], row) for _, row in rows] if key else rows
+    if twice := [i for i, n in Counter(i for i, _ in rows).items() if n > 1]:
+        raise ValueError(f"{path}: {len(twice)} ids occur more than once{some(twice)}; each needs one record")
+    return dict(rows)
 
 
 def match(path, ids, other, others):
@@ -193,8 +193,8 @@ def read_bench(args):
                              "[{category, bbox}] are needed (COCO), or caption (In-the-Wild)") from error
         rows.append((q, sides[0][i], sides[1][i], context, bench + q["category"].removeprefix(WILD)))
     if unknown := [(q["question_id"], category) for q, *_, category in rows if category not in rules]:
-        raise ValueError(f"{args.questions}: {len(unknown)} of {len(rows)} questions are of an unknown category{some(unknown)}; "
-                         f"{args.rule or 'our prompts'} has rules for {', '.join(rules)}")
+        raise ValueError(f"{args.questions}: {len(unknown)} of {len(rows)} questions are of a category without a rule"
+                         f"{some(unknown)}; {args.rule or 'prompts/judge'} has rules for {', '.join(rules)}")
     return [(*row, rules[row[-1]]) for row in rows]
 
 
@@ -231,8 +231,9 @@ def review(args):
         from toy import JUDGE, scripted_judge as judge   # only here: toy.py stands above this file
         args = replace(args, judge_model=JUDGE)
     rows, plan = read_bench(args), {}
+    orders = (False, True) if args.swap else (False,)    # OFFICIAL: the reference is always Assistant 1
     for q, reference, answer, context, category, rule in rows:
-        for turned in (False, True)[:1 + args.swap]:     # OFFICIAL: the reference is always Assistant 1
+        for turned in orders:
             pair = (answer["text"], reference["text"]) if turned else (reference["text"], answer["text"])
             body = body_of(args, messages(SYSTEM, [], review_message(context, q["text"], *pair, *rule)))
             plan[q["question_id"], turned] = Request(f"{q['question_id']}{'-swapped' * turned}", category, None, body)
@@ -241,19 +242,20 @@ def review(args):
     pictures = [picture(args.images, q["image"]) for q, *_ in rows] if args.html and args.images else [""] * len(rows)
     with kept(args.reviews) as folder:
         replies, reviews = ask_judge(list(plan.values()), folder, args, judge), []
-        for q, reference, answer, _, category, _ in rows:
-            said = [replies[plan[q["question_id"], turned].key] for turned in (False, True)[:1 + args.swap]]
-            scores = [parse_scores(content_of(said[0])), *(parse_scores(content_of(reply))[::-1] for reply in said[1:])]
-            reviews.append({
-                "id": len(reviews) + 1, "question_id": q["question_id"],
-                **{f"answer{n}_id": side.get("answer_id", q["question_id"]) for n, side in ((1, reference), (2, answer))},
-                "category": category, "content": content_of(said[0]),
-                "tuple": [-1, -1] if [-1, -1] in scores else np.mean(scores, 0).tolist(),
-                **({"swapped": {"content": content_of(said[1]), "tuple": scores[1]}} if args.swap else {}),
-                "judge": said[0].get("model") or args.judge_model, "date": said[0]["date"]})
+        for n, (q, reference, answer, _, category, _) in enumerate(rows, 1):
+            i = q["question_id"]
+            said = [replies[plan[i, turned].key] for turned in orders]
+            first, *other = map(content_of, said)
+            scores = [parse_scores(first), *(parse_scores(text)[::-1] for text in other)]        # reference, answer
+            reviews.append({"id": n, "question_id": i, "answer1_id": reference.get("answer_id", i),
+                            "answer2_id": answer.get("answer_id", i), "category": category, "content": first,
+                            "tuple": [-1, -1] if [-1, -1] in scores else np.mean(scores, 0).tolist(),
+                            "judge": said[0].get("model") or args.judge_model, "date": said[0]["date"]})
+            if args.swap:
+                reviews[-1]["swapped"] = {"content": other[0], "tuple": scores[1]}
         write_whole(args.reviews, "".join(json.dumps(row) + "\n" for row in reviews))
     print(f"wrote {len(reviews)} reviews to {args.reviews}")
-    table = "No score: too many judgements failed, see below."
+    table = "No score: too many judgements failed."
     try:
         table = relative_scores([args.reviews])[1]
         print(table)
@@ -295,19 +297,23 @@ def relative_scores(files, official=False):
     """
     runs = [read_reviews(path) for path in files]
     kinds = {i: row["category"] for i, row in runs[0].items()}
+    bench = WILD if next(iter(kinds.values())).startswith(WILD) else COCO
+    if strays := [i for i, kind in kinds.items() if kind.startswith(WILD) != (bench == WILD)]:
+        raise ValueError(f"{files[0]}: {len(strays)} of {len(kinds)} reviews are of another bench than the first{some(strays)};"
+                         " COCO and In-the-Wild are scored apart")
     for path, run in zip(files[1:], runs[1:]):
         match(files[0], kinds.items(), path, {i: row["category"] for i, row in run.items()}.items())
         if judges := {row.get("judge") for row in run.values()} ^ {row.get("judge") for row in runs[0].values()}:
             raise ValueError(f"{files[0]} and {path} are by different judges{some(sorted(map(str, judges)))}, which have no "
                              "common mean; score them apart, or compare them with calibrate")
     scores = np.array([[run[i]["tuple"] for i in kinds] for run in runs], float)          # (runs, questions, 2)
-    bad = (scores < 0).any(-1)                                                            # (runs, questions)
-    failed = [f"{path}: {i!r}" for path, row in zip(files, bad) for i, is_bad in zip(kinds, row) if is_bad]
+    bad, failed = (scores < 0).any(-1), []                                                # (runs, questions)
     for path, row in zip(files, bad):
-        if row.mean() > MOST_FAILED and not official:
-            raise ValueError(f"{path}: {row.sum()} of {len(row)} judgements failed: {', '.join(failed)}; above {MOST_FAILED:.0%} "
-                             "there is no score. Their first line is not two numbers with one space between: read their "
-                             "content, then take another judge or a clearer --rule. --official counts them as -1")
+        failed += (ids := [f"{path}: {i!r}" for i, is_bad in zip(kinds, row) if is_bad])
+        if len(ids) > MOST_FAILED * len(row) and not official:
+            raise ValueError(f"{len(ids)} of {len(row)} judgements failed, and above {MOST_FAILED:.0%} there is no score: "
+                             f"{', '.join(ids)}. Their first line is not two numbers with one space between: read their "
+                             "content, then take another judge or a clearer --rule. --official would count them as -1")
     weight = np.ones_like(bad) if official else ~bad
     names, columns, out = [*KINDS, *sorted({k.removeprefix(WILD) for k in kinds.values()} - set(KINDS)), "all"], {}, {}
     for name in names:
@@ -328,7 +334,6 @@ def relative_scores(files, official=False):
         columns[name] = [f"{ours['relative']:.1f}{spread}", f"{low:.1f} to {high:.1f}", f"{ours['reference']:.1f}",
                          f"{ours['candidate']:.1f}", str(at.sum())]
     rows = [row for run in runs for row in run.values()]
-    bench = WILD if all(kind.startswith(WILD) for kind in kinds.values()) else COCO
     lines = [("", list(columns)), *zip(("relative score, %", "  95% interval (questions redrawn)", "  reference, mean x 10",
                                         "  answers, mean x 10", "  questions"), zip(*columns.values()))]
     lines += PUBLISHED[bench].items() if list(columns) == [*KINDS, "all"] else []
@@ -465,6 +470,8 @@ def grade_mm_vet(args):
     else:
         answers = keyed(args.answers, None)
     match(args.labels, labels, args.answers, answers)
+    if odd := [i for i, text in answers.items() if not isinstance(text, str)]:
+        raise ValueError(f"{args.answers}: {len(odd)} of {len(answers)} answers are no text{some(odd)}; {{id: text}} is needed")
     prompt, left, grades = Path(args.prompt).read_text().strip(), [(i, run) for i in labels for run in range(args.runs)], {}
 
     def request(i, run, attempt):
@@ -608,7 +615,8 @@ def write_html(path, rows, table):
 
 
 COMMANDS = {"review": (Review, review), "score_llava_bench": (LLaVABench, score_llava_bench),
-            "calibrate": (Calibrate, calibrate), "grade_mm_vet": (GradeMMVet, grade_mm_vet), "score_mm_vet": (MMVet, score_mm_vet)}
+            "calibrate": (Calibrate, calibrate), "grade_mm_vet": (GradeMMVet, grade_mm_vet),
+            "score_mm_vet": (MMVet, score_mm_vet)}
 
 
 def arguments(argv):
