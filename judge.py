@@ -261,7 +261,7 @@ def review(args):
         print(table)
     finally:
         if args.html:
-            write_html(args.html, [(picture, *row[:3], r) for picture, row, r in zip(pictures, rows, reviews)], table)
+            write_html(args.html, [(image, *row[:3], r) for image, row, r in zip(pictures, rows, reviews)], table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
