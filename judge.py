@@ -113,7 +113,7 @@ class Judge:
     base_url: str = "https://api.openai.com/v1"  # any OpenAI-compatible endpoint; key: environment variable OPENAI_API_KEY
     judge_model: str = "gpt-4"           # the paper's, gpt-4-0314, is no longer served
     temperature: float = 0.2             # OFFICIAL: as the released scripts, so is max_tokens
-    max_tokens: int = 1024
+    max_tokens: int = 1024               # of a reply
     extra: str = None                    # JSON object of further fields of the request, e.g. {"seed": 0}; null removes one
     workers: int = 16                    # requests at a time
     rpm: float = 0                       # requests a minute at most; 0: no limit
@@ -184,7 +184,7 @@ def read_bench(args):
                              f"asks under the same id{some(other)}; take the files of one bench")
     if blind := [i for i, q in questions.items() if q["image"] not in contexts]:
         raise ValueError(f"{args.context}: nothing about the pictures of {len(blind)} of {len(questions)} questions"
-                         f"{some([questions[i]['image'] for i in blind])}; the image names must be equal")
+                         f"{some(sorted({questions[i]['image'] for i in blind}))}; the image names must be equal")
     for i, q in questions.items():
         try:
             context, bench = context_of(contexts[q["image"]])
@@ -295,6 +295,8 @@ def relative_scores(files, official=False):
     left out and listed; above 2% in a file is a ValueError. `official`: they count as -1 for both, and means are rounded to
     three decimals before the ratio, which with several runs is rounded to one before the mean.
     """
+    if twice := [path for path, n in Counter(map(os.path.realpath, files)).items() if n > 1]:
+        raise ValueError(f"{twice[0]}: given more than once; each run is one file")
     runs = [read_reviews(path) for path in files]
     kinds = {i: row["category"] for i, row in runs[0].items()}
     bench = WILD if next(iter(kinds.values())).startswith(WILD) else COCO
@@ -355,8 +357,8 @@ def both_orders(rows):
     turned = 100 * float((np.sign(first[:, 0] - first[:, 1]) != np.sign(last[:, 0] - last[:, 1])).mean())
     out = {"all.relative_reference_first": relative[0], "all.relative_reference_last": relative[1], "position_bias": gain,
            "verdicts_turned": turned}
-    return out, (f"both orders averaged: {relative[0]:.1f} with the reference first, {relative[1]:.1f} with it last; standing "
-                 f"first is worth {gain:+.2f} points of 10, and {turned:.1f}% of the verdicts depend on the order")
+    return out, (f"both orders averaged: {relative[0]:.1f} with the reference first, {relative[1]:.1f} with it last\n"
+                 f"standing first is worth {gain:+.2f} points of 10, and {turned:.1f}% of the verdicts depend on the order")
 
 
 def layout(lines):
@@ -553,7 +555,7 @@ PAGE = """<!DOCTYPE html>
 body { font: 15px/1.4 sans-serif; margin: 2em; }
 table { border-collapse: collapse; }
 th, td { border: 1px solid #ccc; padding: .5em; vertical-align: top; text-align: left; white-space: pre-wrap; }
-th { position: sticky; top: 0; background: #eee; cursor: pointer; white-space: nowrap; }
+th { position: sticky; top: 0; background: #eee; cursor: pointer; }
 th[data-way="1"]::after { content: " \\25b2"; }
 th[data-way="-1"]::after { content: " \\25bc"; }
 td { min-width: 3em; max-width: 28em; overflow-wrap: anywhere; }

@@ -251,7 +251,8 @@ def test_files_that_do_not_fit_are_an_error_with_counts_and_examples(tmp_path):
             judge.main(["review", *make_bench(tmp_path, **more), "--base_url", "http://127.0.0.1:9/v1"])
     assert not list(tmp_path.glob("reviews*"))
     one, two = (make_reviews(tmp_path / f"{n}.jsonl", [("conv", 8, 7)] * n) for n in (3, 2))
-    for files, says in (([one, two], "2.jsonl: 1 of 3 ids"), ([str(dump(tmp_path / "4.jsonl", []))], "no records"),
+    for files, says in (([one, two], "2.jsonl: 1 of 3 ids"), ([one, one], "more than once"),
+                        ([str(dump(tmp_path / "4.jsonl", []))], "no records"),
                         ([str(dump(tmp_path / "1.jsonl", lines(one) * 2))], "3 ids occur more"),
                         ([make_reviews(tmp_path / "5.jsonl", [("conv", 8, float("nan"))])], "not two numbers"),
                         ([make_reviews(tmp_path / "6.jsonl", [("conv", 0, 7)])], "nothing was judged"),
