@@ -3,6 +3,7 @@ How it is scored (Sec. 5.2 and Table 7; the benchmarks of LLaVA-1.5): answers in
 
     python eval.py answer --model out/stage2 --questions q.jsonl --images DIR --answers a.jsonl     a checkpoint answers
     python eval.py score pope --answers a.jsonl --questions q.jsonl --labels coco_pope_*.json       no model, no torch
+    python eval.py judge --questions q.jsonl --answers a.jsonl ...                                  LLaVA-Bench: see judge.py
     python eval.py scienceqa_data --labels DIR --split train --format QCM-LEA --out train.json      ScienceQA to train on
 
 A scorer is one function: it takes the label files, finds the answer to each label by id, and returns the scores, {key: (right,
@@ -25,6 +26,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import judge
 from records import IMAGE, read_json, typed_flags, write_lines
 
 LETTERS = list("ABCDE")
@@ -799,6 +801,8 @@ class Answer:
     questions: str                       # JSON lines of question_id, image, text
     answers: str                         # JSON lines to write; an unfinished file is gone on with
     images: str = "."                    # folder of the questions' images
+    temperature: float = 0.0             # greedy, as all published evaluations; LLaVA-Bench's first answers had 0.2
+    seed: int = 0
     max_new_tokens: int = 1024           # for a word or a letter, 16 will do
     batch_size: int = 16                 # questions answered at once
     template: str = None                 # for a checkpoint that does not name its own
@@ -807,24 +811,29 @@ class Answer:
 
 
 def answer(args):
-    """Answer a file of questions, greedily, as all published evaluations do."""
+    """Answer a file of questions."""
     import sample                        # only here: scoring needs no torch
-    config = sample.Config(**asdict(args), temperature=0.0)
+    config = sample.Config(**asdict(args))
     sample.answer_file(sample.Talker(config), config)
 
 
-COMMANDS = {"answer": (Answer, answer), "scienceqa_data": (ScienceQA, scienceqa_data), "mmbench_data": (MMBench, mmbench_data)}
+COMMANDS = {"answer": (Answer, answer), "scienceqa_data": (ScienceQA, scienceqa_data), "mmbench_data": (MMBench, mmbench_data),
+            "judge": (judge.Review, judge.review), "calibrate": (judge.Calibrate, judge.calibrate),
+            "score llava_bench": (judge.LLaVABench, judge.score_llava_bench),
+            "grade_mm_vet": (judge.GradeMMVet, judge.grade_mm_vet), "score mm_vet": (judge.MMVet, judge.score_mm_vet)}
 
 
 def arguments(argv):
     """A command line -> (function, its configuration)"""
-    if argv[:1] == ["score"] and argv[1:2] and argv[1] in SCORERS:
-        return functools.partial(score, argv[1]), Score(**typed_flags(Score, argv[2:], SCORERS[argv[1]][0].__doc__))
-    if argv and argv[0] in COMMANDS:
-        config, run = COMMANDS[argv[0]]
-        return run, config(**typed_flags(config, argv[1:], run.__doc__))
-    raise ValueError(f"{' '.join(argv[:2]) or 'nothing'}: a command comes first: {', '.join(COMMANDS)}, or score and one of "
-                     f"{', '.join(SCORERS)}; -h explains them")
+    n = 2 if argv[:1] == ["score"] else 1
+    name = " ".join(argv[:n])
+    if name.startswith("score ") and argv[1] in SCORERS:
+        return functools.partial(score, argv[1]), Score(**typed_flags(Score, argv[n:], SCORERS[argv[1]][0].__doc__))
+    if name not in COMMANDS:
+        raise ValueError(f"{name or 'nothing'}: a command comes first: {', '.join(COMMANDS)}, or score and one of "
+                         f"{', '.join(SCORERS)}; -h explains them")
+    config, run = COMMANDS[name]
+    return run, config(**typed_flags(config, argv[n:], run.__doc__, {"judge": ["api", "script"]}))
 
 
 def main(argv=None):
@@ -841,3 +850,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; every answer and reply so far is kept: run the same command again, it goes on")

@@ -172,7 +172,8 @@ def typed_flags(config, argv, description, choices=None):
     A field without default is a required flag, a bool is --flag / --no-flag, and the comment behind a field is its help.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source_of(config), re.MULTILINE))
+    source = "".join(source_of(part) for part in reversed(config.__mro__[:-1]))
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE))
     for f in dataclasses.fields(config):
         how = {"help": notes.get(f.name, "").replace("%", "%%"), "required": f.default is dataclasses.MISSING}
         if f.type is bool:
