@@ -85,7 +85,7 @@ def test_the_commands_of_the_run_scripts_parse():
         for line in path.read_text().replace("\\\n", " ").splitlines():
             if line.strip().startswith("python eval.py"):
                 line = line.replace('"$@"', "").replace('${RULE:+--rule "$RULE"}', "")     # further flags, or none
-                words = shlex.split(re.sub(r"\$\w+|\$\{.*?\}", "x", line), comments=True)[2:]
+                words = shlex.split(re.sub(r"\$\w+|\$\{.*?\}", "1", line), comments=True)[2:]
                 ev.arguments(words)
                 seen.add(words[1] if words[0] == "score" else words[0])
     assert seen >= {"answer", "scienceqa", "scienceqa_data", "mmbench_data", "pope", "mme", "mmbench", "seed_bench", "vqav2",
