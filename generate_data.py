@@ -319,7 +319,7 @@ def only_one(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # the system drops it with the process, however that ends
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing there; wait for it, or take another --out") from None
+            raise ValueError(f"{folder}: another process is writing there; wait for it, or write to another place") from None
         yield folder
 
 

@@ -75,19 +75,23 @@ class LLaVA(nn.Module):
         H_v = self.W(Z_v.to(self.W.weight.dtype))        # (K, N, D)    Eq. (1)
         return H_v
 
-    def splice(self, input_ids, X_v, ids=None):
+    def splice(self, input_ids, X_v, ids=None, shown=None):
         """Word embeddings with H_v in place of the placeholders.  Sec. 4.1
 
-        input_ids (B, T), X_v (K, 3, H, W) in the order in which their placeholders stand, row by row.
+        input_ids (B, T), X_v (K, 3, H, W) in the order in which their placeholders stand, row by row; with `shown`, a list
+        of indices into X_v in that order, a picture that several rows show is given, and encoded, once.
         `ids`: the samples' names for the error message. Text-only rows, and rows with several images, mix.
         """
         is_image = input_ids == self.image_id            # (B, T)
-        found, have = is_image.sum(1).tolist(), len(X_v) * self.N
+        K = len(X_v) if shown is None else len(shown)
+        found, have = is_image.sum(1).tolist(), K * self.N
         assert sum(found) == have and not any(n % self.N for n in found), (
-            f"{len(X_v)} pictures x {self.N} tokens = {have}, but the batch has {sum(found)} {IMAGE} placeholders: "
+            f"{K} pictures x {self.N} tokens = {have}, but the batch has {sum(found)} {IMAGE} placeholders: "
             + ", ".join(f"{i}: {n}" for i, n in zip(ids or range(len(found)), found)))
         H_q = self.f_phi.get_input_embeddings()(input_ids)                   # (B, T, D)
         H_v = self.encode_images(X_v)                    # (K, N, D)
+        if shown is not None:                            # as often as each is shown
+            H_v = H_v[shown]
         H = H_q.masked_scatter(is_image[..., None], H_v.to(H_q.dtype))       # (B, T, D)  H_v where placeholders stood
         return H
 
@@ -143,18 +147,18 @@ class LLaVA(nn.Module):
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def stream(self, input_ids, attention_mask, X_v, max_new_tokens=512, temperature=0.0, top_p=1.0, stop=(),
+    def stream(self, input_ids, attention_mask, X_v, shown=None, max_new_tokens=512, temperature=0.0, top_p=1.0, stop=(),
                generator=None):
         """Yield each step's next ids (a list of B, None where a row has ended), with a KV cache.
 
-        input_ids, attention_mask (B, T), padded on the LEFT. A row ends at an end-of-sequence id or once its new
-        text holds one of the strings `stop`; the token that ends it is yielded. temperature 0 is greedy.
+        input_ids, attention_mask (B, T), padded on the LEFT; X_v and `shown` as in `splice`. A row ends at an end-of-sequence
+        id or once its new text holds one of the strings `stop`; the token that ends it is yielded. temperature 0 is greedy.
         """
         B, T = input_ids.shape
         limit = self.f_phi.config.max_position_embeddings
         if T >= limit:
             raise ValueError(f"the prompt is {T} tokens (one image = {self.N}); the model's context is {limit}")
-        H = self.splice(input_ids, X_v)                                      # (B, T, D)
+        H = self.splice(input_ids, X_v, shown=shown)                         # (B, T, D)
         position = attention_mask.cumsum(1).sub(1).clamp(min=0)              # (B, T)  padding does not count
         window = 8 + max((len(s.encode()) for s in stop), default=0)         # ids that can hold a stop string
         cache, new, live = DynamicCache(config=self.f_phi.config), [[] for _ in range(B)], [True] * B
@@ -176,10 +180,10 @@ class LLaVA(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
             position = position[:, -1:] + 1                                  # (B, 1)
 
-    def generate(self, input_ids, attention_mask, X_v, stop=(), **sampling):
+    def generate(self, input_ids, attention_mask, X_v, shown=None, stop=(), **sampling):
         """Answers X_a as B strings, each cut before its stop string and stripped. Arguments as in `stream`."""
         new = [[] for _ in input_ids]
-        for step in self.stream(input_ids, attention_mask, X_v, stop=stop, **sampling):
+        for step in self.stream(input_ids, attention_mask, X_v, shown, stop=stop, **sampling):
             for row, i in zip(new, step):
                 if i is not None:
                     row.append(i)

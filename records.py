@@ -6,6 +6,7 @@ A record: {"id", "image", "conversations": [{"from": "human", "value": "<image>\
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import numpy as np
 
 IMAGE = "<image>"    # stands for a picture in text, and is one reserved id of the tokenizer
+source_of = functools.cache(inspect.getsource)           # of a class: it parses the whole file
 
 
 def read_json(path):
@@ -170,7 +172,8 @@ def typed_flags(config, argv, description, choices=None):
     A field without default is a required flag, a bool is --flag / --no-flag, and the comment behind a field is its help.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config), re.MULTILINE))
+    source = "".join(source_of(part) for part in reversed(config.__mro__[:-1]))
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE))
     for f in dataclasses.fields(config):
         how = {"help": notes.get(f.name, "").replace("%", "%%"), "required": f.default is dataclasses.MISSING}
         if f.type is bool:

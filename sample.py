@@ -8,6 +8,7 @@ Talking to it (Sec. 5.1).
 A picture is a path or an http(s) address. The template is the checkpoint's own: the prompt is, id for id, what the
 model saw before its answers in training.
 """
+import functools
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import requests
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, collate, load_image, picture_problem, prompt, render
+from data import TEMPLATES, collate, encode, load_image, picture_problem, render, to_X_v
 from model import DTYPES, LLaVA, choose_device, choose_dtype
 from records import IMAGE, brief_instructions, image_names, image_path, read_json, typed_flags, whole_lines
 
@@ -90,14 +91,17 @@ class Talker:
         return {"from": "human", "value": (f"{IMAGE}\n" * n_images + question).strip()}
 
     def batch(self, conversations):
-        """[(turns, pictures), ...] to what `generate` takes, padded on the left."""
-        m = self.model
-        samples = [prompt(turns, pictures, m.tokenizer, self.template, m.image_size, m.N) for turns, pictures in conversations]
-        if self.show_prompt:
-            for (turns, _), sample in zip(conversations, samples):
-                print("".join(text for text, _ in render(turns, self.template)), sample["input_ids"], sep="\n")
-        batch = collate(samples, side="left")
-        return [batch[k].to(m.W.weight.device) for k in ("input_ids", "attention_mask", "X_v")]
+        """[(turns, pictures), ...] to what `generate` takes, padded on the left. The same picture (object) is in it once."""
+        m, samples = self.model, []
+        pictures = {id(p): p for _, some in conversations for p in some}
+        shown = [list(pictures).index(id(p)) for _, some in conversations for p in some]
+        for turns, some in conversations:
+            ids, labels = encode(render(turns, self.template), m.tokenizer, [m.N] * len(some))
+            samples.append({"where": "prompt", "input_ids": ids, "labels": labels, "X_v": to_X_v([], m.image_size)})
+            if self.show_prompt:
+                print("".join(text for text, _ in render(turns, self.template)), ids, sep="\n")
+        batch = collate(samples, side="left") | {"X_v": to_X_v(list(pictures.values()), m.image_size)}
+        return [batch[k].to(m.W.weight.device) for k in ("input_ids", "attention_mask", "X_v")] + [shown]
 
     def answers(self, conversations):
         """One answer per conversation, all in one batch."""
@@ -166,14 +170,15 @@ def read_answers(path, model_id):
 def answer_file(talker, args):
     """Answer every record of --questions ({question_id, image?, text}) into --answers, LLaVA's format for both.
 
-    Goes on where an earlier run was stopped. Questions of similar length share a batch; the file ends up in their order.
+    Goes on where an earlier run was stopped. Questions of about the same length (16 tokens more or less) and the same picture
+    share a batch, in which it is loaded and encoded once; the file ends up in their order.
     """
-    questions = list(read_json(args.questions))
+    questions, problem_of = list(read_json(args.questions)), functools.cache(picture_problem)     # a picture is read once
     for i, q in enumerate(questions):
         if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
             raise ValueError(f"{args.questions}[{i}]: a question needs question_id and text")
         for name in image_names(q):
-            if problem := picture_problem(args.images, name):
+            if problem := problem_of(args.images, name):
                 raise ValueError(f"{args.questions}[{i}] (id {q['question_id']}): {problem}")
     model_id = os.path.basename(os.path.normpath(args.model))
     key = lambda record, text: json.dumps([record["question_id"], record[text]])   # MME asks two questions under one id
@@ -187,14 +192,15 @@ def answer_file(talker, args):
     if +done:
         raise ValueError(f"{args.answers} answers {sum(done.values())} questions that {args.questions} does not ask; "
                          "name another file")
-    left.sort(key=lambda q: (len(image_names(q)), len(q["text"])))
+    left.sort(key=lambda q: (len(image_names(q)), len(q["text"]) // 64, image_names(q), len(q["text"])))
     bar = tqdm(total=len(questions), initial=len(questions) - len(left), desc="answering", disable=not sys.stderr.isatty())
     whole_lines(args.answers, repair=True)
     with open(args.answers, "a", encoding="utf-8") as f, bar:
         for at in range(0, len(left), args.batch_size):
             part = left[at:at + args.batch_size]
+            pictures = {n: load_image(image_path(args.images, n)) for n in {n for q in part for n in image_names(q)}}
             conversations = [([talker.ask(q["text"], len(image_names(q)))],
-                              [load_image(image_path(args.images, n)) for n in image_names(q)]) for q in part]
+                              [pictures[n] for n in image_names(q)]) for q in part]
             for q, text in zip(part, talker.answers(conversations)):
                 f.write(json.dumps({"question_id": q["question_id"], "prompt": q["text"], "text": text,
                                     "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}}) + "\n")

@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import random
+import re
 import textwrap
 import time
 from dataclasses import dataclass
@@ -273,17 +274,22 @@ def teacher(kind, scene, rng, pairs=SEEN):
     raise ValueError(f"no response type {kind!r}: conversation, detail_description, complex_reasoning or brief")
 
 
+def scene_of(boxes):
+    """Box lines, `red circle: [0.1, 0.2, 0.3, 0.4]`, -> the Scene that they tell of."""
+    things = []
+    for line in boxes.splitlines():
+        name, box = line.split(": ")
+        x, y, right, bottom = (round(v * SIDE) for v in json.loads(box))
+        things.append(Thing(*name.split(), (x, y, right - x, bottom - y)))
+    return Scene(tuple(sorted(things, key=lambda t: t.cell)))
+
+
 def scripted_teacher(request, seed):
     """`generate_data.py --teacher script`: a request -> a reply of the shape that a chat endpoint returns.
 
     No language model, and it reads the boxes whatever the type: what it can say needs all there is to know.
     """
-    context, things = request.context, []
-    for line in context.boxes.splitlines():
-        name, box = line.split(": ")
-        x, y, right, bottom = (round(v * SIDE) for v in json.loads(box))
-        things.append(Thing(*name.split(), (x, y, right - x, bottom - y)))
-    scene = Scene(tuple(sorted(things, key=lambda t: t.cell)))
+    context, scene = request.context, scene_of(request.context.boxes)
     told = lambda kind: teacher(kind, scene, random.Random(f"{seed} {context.id} {kind}"))
     if request.question:                 # a reference answer: to one of our own questions, or to one for a description
         text = dict(told("conversation") + told("complex_reasoning")).get(request.question) or description(scene)
@@ -293,6 +299,60 @@ def scripted_teacher(request, seed):
         text = "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in told(request.kind))
     return {"model": "scripted teacher (no language model)",
             "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+
+JUDGE = "scripted judge (no language model)"
+
+
+def facts(text):
+    """The statements of an answer, one a clause: "There are two things. A ..." -> {"there are two things", "a ...", ...}"""
+    return {" ".join(part.lower().split()) for part in re.split(r"[.,]", text)} - {""}
+
+
+def truths(question, scene, tries=400):
+    """All that can rightly be said to a question about a scene, and how much of it a whole answer says.
+
+    What the teacher says is random, so it is asked again and again; one kind of answer ("In short, ...") lists a few facts of
+    many, in any order, and 40 such answers hold practically all of them.
+    """
+    if question in detail_questions():
+        return facts(description(scene)), len(facts(description(scene)))
+    true, enough = set(), 0
+    for seed in range(tries):
+        rng = random.Random(seed)
+        told = [pair for _ in range(10) for pair in reasoning(scene, rng)]
+        told += [(q.text, q.answer) for q in questions(scene, rng, PAIRS)] if seed < 80 else []
+        for said in (facts(answer) for text, answer in told if text == question):
+            true, enough = true | said, len(said)
+        if true and (seed >= 40 or not question.startswith("In short")): break
+    if not true:
+        raise ValueError(f"the scripted judge knows only the toy's questions, not {question!r}; take a language model as judge")
+    return true, enough
+
+
+def scripted_judge(request):
+    """`judge.py review --judge script`: a review of two answers by what the boxes say, in the form that a language model has.
+
+    A score is 1 + 9 x the share of right statements, among those made or, if an answer is too short, those needed: only an
+    answer that is right from end to end gets a 10. It judges no style, and knows no other words than the teacher's.
+    """
+    message = request.body["messages"][-1]["content"]
+    name = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+    boxes = "\n".join(re.findall(rf"^{name}: \[.*\]$", message.partition("\n\n[Question]\n")[0], re.MULTILINE))
+    if not boxes:
+        raise ValueError("the scripted judge sees no boxes of the toy world in the context; take a language model as judge")
+    question = re.search(r"\[Question\]\n(.*?)\n\n\[(.*?) 1\]", message, re.DOTALL)[1]
+    said = re.findall(r"\[([^\]\n]+ [12])\]\n(.*?)\n\n\[End of \1\]", message, re.DOTALL)
+    true, enough = truths(question, scene_of(boxes))
+    shares, words = [], []
+    for name, answer in said:
+        made = facts(answer)
+        shares.append(len(made & true) / max(len(made), enough))
+        wrong = "; ".join(sorted(made - true)) or "nothing"
+        words.append(f"{name}: {len(made & true)} right of {len(made)} said and {enough} needed; wrong: {wrong}.")
+    scores = " ".join(f"{1 + 9 * share:.3g}" for share in shares)
+    return {"model": JUDGE, "choices": [{"message": {"content": "\n".join([scores, f"This is a {JUDGE}.", *words])},
+                                         "finish_reason": "stop"}]}
 
 
 # --------------------------------------------------------------------------------- the shipped parts: CLIP, LLM, tokenizer

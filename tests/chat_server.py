@@ -3,7 +3,8 @@
     python chat_server.py '{"seconds": 1, "faults": {"429": 0.1, "reset": 0.1}, "log": "asked.jsonl"}'
 
 It prints its port. A good reply comes after `seconds`; each fault comes with its probability. Every request goes to the log,
-with what became of it. The answer quotes the last line of the request, so that a test can tell whose it is.
+with what became of it. The answer quotes the last line of the request, so that a test can tell whose it is; or it is the one
+that `says` has for a text that the request's last message contains.
 """
 import http.server
 import json
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 
-SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None, "finish": "stop", "seed": 0}
+SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None, "says": {}, "finish": "stop", "seed": 0}
 SETTINGS |= json.loads(sys.argv[1])
 FAULTS = SETTINGS["faults"]
 RNG, LOCK = random.Random(SETTINGS["seed"]), threading.Lock()
@@ -30,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with LOCK:
             fault = RNG.choices([*FAULTS, "good"], [*FAULTS.values(), 1 - sum(FAULTS.values())])[0]
             if LOG:
-                LOG.write(json.dumps({"last": last, "fault": fault, "time": time.time()}) + "\n")
+                LOG.write(json.dumps({"last": last, "fault": fault, "time": time.time(), "body": asked}) + "\n")
         if SETTINGS["key"] and self.headers.get("Authorization") != f"Bearer {SETTINGS['key']}":
             fault = "401"
         error = lambda code: json.dumps({"error": {"message": f"{code} it is; you sent {self.headers.get('Authorization')}"}})
@@ -48,7 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply(200, "<html>we will be back soon</html>")
         if fault == "shape":
             return self.reply(200, json.dumps({"choices": []}))
-        text = SETTINGS["text"] or f"Question:\nWhat does it say about {last}?\n===\nAnswer:\nIt is about {last}."
+        said = (reply for part, reply in SETTINGS["says"].items() if part in asked["messages"][-1]["content"])
+        text = next(said, SETTINGS["text"]) or f"Question:\nWhat does it say about {last}?\n===\nAnswer:\nIt is about {last}."
         if fault == "unparsable":
             text = "Certainly! What a nice picture."
         if fault == "refuses":

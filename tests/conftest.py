@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import resource
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -166,3 +168,27 @@ def run_script(folder, script, *argv, **options):
     process = start_script(folder, script, *argv, **options)
     process.join(120)
     return process.exitcode, (folder / "output").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A language model's endpoint, as far as a client can tell
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Start tests/chat_server.py with some settings; returns its address and the file of all that it was asked."""
+    processes = []
+
+    def start(**settings):
+        log = tmp_path / f"log{len(processes)}.jsonl"
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tests", "chat_server.py"),
+                                    json.dumps({"log": str(log), **settings})], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        return f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import pytest
 import data
 import generate_data as gd
 import toy
-from conftest import ROOT, run_script, start_script
+from conftest import ROOT, lines, run_script, start_script
 from records import brief_instructions, form_problem
 
 SHOP = {"id": "000000000007", "image": "000000000007.jpg", "captions": ["A red bus in front of a shop.", "A bus  stops."],
@@ -27,26 +26,6 @@ def write_contexts(path, n):
     path.write_text("".join(json.dumps({"id": f"p{i}", "image": f"p{i}.jpg", "captions": ["a picture", f"number {i}"]}) + "\n"
                             for i in range(n)))
     return path
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Start tests/chat_server.py with some settings; returns its address and the file of all that it was asked."""
-    processes = []
-
-    def start(**settings):
-        log = tmp_path / f"log{len(processes)}.jsonl"
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tests", "chat_server.py"),
-                                    json.dumps({"log": str(log), **settings})], stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-        return f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log
-    yield start
-    for process in processes:
-        process.kill()
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def instruct(tmp_path, contexts, *flags, out="out"):
@@ -435,9 +414,8 @@ def test_bench_has_a_question_of_each_type_and_its_reference(tmp_path):
 def test_bench_takes_no_question_and_no_reference_that_is_a_refusal(serve, tmp_path, capsys):
     """A candidate must not be scored beside "I'm sorry"; the next picture takes the place of one without an answer."""
     url, _ = serve(faults={"refuses": 0.15})
-    contexts = write_contexts(tmp_path / "c.jsonl", 40)
-    gd.main(["instruct", "--captions", str(contexts), "--out", str(tmp_path / "b"), "--model", "m", "--base_url", url,
-             "--bench", "6", "--workers", "1"])
+    gd.main(["instruct", "--captions", str(write_contexts(tmp_path / "c.jsonl", 40)), "--out", str(tmp_path / "b"),
+             "--model", "m", "--base_url", url, "--bench", "6", "--workers", "1"])
     said = capsys.readouterr().out
     assert "reference-" in said and "refuses; another picture takes its place" in said, "the test's server refused no reference"
     reference, questions = lines(tmp_path / "b" / "reference.jsonl"), lines(tmp_path / "b" / "questions.jsonl")

@@ -12,12 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BEGIN, END = "<!-- paper-to-code: begin -->\n", "<!-- paper-to-code: end -->"
-TAG = re.compile(r"(Eq\. \(\d+\)|Table \d+|Fig\. \d+|Sec\. \d+(?:\.\d+)?)")
+TAG = re.compile(r"(?<!Diss\. )(Eq\. \(\d+\)|Table \d+|Fig\. \d+|Sec\. \d+(?:\.\d+)?)")
 SAYS = {"Eq. (1)": "H_v = W Z_v", "Eq. (2)": "the image's place in the first turn", "Eq. (3)": "the answer-only likelihood",
         "Fig. 1": "the network", "Sec. 3": "instruction data from captions and boxes", "Sec. 4.1": "architecture",
-        "Sec. 4.2": "training", "Sec. 5.1": "multimodal chat, LLaVA-Bench",
+        "Sec. 4.2": "training", "Sec. 5.1": "multimodal chat, LLaVA-Bench", "Sec. 5.2": "ScienceQA",
         "Table 1": "one example of the three response types",
-        "Table 2": "the input sequence", "Table 8": "ablations"}
+        "Table 2": "the input sequence", "Table 4": "LLaVA-Bench (COCO)", "Table 5": "LLaVA-Bench (In-the-Wild)",
+        "Table 7": "ScienceQA by subject, context and grade", "Table 8": "ablations"}
 
 
 def paper_to_code():
@@ -63,13 +64,14 @@ def test_every_tag_is_explained():
 def test_every_command_of_the_readme_parses():
     """A reader copies these lines; a renamed flag would stop them."""
     import data
+    import eval as eval_py
     import generate_data
     import sample
     import toy
     import train
     from records import typed_flags
     parsers = {"train.py": train.resolve, "data.py": data.arguments, "toy.py": toy.arguments,
-               "generate_data.py": generate_data.arguments,
+               "generate_data.py": generate_data.arguments, "eval.py": eval_py.arguments,
                "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
     seen = set()
     for words in commands():
