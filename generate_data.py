@@ -305,7 +305,7 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
                         keep(entry[0], future.result())
                     except TryAgain as error:
                         if error.reason not in seen:
-                            note(f"{error.reason}: asked again, at most {attempts} times")
+                            note(f"{error.reason}: tried {attempts} times at most")
                             seen.add(error.reason)
                         if attempt == attempts:
                             failed.append((entry[0], error.reason))
@@ -584,7 +584,7 @@ class Instruct:
     bench: int = 0                       # make a LLaVA-Bench (COCO) of N pictures instead
 
 
-AGAIN = "run the same command with the same flags again: it asks only for the others"
+AGAIN = "run the same command again, with the same flags: it asks only for the others"
 LEAST = {"limit": 1, "show": 0, "bench": 0, "workers": 1, "attempts": 1, "rpm": 0, "tpm": 0, "timeout": 0.001, "temperature": 0,
          "max_tokens": 1, "price_in": 0, "price_out": 0, "most": 1, "least": 1}
 
@@ -901,7 +901,7 @@ def read_pairs(path, columns="image caption"):
                                                                 else "JSON with image and caption is needed")) from error
             if swapped:
                 raise ValueError(f"{path}, line {number}: image {image!r} and caption {caption!r} look swapped; "
-                                 + (f"--columns is {columns!r}, it may have to be \"caption image\"" if tsv else "swap them"))
+                                 + (f"--columns {columns!r} must name the columns in their order" if tsv else "swap them"))
             yield image, caption
 
 
