@@ -270,7 +270,7 @@ def test_a_cut_or_filtered_answer_is_paid_kept_and_rejected(serve, tmp_path, fin
 
 def test_a_permanent_error_stops_the_run_and_keeps_what_is_on_its_way(serve, tmp_path):
     url, log = serve(seconds=0.3, faults={"404": 0.1}, seed=2)
-    with pytest.raises(ValueError, match="HTTP 404.* of 100 replies are kept in .*raw.jsonl; the same command") as raised:
+    with pytest.raises(ValueError, match="HTTP 404.* of 100 replies are kept in .*raw.jsonl; run the same command") as raised:
         instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 100), "--base_url", url, "--workers", 8)
     asked = Counter(row["fault"] for row in lines(log))
     assert sum(asked.values()) < 100, "it went on after an error that will not pass"
