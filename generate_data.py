@@ -3,7 +3,7 @@ Where the data comes from: a text-only teacher reads captions and boxes and writ
 
     python generate_data.py instruct --captions captions_train2014.json --instances instances_train2014.json \\
         --out data/instruct --base_url https://api.openai.com/v1 --model gpt-4o                     instruct.json
-    python generate_data.py filter --pairs cc3m.tsv --out data/cc3m                                 the concept filter of CC3M
+    python generate_data.py filter --pairs cc3m.tsv --columns "caption image" --out data/cc3m       the concept filter of CC3M
     python generate_data.py expand --pairs data/cc3m/pairs.tsv --out data/cc3m/chat.json            stage 1's samples
 
     picture's annotations --read_contexts--> Context --messages--> system, few-shot examples, context
@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import heapq
 import json
+import math
 import os
 import random
 import re
@@ -27,11 +28,12 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,8 +66,9 @@ class Context(NamedTuple):
 
 def box_line(category, box):
     """`dog: [0.1, 0.25, 0.5, 1.0]`"""
-    if len(box) != 4 or not all(-0.001 <= v <= 1.001 for v in box):
-        raise ValueError(f"box {box} of {category!r}; [x1, y1, x2, y2] as fractions of the picture, 0 to 1, is needed")
+    if len(box) != 4 or not all(-0.001 <= v <= 1.001 for v in box) or box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f"box {box} of {category!r}; [x1, y1, x2, y2] as fractions of the picture, 0 to 1, with x1 < x2 and "
+                         "y1 < y2, is needed")
     return f"{category}: {[round(min(max(float(v), 0.0), 1.0), 3) for v in box]}"
 
 
@@ -75,6 +78,8 @@ def from_record(record):
     The place to adapt for another domain: all that is known and can be written may stand in "captions" or, to keep it
     apart, in "notes": strings as "text on the sign: CLOSED", "taken at: 14:05, harbour". Either list may be missing.
     """
+    if alone := [field for field in ("captions", "notes") if isinstance(record.get(field), str)]:
+        raise ValueError(f"{alone[0]} must be a list of strings, found {record[alone[0]]!r}")
     lines = [" ".join(text.split()) for text in record.get("captions", []) + record.get("notes", [])]
     if not any(lines):
         raise ValueError("no captions and no notes; the teacher would have nothing to go by")
@@ -95,9 +100,9 @@ def from_coco(captions, instances=None):
     if instances:
         names = {row["id"]: row["name"] for row in rows(instances, "categories")}
         for row in rows(instances, "annotations"):
-            if row["image_id"] in said:                  # the image list of the two files may differ
+            x, y, w, h = row["bbox"]
+            if row["image_id"] in said and min(w, h) > 0:        # the image lists may differ; COCO has boxes without area
                 _, width, height = images[row["image_id"]]
-                x, y, w, h = row["bbox"]
                 boxes[row["image_id"]].append(
                     box_line(names[row["category_id"]], (x / width, y / height, (x + w) / width, (y + h) / height)))
     for key, (name, _, _) in images.items():
@@ -127,7 +132,7 @@ def read_contexts(captions, instances=None):
             try:
                 contexts.append(from_record(record))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise ValueError(f"{captions}[{i}]: {type(error).__name__} {error}; needed are id, image, captions (a list), "
+                raise ValueError(f"{captions}[{i}]: {type(error).__name__} {error}; needed are id, image, captions (strings), "
                                  "and for boxes instances: [{category, bbox}]") from error
     twice = [i for i, n in Counter(c.id for c in contexts).items() if n > 1]
     if twice or not contexts:
@@ -144,14 +149,14 @@ def read_prompts(folder):
 
     Few-shot examples are the files NNN_caps.txt and NNN_conv.txt. The paper has 2, 3 and 3 of them (Sec. 3).
     """
-    prompts = {}
+    prompts, questions = {}, Path(folder, "detail_instructions.txt")
     for kind in TYPES:
         system, caps = Path(folder, kind, "system_message.txt"), sorted(Path(folder, kind).glob("*_caps.txt"))
         answers = [path.with_name(path.name.replace("_caps", "_conv")) for path in caps]
-        for path in (system, *answers):
+        for path in (system, *answers, questions):
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; a prompt folder holds TYPE/system_message.txt and the pairs "
-                                        f"TYPE/NNN_caps.txt, TYPE/NNN_conv.txt for the types {', '.join(TYPES)}")
+                raise FileNotFoundError(f"{path}: no such file; the folder holds detail_instructions.txt and for each type "
+                                        f"({', '.join(TYPES)}) TYPE/system_message.txt, TYPE/NNN_caps.txt, TYPE/NNN_conv.txt")
         prompts[kind] = system.read_text(), [(c.read_text(), a.read_text()) for c, a in zip(caps, answers)]
     return prompts
 
@@ -169,9 +174,9 @@ def messages(system, shots, text, language=None):
     return [{"role": role, "content": said} for role, said in (*turns, ("user", text))]
 
 
-def detail_questions():
-    """Our 16 ways to ask for a detailed description (Sec. 3; the paper has a list of its own)."""
-    return (HERE / "prompts" / "detail_instructions.txt").read_text().splitlines()
+def detail_questions(folder=HERE / "prompts"):
+    """Ways to ask for a detailed description, one a line: our 16 (Sec. 3; the paper has its own list), or --prompts'."""
+    return Path(folder, "detail_instructions.txt").read_text().strip().splitlines()
 
 
 class Request(NamedTuple):
@@ -187,9 +192,12 @@ class Request(NamedTuple):
         return hashlib.sha256(json.dumps([self.id, self.body], sort_keys=True).encode()).hexdigest()[:32]
 
 
+DENSE = "\u0e00-\u0eff\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"      # Thai, Lao, Korean, Japanese, Chinese
+
+
 def count_tokens(text):
-    """About as many tokens as a large byte-pair vocabulary makes of a text: words, three digits, single signs."""
-    return len(re.findall(r"[^\W\d_]+|\d{1,3}|[^\w\s]", text))
+    """About as many tokens as a large byte-pair vocabulary makes of a text: words, DENSE characters, three digits, signs."""
+    return len(re.findall(rf"[{DENSE}]|[^\W\d_{DENSE}]+|\d{{1,3}}|[^\w\s]", text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,6 +213,7 @@ class TryAgain(Exception):
 
 
 LOCAL = threading.local()                # a connection pool for each thread
+UNREACHED = {"refused": "connection refused", "Errno -": "unknown host", "connect timeout": "no connection", "SSL": "SSL error"}
 
 
 def ask(base_url, body, timeout=120):
@@ -219,11 +228,12 @@ def ask(base_url, body, timeout=120):
     LOCAL.session = session = getattr(LOCAL, "session", None) or requests.Session()
     try:
         reply = session.post(url, json=body, timeout=(10, timeout), headers={"Authorization": f"Bearer {key}"} if key else {})
-    except requests.Timeout as error:
+    except requests.ReadTimeout as error:
         raise TryAgain("timeout") from error
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError,
             requests.exceptions.ContentDecodingError) as error:
-        raise TryAgain("connection lost") from error
+        why = next((why for sign, why in UNREACHED.items() if sign in str(error)), None)
+        raise TryAgain(f"{url}: {why}" if why else "connection lost") from error
     except requests.RequestException as error:           # no address, a wrong scheme, ...
         raise ValueError(f"{url}: {error}") from error
     words = re.sub(r"\s+", " ", reply.text)[:500]
@@ -263,7 +273,8 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
 
     A failure that may pass is tried again later, up to `attempts` times, and holds up no worker meanwhile. At most `rpm`
     requests and `tpm` tokens a minute are sent (0: no limit). Returns [(job, reason)] of those that failed to the end.
-    Whatever ends the run (ValueError from `ask`, Ctrl-C), replies that are on their way are waited for and kept.
+    Whatever ends the run (ValueError from `ask`, Ctrl-C), replies that are on their way are waited for and kept; Ctrl-C while
+    it waits ends the process at once, without them.
     """
     jobs, left, later, running, failed, seen, free_at = iter(jobs), True, [], {}, [], set(), 0.0
     with ThreadPoolExecutor(workers) as pool:
@@ -277,6 +288,8 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
                     else:
                         left = False
                         break
+                    if 0 < tpm < entry[1]:
+                        raise ValueError(f"--tpm {tpm:g}: one request and its answer may have {entry[1]} tokens; raise it")
                     running[pool.submit(ask, entry[0])] = attempt, entry
                     free_at = max(free_at, time.monotonic()) + 60 * max(1 / rpm if rpm else 0, entry[1] / tpm if tpm else 0)
                 if not (left or later or running):
@@ -287,12 +300,12 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
                 if not running:
                     time.sleep(pause)
                 for future in wait(running, pause, FIRST_COMPLETED).done if running else ():
-                    attempt, entry = running.pop(future)
+                    attempt, entry = running[future]
                     try:
                         keep(entry[0], future.result())
                     except TryAgain as error:
                         if error.reason not in seen:
-                            note(f"{error.reason}: asked again, at most {attempts} times")
+                            note(f"{error.reason}: tried {attempts} times at most")
                             seen.add(error.reason)
                         if attempt == attempts:
                             failed.append((entry[0], error.reason))
@@ -301,14 +314,33 @@ def ask_all(jobs, ask, keep, workers, attempts=8, rpm=0, tpm=0, note=print):
                             if after is None:            # back off, twice as long each time, jittered
                                 after = min(60, 0.25 * 2 ** attempt) * random.uniform(0.5, 1)
                             heapq.heappush(later, (time.monotonic() + after, id(entry), attempt + 1, entry))
-        finally:
-            for future, (_, entry) in running.items():
-                if not future.cancel() and not future.exception():
-                    keep(entry[0], future.result())
+                    del running[future]
+        except BaseException as stop:
+            try:
+                if n := sum(not future.done() for future in running):
+                    note(f"{str(stop) or 'stopping'}: waiting for {n} replies under way; Ctrl-C ends at once, without them")
+                for future in as_completed(running):
+                    if not future.exception():
+                        keep(running[future][1][0], future.result())
+            except KeyboardInterrupt:
+                note("ended at once: the replies under way are not kept")
+                os._exit(130)            # any other way out waits for the threads
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing paid is lost, nothing is paid twice
+
+
+@contextmanager
+def whole_file(path):
+    """A text file to write that takes its place when it is whole; after an error nothing of it is left."""
+    try:
+        with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as f:     # half a surrogate: as JSON has it
+            yield f
+        os.replace(f"{path}.tmp", path)
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -326,11 +358,12 @@ def only_one(folder):
 class Replies:
     """raw.jsonl files, one reply a line, as {key: place in the file}; the text stays on disk.
 
-    A last line that a kill tore is passed over, and cut off the file if `repair`: only whoever appends to it may.
+    A last line that a kill tore is passed over, and cut off the file if `repair`: only whoever appends to it may. Any other
+    line that is no reply is passed over with a note, so that its request is asked again.
     """
 
     def __init__(self, paths, repair=False):
-        self.files, self.places = [], {}
+        self.files, self.places, bad = [], {}, []
         for path in filter(os.path.exists, paths):
             end = 0
             with open(path, "rb") as f:
@@ -341,10 +374,12 @@ class Replies:
                         break
                     try:
                         self.places.setdefault(json.loads(line)["key"], (len(self.files), end))
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise ValueError(f"{path}, line {number}: not a reply of ours ({error})") from error
+                    except (ValueError, KeyError, TypeError):
+                        bad.append(number)
                     end += len(line)
             self.files.append(open(path, "rb"))
+        if bad and repair:
+            print(f"{path}, line {bad[0]}: torn, or no reply; passed over ({len(bad)} in all), what is missing is asked again")
 
     def __contains__(self, key):
         return key in self.places
@@ -356,20 +391,38 @@ class Replies:
 
 
 def ask_missing(plan, raw, ask, args, price):
-    """Ask for every request of `plan` that has no reply in the file `raw` yet; returns [(request, reason)] of failures."""
+    """Ask for every request of `plan` that has no reply in the file `raw` yet; returns [(request, reason)] of failures.
+
+    What ends it early (ValueError, OSError for a full disk, KeyboardInterrupt) says how many replies are kept, and where.
+    """
     have, spent = Replies([raw], repair=True), 0.0
     known = [request.key in have for request in plan()]
-    missing = ((r, count_tokens(json.dumps(r.body["messages"])) + args.max_tokens)
+    done, total = sum(known), len(known)
+    if have.places:
+        print(f"{raw}: {len(have.places)} replies, {done} of them to these {total} requests; {total - done} are new")
+    missing = ((r, count_tokens(json.dumps(r.body["messages"], ensure_ascii=False)) + args.max_tokens)
                for r, asked in zip(plan(), known) if not asked)
-    with open(raw, "ab", buffering=0) as f, tqdm(total=len(known), initial=sum(known), unit="request", disable=None) as bar:
+    where = lambda: f"{done} of {total} replies are kept in {raw}"
+    with open(raw, "ab", buffering=0) as f, tqdm(total=total, initial=done, unit="request", disable=None) as bar:
         def keep(request, reply):
-            nonlocal spent
-            line = {"key": request.key, "id": request.id, "kind": request.kind, "reply": reply}
-            f.write(json.dumps(line).encode() + b"\n")           # one write, straight to the system: SIGKILL cannot undo it
-            spent += price(reply)
+            nonlocal spent, done
+            line = json.dumps({"key": request.key, "id": request.id, "kind": request.kind, "reply": reply}).encode() + b"\n"
+            end = f.seek(0, os.SEEK_END)
+            try:
+                if f.write(line) < len(line):                    # one write, straight to the system: SIGKILL cannot undo it
+                    raise OSError("the disk is full")
+            except OSError as error:
+                f.truncate(end)                                  # no torn line
+                raise OSError(f"{error}; a reply that came is lost") from error
+            done, spent = done + 1, spent + price(reply)
             bar.set_postfix_str(f"${spent:.2f}" if spent else "")
             bar.update()
-        return ask_all(missing, ask, keep, args.workers, args.attempts, args.rpm, args.tpm, tqdm.write)
+        try:
+            return ask_all(missing, ask, keep, args.workers, args.attempts, args.rpm, args.tpm,
+                           lambda said: tqdm.write(f"{said} ({where()})", file=sys.stderr))
+        except (ValueError, OSError, KeyboardInterrupt) as error:
+            kind = next(kind for kind in (ValueError, OSError, KeyboardInterrupt) if isinstance(error, kind))
+            raise kind(f"{str(error) or 'stopped'}; {where()}; {AGAIN}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +440,7 @@ def parse(kind, text):
     """A teacher's words -> [(question, answer), ...]; the question of a detailed description is None. Raises Reject.
 
     The form asked for is "Question:\\n...\\n===\\nAnswer:\\n...\\n===\\n". Models also return markdown, numbers, "Q:", no
-    separators or a question without answer at the end; all that is understood.
+    separators or a question without answer at the end; all that is understood. Refusals are known in English only.
     """
     clean = lambda part: re.sub(r"^\s*[=\-*_#]{3,}\s*$", "", part, flags=re.MULTILINE).strip().strip("*#").strip()
     pieces = LABEL.split(text)                           # [before, label, said, label, said, ...]
@@ -409,11 +462,12 @@ def parse(kind, text):
                 question = ""
         turns = turns[:1] if kind == "complex_reasoning" else turns
     if not turns:
-        raise Reject("no question and answer" if kind != "detail_description" else "no answer")
+        raise Reject("refuses" if SPEAKS_OF["refuses"].search(text) else
+                     "no question and answer" if kind != "detail_description" else "no answer")
     return turns
 
 
-SPEAKS_OF = {                            # OURS: the released project does not say how bad replies were found
+SPEAKS_OF = {                            # OURS, for English: the released project does not say how bad replies were found
     "speaks of its context": re.compile(
         r"\bcaptions?\b|\bbounding box(es)?\b|\bcoordinates?\b"
         r"|\b(based on|according to|from) the (description|sentences|text)s?\b"
@@ -440,14 +494,15 @@ def in_script(text, language):
 
 
 class Sketches:
-    """Finds near-duplicates by the 8 smallest hashes of a text's runs of four words (MinHash): 6 in common are too many."""
+    """Finds near-duplicates by the 8 smallest hashes of a text's runs of four words (characters, where there are no blanks;
+    MinHash): 6 in common are too many."""
 
     def __init__(self):
         self.owner = {}                  # hash -> the text that had it first
 
     def twin(self, name, text):
         """The name of an earlier text that this one nearly repeats, or None."""
-        words = re.findall(r"\w+", text.lower())
+        words = re.findall(rf"[{DENSE}]|[^\W{DENSE}]+", text.lower())
         runs = {" ".join(words[i:i + 4]) for i in range(len(words) - 3)}
         smallest = sorted(zlib.crc32(run.encode()) for run in runs)[:8]
         common = Counter(self.owner.setdefault(h, name) for h in smallest)
@@ -475,9 +530,9 @@ def record_of(request, reply, args, sketches):
     """A reply -> LLaVA's record, with the picture before or after the first question at random: Eq. (2). Raises Reject."""
     rng = random.Random(f"{args.seed} {request.id}")
     turns = parse(request.kind, whole_text(reply))
-    turns = [(question or rng.choice(detail_questions()), answer) for question, answer in turns]
-    text = "\n".join(part for turn in turns for part in turn)
+    text = "\n".join(part for turn in turns for part in turn if part)       # what the teacher wrote
     check_words(text, args.language)
+    turns = [(question or rng.choice(detail_questions(args.prompts)), answer) for question, answer in turns]
     if not args.keep_duplicates:
         if len({question.lower() for question, _ in turns}) < len(turns):
             raise Reject("asks the same twice")
@@ -508,8 +563,8 @@ class Instruct:
     temperature: float = 1.0             # OURS: not released
     max_tokens: int = 1024               # OURS: not released
     extra: str = None                    # JSON object of further fields of the request, e.g. {"seed": 0}; null removes one
-    prompts: str = str(HERE / "prompts")  # folder of TYPE/system_message.txt, NNN_caps.txt, NNN_conv.txt
-    language: str = None                 # language to write in; the script of the answers is checked
+    prompts: str = str(HERE / "prompts")  # folder of TYPE/system_message.txt, NNN_caps.txt, ..., detail_instructions.txt
+    language: str = None                 # language to write in, by its English name; the script of the answers is checked
     mix: list[str] = ("conversation=58", "detail_description=23", "complex_reasoning=77")  # shares; a picture gets one type
     numbers: list[str] = ()              # TYPE=N: exactly so many pictures, drawn for each type by itself (instead of --mix)
     limit: int = None                    # only the first N requests
@@ -529,15 +584,26 @@ class Instruct:
     bench: int = 0                       # make a LLaVA-Bench (COCO) of N pictures instead
 
 
-AGAIN = "run the same command again: it asks only for these"
+AGAIN = "run the same command again, with the same flags: it asks only for the others"
+LEAST = {"limit": 1, "show": 0, "bench": 0, "workers": 1, "attempts": 1, "rpm": 0, "tpm": 0, "timeout": 0.001, "temperature": 0,
+         "max_tokens": 1, "price_in": 0, "price_out": 0, "most": 1, "least": 1}
 
 
-def amounts(pairs):
-    """["conversation=58", ...] -> {type: 58.0}"""
-    found = dict(pair.partition("=")[::2] for pair in pairs)
-    bad = [f"{k}={v}" for k, v in found.items() if k not in TYPES or not re.fullmatch(r"\d+(\.\d+)?", v)]
-    if bad or not any(float(v) for v in found.values()):
-        raise ValueError(f"{' '.join(bad) or 'nothing'}: TYPE=N is needed, with one of {', '.join(TYPES)}")
+def in_range(args):
+    """`args`; ValueError names a flag that is too small, infinite or no number."""
+    for name, least in LEAST.items():
+        if (value := getattr(args, name, None)) is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} {value}: a number is needed, {least} or more")
+    return args
+
+
+def amounts(flag, pairs):
+    """--mix or --numbers, ["conversation=58", ...] -> {type: 58.0}"""
+    found, number = dict(pair.partition("=")[::2] for pair in pairs), r"\d+" if flag == "--numbers" else r"\d+(\.\d+)?"
+    if (len(found) < len(pairs) or not all(k in TYPES and re.fullmatch(number, v) for k, v in found.items())
+            or not any(map(float, found.values()))):
+        raise ValueError(f"{flag} {' '.join(pairs)}: TYPE=N is needed, each TYPE once, out of {', '.join(TYPES)}; N is a "
+                         f"{'whole ' * (flag == '--numbers')}number, not 0 for all")
     return {kind: float(found.get(kind, 0)) for kind in TYPES}
 
 
@@ -545,12 +611,15 @@ def draw(contexts, args):
     """[(type, context), ...]: which picture gets which type, by --mix (one each) or --numbers; seeded."""
     rng, pairs = random.Random(args.seed), []
     if args.numbers:
-        for kind, n in amounts(args.numbers).items():
+        if args.mix != Instruct.mix:
+            raise ValueError("--numbers and --mix: only one of them can say how much of each type there is")
+        for kind, n in amounts("--numbers", args.numbers).items():
             if n > len(contexts):
                 raise ValueError(f"--numbers {kind}={n:.0f}, but there are {len(contexts)} pictures")
-            pairs += [(kind, i) for i in rng.sample(range(len(contexts)), int(n))]
+            order = random.Random(f"{args.seed} {kind}").sample(range(len(contexts)), len(contexts))      # its own, and whole:
+            pairs += [(kind, i) for i in order[:int(n)]]         # more of one type leaves all the others as they are
     else:
-        shares = amounts(args.mix)
+        shares = amounts("--mix", args.mix)
         order, edge, total = rng.sample(range(len(contexts)), len(contexts)), 0.0, sum(shares.values())
         for kind, share in shares.items():
             start, edge = edge, edge + share * len(contexts) / total
@@ -561,7 +630,10 @@ def draw(contexts, args):
 
 def body_of(args, said):
     """The request's JSON."""
-    extra = json.loads(args.extra) if args.extra else {}
+    try:
+        extra = {**json.loads(args.extra or "{}")}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--extra {args.extra}: a JSON object is needed, e.g. {{\"seed\": 0}} ({error})") from error
     body = {"model": args.model, "messages": said, "temperature": args.temperature, "max_tokens": args.max_tokens, **extra}
     return {name: value for name, value in body.items() if value is not None}
 
@@ -580,6 +652,7 @@ def price(reply, args):
 def print_estimate(plan, prompts, args):
     """Requests, tokens, money and hours. Answers are taken to be as long as the few-shot examples."""
     long = {kind: np.mean([count_tokens(answer) for _, answer in prompts[kind][1]] or [300]) for kind in TYPES}
+    long["reference"] = np.mean([*long.values()])        # of a bench
     fixed, n, tokens_in, tokens_out = {}, Counter(), Counter(), Counter()
     for r in plan():
         *before, query = (m["content"] for m in r.body["messages"])
@@ -589,7 +662,7 @@ def print_estimate(plan, prompts, args):
         tokens_out[r.kind] += long[r.kind]
     print(f"{'type':<20}{'requests':>10}{'tokens in':>15}{'tokens out':>13}{'money':>12}")
     cost = lambda kinds: sum(tokens_in[k] * args.price_in + tokens_out[k] * args.price_out for k in kinds) / 1e6
-    rows = [(kind, [kind]) for kind in TYPES if n[kind]] + [("all", TYPES)]
+    rows = [(kind, [kind]) for kind in long if n[kind]] + [("all", long)]
     for name, kinds in rows:
         print(f"{name:<20}{sum(n[k] for k in kinds):>10,}{sum(tokens_in[k] for k in kinds):>15,}"
               f"{sum(int(tokens_out[k]) for k in kinds):>13,}{cost(kinds):>12,.2f}")
@@ -612,7 +685,7 @@ def write_records(plan, replies, prompts, out, args):
     for kind, (_, shots) in prompts.items():             # a model may repeat the examples that it was shown
         for i, (_, answer) in enumerate(shots):
             sketches.twin(f"{kind} example {i}", answer)
-    with open(out / "instruct.json.tmp", "w") as f, open(out / "rejected.jsonl", "w") as bad:
+    with whole_file(out / "instruct.json") as f, whole_file(out / "rejected.jsonl") as bad:
         f.write("[")
         for request in plan():
             if request.key not in replies:
@@ -625,7 +698,7 @@ def write_records(plan, replies, prompts, out, args):
             except Reject as reject:
                 why[request.kind][str(reject)] += 1
                 bad.write(json.dumps({"id": request.id, "kind": request.kind, "reason": str(reject),
-                                      "text": reply["choices"][0]["message"]["content"]}) + "\n")
+                                      "text": reply["choices"][0]["message"]["content"]}, ensure_ascii=False) + "\n")
                 continue
             f.write((",\n" if sum(kept.values()) else "\n") + json.dumps(record, ensure_ascii=False))
             said = [turn["value"] for turn in record["conversations"][1::2]]
@@ -633,7 +706,6 @@ def write_records(plan, replies, prompts, out, args):
             turns[request.kind] += len(said)
             long[request.kind] += [len(text.split()) for text in said]
         f.write("\n]\n")
-    os.replace(out / "instruct.json.tmp", out / "instruct.json")
     return {"replies": answers, "usage": dict(usage), "money": price({"usage": usage}, args), "types": {kind: {
         "records": kept[kind], "answers": turns[kind], "words_per_answer": float(np.mean(long[kind])) if long[kind] else 0,
         "rejected": dict(why[kind].most_common())} for kind in TYPES if kept[kind] or why[kind]}}
@@ -672,6 +744,8 @@ def instruct(args):
     if args.bench:
         return bench(args, contexts, prompts)
     pairs = draw(contexts, args)[:args.limit][part::parts]
+    if not pairs:
+        raise ValueError(f"--shard {args.shard}: no request falls to it; take fewer shards")
     plan = lambda: requests_of(pairs[:args.show or None], prompts, args)
     if args.show:
         return print_requests(plan)
@@ -679,20 +753,28 @@ def instruct(args):
         return print_estimate(plan, prompts, args)
     out = Path(args.out) / (f"shard_{part}_of_{parts}" if args.shard else "")
     with only_one(out):
-        raw, failed = [out / "raw.jsonl"], []
+        raw, failed, stop = [out / "raw.jsonl"], [], None
         if args.merge:
             raw = sorted(Path(args.out).glob("shard_*/raw.jsonl"))
             print(f"merging {len(raw)} shards: {', '.join(path.parent.name for path in raw)}")
         else:
-            failed = ask_missing(plan, raw[0], teacher_of(args), args, lambda reply: price(reply, args))
-        report = write_records(plan, Replies(raw), prompts, out, args)
-        report |= {"requests": len(pairs), "failed": dict(Counter(reason for _, reason in failed)), "date": str(date.today()),
-                   "teacher": args.model, "prompts": prompts_hash(prompts), "seed": args.seed, "settings": asdict(args)}
-        (out / "metadata.json").write_text(json.dumps(report, indent=1) + "\n")
-        print_report(report, out)
-    if missing := len(pairs) - report["replies"]:
-        raise ValueError(f"{missing} of {len(pairs)} requests have no reply yet ({report['failed'] or 'not asked'}); "
-                         + ("run the shards to their end" if args.merge else AGAIN))
+            try:
+                failed = ask_missing(plan, raw[0], teacher_of(args), args, lambda reply: price(reply, args))
+            except (ValueError, KeyboardInterrupt) as error:     # what is paid can be used all the same
+                stop = error
+        replies, failed = Replies(raw), dict(Counter(reason for _, reason in failed))
+        if have := sum(request.key in replies for request in plan()):        # else the files of another run stay as they are
+            report = write_records(plan, replies, prompts, out, args)
+            report |= {"requests": len(pairs), "failed": failed, "date": str(date.today()), "teacher": args.model,
+                       "prompts": prompts_hash(prompts), "seed": args.seed, "settings": asdict(args)}
+            (out / "metadata.json").write_text(json.dumps(report, indent=1) + "\n")
+            print_report(report, out)
+    if stop:
+        raise stop
+    if missing := len(pairs) - have:
+        raise ValueError(f"{missing} of {len(pairs)} requests have no reply yet ({failed or 'not asked'}), {have} have; "
+                         f"{f'see {out}' if have else f'nothing is written in {out}'}; "
+                         + ("run the shards to their end, with the same flags" if args.merge else AGAIN))
 
 
 def shard_of(text):
@@ -713,9 +795,21 @@ CATEGORY = dict(zip(TYPES, ("conv", "detail", "complex")))
 def bench(args, contexts, prompts):
     """--bench N: N pictures, a question of each type about each, and their reference answers, in eval.py's files:
     questions.jsonl, reference.jsonl, context.jsonl. A picture for which a type is rejected makes room for the next one."""
+    if unused := [f"--{name}" for name in ("mix", "numbers", "limit", "shard", "merge")
+                  if getattr(args, name) != getattr(Instruct, name)]:
+        raise ValueError(f"--bench has a question of each type about each picture, and no use for {', '.join(unused)}")
+    if args.bench > len(contexts):
+        raise ValueError(f"--bench {args.bench}: {args.captions} has {len(contexts)} pictures")
     order = random.Random(args.seed).sample(contexts, len(contexts))
     system, asked, tried = (Path(args.prompts) / "reference" / "system_message.txt").read_text(), {}, 0
     ask, cost = teacher_of(args), lambda reply: price(reply, args)
+    question_requests = lambda some: list(requests_of([(kind, c) for c in some for kind in TYPES], prompts, args))
+    reference_request = lambda c, kind, question: Request(f"{c.id}-reference-{kind}", "reference", c, body_of(args, messages(
+        system, [], f"{context_text('reference', c)}\n\n{question}", args.language)), question)
+    if args.show or args.estimate:
+        plan = [r for c in order[:args.bench] for r in question_requests([c]) + [
+            reference_request(c, kind, f"(the question that is the reply to {c.id}-{kind})") for kind in TYPES]]
+        return print_requests(lambda: plan[:args.show]) if args.show else print_estimate(lambda: plan, prompts, args)
 
     def usable(plan, read):
         """{picture: [read(request, reply) of each type]}, of the pictures for which none is rejected."""
@@ -743,10 +837,8 @@ def bench(args, contexts, prompts):
                 raise ValueError(f"{len(asked)} of {len(order)} pictures have a usable question and answer of each type; "
                                  f"--bench {args.bench} needs more pictures")
             tried += len(some)
-            questions = usable(list(requests_of([(kind, c) for c in some for kind in TYPES], prompts, args)), question_of)
-            answers = usable([Request(f"{c.id}-reference-{kind}", "reference", c, body_of(args, messages(
-                system, [], f"{context_text(kind='reference', context=c)}\n\n{question}", args.language)), question)
-                for c, rows in questions.items() for kind, question in rows], answer_of)
+            questions = usable(question_requests(some), question_of)
+            answers = usable([reference_request(c, *row) for c, rows in questions.items() for row in rows], answer_of)
             asked |= {c: list(zip(questions[c], said)) for c, said in answers.items()}
         rows = [(c, kind, question, text) for c, said in asked.items() for (kind, question), text in said]
         write_lines(out / "questions.jsonl", [{"question_id": i, "image": c.image, "text": question, "category": CATEGORY[kind]}
@@ -781,8 +873,10 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 def read_pairs(path, columns="image caption"):
     """Yield (image, caption) from a TSV, from JSON lines with these two fields, or from a folder of pictures with .txt files.
 
-    `columns` names a TSV's columns in order; CC3M's own file is "caption image", with an address for the image.
+    `columns` names a TSV's columns in order; CC3M's own file is "caption image", with an address for the image. An image with
+    blanks must end as a picture's file does, and no caption may be an address or a file name: columns are easily swapped.
     """
+    named = lambda text: "://" in text or text.lower().endswith(PICTURES)
     if os.path.isdir(path):
         texts = {p.with_suffix(""): p for p in Path(path).rglob("*.txt")}
         for picture in sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES):
@@ -800,10 +894,15 @@ def read_pairs(path, columns="image caption"):
         for number, line in enumerate(f, 1):
             try:
                 row = dict(zip(names, line.rstrip("\n").split("\t"))) if tsv else json.loads(line)
-                yield row["image"], " ".join(row["caption"].split())
+                image, caption = row["image"], " ".join(row["caption"].split())
+                swapped = named(caption) and " " not in caption or " " in image and not named(image)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}: " + (f"columns {names}, split by tabs, are needed" if tsv
                                                                 else "JSON with image and caption is needed")) from error
+            if swapped:
+                raise ValueError(f"{path}, line {number}: image {image!r} and caption {caption!r} look swapped; "
+                                 + (f"--columns {columns!r} must name the columns in their order" if tsv else "swap them"))
+            yield image, caption
 
 
 STOP_WORDS = frozenset("""
@@ -884,21 +983,19 @@ class Filter:
 
 def filter_pairs(args):
     """The concept filter of CC3M: pairs in, fewer pairs out, with every frequent enough concept in them."""
-    finder = args.finder
-    if finder == "auto":
-        try:
-            import spacy
-            finder = "spacy" if spacy.util.is_package("en_core_web_sm") else "light"
-        except ImportError:
-            finder = "light"
+    finder = args.finder if args.finder != "auto" else "spacy" if find_spec("en_core_web_sm") else "light"
+    if finder == "spacy" and not find_spec("en_core_web_sm"):        # a package, which needs spacy
+        raise ValueError("--finder spacy: pip install spacy, then python -m spacy download en_core_web_sm; or --finder light")
     print(f"noun phrases: {'spaCy en_core_web_sm' if finder == 'spacy' else 'the light finder'}")
     pairs = list(read_pairs(args.pairs, args.columns))
     captions = tqdm((caption for _, caption in pairs), total=len(pairs), unit="caption", disable=None)
     find = {"light": light_phrases, "spacy": spacy_phrases}[finder]
     kept, before, after = concept_filter(find(captions), args.most, args.least, args.seed)
+    if not kept.any():
+        raise ValueError(f"{args.pairs}: no noun phrase is in {args.least} of the {len(pairs)} captions; lower --least")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "pairs.tsv", "w", encoding="utf-8") as f:
+    with whole_file(out / "pairs.tsv") as f:
         f.writelines(f"{image}\t{caption}\n" for (image, caption), keep in zip(pairs, kept) if keep)
     frequent = before >= args.least
     counts = {"pairs": len(pairs), "kept": int(kept.sum()), "phrases": len(before), "phrases_frequent": int(frequent.sum()),
@@ -931,17 +1028,17 @@ def expand(args):
     """Naive expansion: image and caption -> Human: X_q X_v, Assistant: X_c, with X_q from our list of 11 (Sec. 4.2)."""
     rng, ways, count = random.Random(args.seed), brief_instructions(), 0
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{args.out}.tmp", "w", encoding="utf-8") as f:
+    with whole_file(args.out) as f:
         for count, (image, caption) in enumerate(read_pairs(args.pairs, args.columns), 1):
-            if not caption or "://" in image:
+            if not caption or IMAGE in caption or "://" in image:
                 raise ValueError(f"{args.pairs}, pair {count}: " + (
-                    f"the image is {image}; download the pictures and name the files" if caption else "no caption"))
+                    f"the image is {image}; download the pictures and name the files" if "://" in image else
+                    f"{IMAGE}, which stands for the picture, is in the caption" if caption else "no caption"))
             record = {"id": Path(image).stem, "image": image, "conversations": conversation([(rng.choice(ways), caption)], rng)}
             f.write((",\n" if count > 1 else "[\n") + json.dumps(record, ensure_ascii=False))
         if not count:
             raise ValueError(f"{args.pairs}: no pairs in it")
         f.write("\n]\n")
-    os.replace(f"{args.out}.tmp", args.out)
     print(f"wrote {count:,} samples to {args.out}")
 
 
@@ -951,10 +1048,11 @@ COMMANDS = {"instruct": (Instruct, instruct), "filter": (Filter, filter_pairs), 
 def arguments(argv):
     """A command line -> (function, its configuration)"""
     if not argv or argv[0] not in COMMANDS:
-        raise ValueError(f"{argv[0] if argv else 'nothing'}: a command comes first: {', '.join(COMMANDS)}; -h explains them")
+        raise ValueError(f"{f'{argv[0]} is no command' if argv else 'no command given'}; one of {', '.join(COMMANDS)} comes "
+                         "first; -h explains them")
     config, run = COMMANDS[argv[0]]
     choices = {"teacher": ["api", "script"], "finder": ["auto", "light", "spacy"]}
-    return run, config(**typed_flags(config, argv[1:], run.__doc__, choices))
+    return run, in_range(config(**typed_flags(config, argv[1:], run.__doc__, choices)))
 
 
 def main(argv=None):
@@ -968,7 +1066,10 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:                              # of `--show 1 | head`; nothing may be left to flush at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; every reply so far is kept: {AGAIN}")
+    except KeyboardInterrupt as error:
+        sys.exit(str(error) or "stopped")

@@ -169,13 +169,17 @@ def brief_instructions():
 def typed_flags(config, argv, description, choices=None):
     """What was typed on a command line whose flags are the fields of a dataclass, as a dict; nothing is filled in.
 
-    A field without default is a required flag, a bool is --flag / --no-flag, and the comment behind a field is its help.
+    A field without default is a required flag, a bool is --flag / --no-flag, and the comment behind a field is its help, with
+    its default if there is one.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     source = "".join(source_of(part) for part in reversed(config.__mro__[:-1]))
     notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE))
     for f in dataclasses.fields(config):
-        how = {"help": notes.get(f.name, "").replace("%", "%%"), "required": f.default is dataclasses.MISSING}
+        required, default = f.default is dataclasses.MISSING, " ".join(f.default) if isinstance(f.default, tuple) else f.default
+        note = notes.get(f.name, "") + (f" (default: {default})" if not required and default not in (None, "") and
+                                        default is not False else "")
+        how = {"help": note.replace("%", "%%"), "required": required}
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:

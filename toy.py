@@ -275,10 +275,13 @@ def teacher(kind, scene, rng, pairs=SEEN):
 
 
 def scene_of(boxes):
-    """Box lines, `red circle: [0.1, 0.2, 0.3, 0.4]`, -> the Scene that they tell of."""
+    """Box lines, `red circle: [0.1, 0.2, 0.3, 0.4]`, -> the Scene that they tell of. ValueError if they are not the toy's."""
     things = []
-    for line in boxes.splitlines():
-        name, box = line.split(": ")
+    for line in boxes.splitlines() or [": "]:
+        name, _, box = line.rpartition(": ")
+        if tuple(name.split()) not in PAIRS:
+            raise ValueError(f"a script that reads the toy's shapes finds {line.strip(': ') or 'no boxes'} here; for other "
+                             "pictures take a language model")
         x, y, right, bottom = (round(v * SIDE) for v in json.loads(box))
         things.append(Thing(*name.split(), (x, y, right - x, bottom - y)))
     return Scene(tuple(sorted(things, key=lambda t: t.cell)))

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path):
             "images": [{"id": 7, "file_name": "000000000007.jpg", "width": 200, "height": 100}]}
     said = [{"image_id": 7, "caption": "A red bus in front of a shop."}, {"image_id": 7, "caption": "A bus stops.\n"}]
     boxes = [{"image_id": 7, "category_id": 6, "bbox": [20, 25, 86.008, 75], "segmentation": [[1.5, 2.5]], "iscrowd": 0},
-             {"image_id": 7, "category_id": 1, "bbox": [0, 50, 20, 40], "segmentation": {"counts": [3], "size": [1, 2]}}]
+             {"image_id": 7, "category_id": 1, "bbox": [0, 50, 20, 40], "segmentation": {"counts": [3], "size": [1, 2]}},
+             {"image_id": 7, "category_id": 1, "bbox": [10, 50, 20, 0]}]     # a line without area, as COCO itself has
     names = [{"id": 6, "name": "bus"}, {"id": 1, "name": "person"}]
     (tmp_path / "c.json").write_text(json.dumps({**coco, "annotations": said}))
     (tmp_path / "i.json").write_text(json.dumps({**coco, "categories": names, "annotations": boxes}))
@@ -66,6 +68,8 @@ def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path):
 
 @pytest.mark.parametrize("record, says", [
     ({**SHOP, "instances": [{"category": "bus", "bbox": [10, 20, 30, 40]}]}, "fractions"),
+    ({**SHOP, "instances": [{"category": "bus", "bbox": [0.5, 0.2, 0.5, 0.4]}]}, "x1 < x2"),
+    ({**SHOP, "captions": "A red bus."}, "captions must be a list of strings, found 'A red bus.'"),
     ({**SHOP, "captions": []}, "no captions"), ({"id": 1, "captions": ["x"]}, "image"),
     ("text", "needed are id, image, captions")])
 def test_a_bad_context_is_named(tmp_path, record, says):
@@ -105,6 +109,23 @@ def test_every_picture_gets_one_type_by_mix_and_so_many_by_numbers():
         make(numbers=["conversation=2000"])
     with pytest.raises(ValueError, match="talk=3"):
         make(mix=["talk=3"])
+    few, more = (make(numbers=[f"conversation={n}", "detail_description=30"]) for n in (20, 90))
+    assert set(few) < set(more), "more conversations drew other pictures for what is paid already"
+
+
+def test_detail_questions_are_those_of_the_prompt_folder(serve, tmp_path):
+    """Another language needs other questions; the check of the language reads what the teacher wrote."""
+    shutil.copytree(gd.Instruct.prompts, tmp_path / "prompts")
+    url, _ = serve(text="这是一辆公共汽车，停在商店前面。")
+    contexts = write_contexts(tmp_path / "c.jsonl", 1)
+    flags = ("--base_url", url, "--mix", "detail_description=1", "--language", "Chinese")
+    assert len(instruct(tmp_path, contexts, *flags)) == 1, "our English question was taken for the teacher's words"
+    (tmp_path / "prompts" / "detail_instructions.txt").write_text("请描述这张图片。\n")
+    asked = instruct(tmp_path, contexts, *flags, "--prompts", tmp_path / "prompts")[0]["conversations"][0]["value"]
+    assert asked.replace("<image>", "").strip() == "请描述这张图片。"
+    (tmp_path / "prompts" / "detail_instructions.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="detail_instructions.txt: no such file"):
+        instruct(tmp_path, contexts, *flags, "--prompts", tmp_path / "prompts")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +157,9 @@ def test_parse_understands_what_models_return(text, turns):
 def test_parse_rejects_what_holds_no_question_and_answer(text):
     with pytest.raises(gd.Reject, match="no question and answer"):
         gd.parse("conversation", text)
+    for kind in gd.TYPES[::2]:
+        with pytest.raises(gd.Reject, match="refuses"):
+            gd.parse(kind, "I'm sorry, I cannot help with that.")
 
 
 def test_a_description_is_the_text_itself():
@@ -177,6 +201,13 @@ def test_near_duplicates_are_found_and_short_or_different_texts_are_not():
     again = [f"Well, {text.replace(' ', '  ').upper()}!" for text in texts]
     assert all(sketches.twin(f"again {i}", text) == str(i) for i, text in enumerate(again)), "copies were not seen"
     assert not sketches.twin("x", "It is a red bus.") and not sketches.twin("y", "It is a red bus.")
+    chinese = ["".join(rng.choice("一辆红色的公共汽车停在商店前面有人等") for _ in range(60)) for _ in range(50)]
+    assert not any(sketches.twin(f"zh {i}", text) for i, text in enumerate(chinese))
+    assert all(sketches.twin(f"zh again {i}", f"好，{text}。") == f"zh {i}" for i, text in enumerate(chinese))
+
+
+def test_a_character_of_a_script_without_blanks_is_a_token():
+    assert gd.count_tokens("A red bus, 12345 times.") == 8 and gd.count_tokens("一辆红色的公共汽车。") == 10
 
 
 def test_the_picture_stands_before_or_after_the_first_question_at_random():
@@ -201,6 +232,15 @@ def test_what_may_pass_is_told_apart(serve, fault, reason):
     with pytest.raises(gd.TryAgain) as raised:
         gd.ask(url, {"model": "m", "messages": [{"content": "x"}]}, timeout=1)
     assert raised.value.reason == reason and raised.value.after == (1.0 if fault == "429" else None)
+
+
+@pytest.mark.parametrize("url, reason", [("http://127.0.0.1:9/v1", "connection refused"),
+                                         ("http://no.such.host.invalid/v1", "unknown host")])
+def test_a_dead_or_mistyped_endpoint_is_named_in_the_first_note(tmp_path, capsys, url, reason):
+    with pytest.raises(ValueError, match="1 of 1 requests have no reply"):
+        instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 1), "--base_url", url, "--attempts", 1)
+    assert f"{url}/chat/completions: {reason}" in capsys.readouterr().err.splitlines()[0]
+    assert not (tmp_path / "out" / "instruct.json").exists(), "an empty file was written"
 
 
 @pytest.mark.parametrize("code", ["400", "401", "403", "404"])
@@ -230,11 +270,50 @@ def test_a_cut_or_filtered_answer_is_paid_kept_and_rejected(serve, tmp_path, fin
 
 def test_a_permanent_error_stops_the_run_and_keeps_what_is_on_its_way(serve, tmp_path):
     url, log = serve(seconds=0.3, faults={"404": 0.1}, seed=2)
-    with pytest.raises(ValueError, match="HTTP 404"):
+    with pytest.raises(ValueError, match="HTTP 404.* of 100 replies are kept in .*raw.jsonl; run the same command") as raised:
         instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 100), "--base_url", url, "--workers", 8)
     asked = Counter(row["fault"] for row in lines(log))
     assert sum(asked.values()) < 100, "it went on after an error that will not pass"
-    assert len(lines(tmp_path / "out" / "raw.jsonl")) == asked["good"], "a reply that was on its way is lost"
+    assert len(lines(tmp_path / "out" / "raw.jsonl")) == asked["good"] > 0, "a reply that was on its way is lost"
+    assert f"{asked['good']} of 100" in str(raised.value)
+    kept = json.loads((tmp_path / "out" / "instruct.json").read_text()) + lines(tmp_path / "out" / "rejected.jsonl")
+    assert len(kept) == asked["good"], "what is paid cannot be used"
+    assert json.loads((tmp_path / "out" / "metadata.json").read_text())["replies"] == asked["good"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_does_not(serve, tmp_path, times):
+    """And neither says of a reply that it is kept if it is not."""
+    url, log = serve(seconds=times)
+    process = start_script(tmp_path, "generate_data.py", "instruct", "--captions", write_contexts(tmp_path / "c.jsonl", 30),
+                           "--out", tmp_path / "out", "--base_url", url, "--workers", 4, "--keep_duplicates")
+    while not (log.exists() and len(lines(log)) >= 5):       # one is kept, others are under way
+        time.sleep(0.01)
+    for seconds in (0.0, 0.3)[:times]:
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGINT)
+    stopped = time.monotonic()
+    process.join(20)
+    asked, said = len(lines(log)), (tmp_path / "output").read_text()
+    kept = len(lines(tmp_path / "out" / "raw.jsonl"))
+    assert "stopping: waiting for" in said and f"{kept} of 30 replies are kept in" in said.splitlines()[-1], said
+    if times == 1:
+        assert process.exitcode == 1 and 4 < kept == asked < 30 and said.splitlines()[-1].startswith("stopped")
+        assert len(json.loads((tmp_path / "out" / "instruct.json").read_text())) == kept
+    else:
+        assert process.exitcode == 130 and 0 < kept < asked and time.monotonic() - stopped < 1
+        assert "replies under way are not kept" in said.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_whole_lines_and_says_what_is_kept(serve, tmp_path):
+    url, _ = serve()
+    command = ("generate_data.py", "instruct", "--captions", write_contexts(tmp_path / "c.jsonl", 30), "--out",
+               tmp_path / "out", "--base_url", url, "--workers", 4, "--mix", "conversation=1")
+    code, said = run_script(tmp_path, *command, file_size=4000)
+    kept = len(lines(tmp_path / "out" / "raw.jsonl"))
+    assert code == 1 and 0 < kept < 30 and f"{kept} of 30 replies are kept in" in said.splitlines()[-1], said
+    assert run_script(tmp_path, *command)[0] == 0
+    assert len(lines(tmp_path / "out" / "raw.jsonl")) == 30
 
 
 def test_the_key_is_sent_but_never_written(serve, tmp_path, monkeypatch, capfd):
@@ -257,7 +336,7 @@ def test_budgets_hold(tmp_path):
 
 def test_a_failing_server_is_asked_a_bounded_number_of_times(serve, tmp_path):
     url, log = serve(faults={"500": 1.0})
-    with pytest.raises(ValueError, match="4 of 4 requests have no reply.*HTTP 500.*run the same command again"):
+    with pytest.raises(ValueError, match="4 of 4 requests have no reply.*HTTP 500.*the same command"):
         instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 4), "--base_url", url, "--attempts", 2)
     assert len(lines(log)) == 8
 
@@ -311,7 +390,7 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
 # The folder
 
 
-def test_outputs_are_made_again_from_the_raw_file_without_a_request(serve, tmp_path):
+def test_outputs_are_made_again_from_the_raw_file_without_a_request(serve, tmp_path, capsys):
     """A change of the parser or the filter costs nothing."""
     url, log = serve(text="Question:\nWhat?\n===\nAnswer:\nThe caption says so.")
     contexts = write_contexts(tmp_path / "c.jsonl", 5)
@@ -322,9 +401,28 @@ def test_outputs_are_made_again_from_the_raw_file_without_a_request(serve, tmp_p
     finally:
         gd.SPEAKS_OF = before
     assert len(lines(log)) == 5
-    (tmp_path / "out" / "raw.jsonl").write_bytes(b"{}\n" + (tmp_path / "out" / "raw.jsonl").read_bytes())
-    with pytest.raises(ValueError, match="raw.jsonl, line 1"):
-        instruct(tmp_path, contexts, "--base_url", url)
+    assert "5 replies, 5 of them to these 5 requests; 0 are new" in capsys.readouterr().out
+
+
+def test_a_torn_line_in_the_middle_is_told_and_its_request_asked_again(serve, tmp_path, capsys):
+    url, log = serve()
+    flags = (write_contexts(tmp_path / "c.jsonl", 5), "--base_url", url, "--keep_duplicates")
+    instruct(tmp_path, *flags)
+    raw = tmp_path / "out" / "raw.jsonl"
+    first, second, *rest = raw.read_bytes().splitlines(keepends=True)
+    raw.write_bytes(b"".join((first, second[:40] + b"\n", *rest)))
+    assert len(instruct(tmp_path, *flags)) == 5 and len(lines(log)) == 6
+    assert "raw.jsonl, line 2: torn" in (said := capsys.readouterr().out) and "4 of them to these 5 requests; 1 are new" in said
+
+
+def test_settings_that_no_reply_fits_leave_the_outputs_alone(serve, tmp_path):
+    url, _ = serve()
+    contexts = write_contexts(tmp_path / "c.jsonl", 3)
+    made = instruct(tmp_path, contexts, "--base_url", url)
+    for flags in (("--merge",), ("--temperature", "0.5", "--base_url", "http://127.0.0.1:9/v1", "--attempts", "1")):
+        with pytest.raises(ValueError, match="3 of 3 requests have no reply yet.*nothing is written"):
+            instruct(tmp_path, contexts, *flags)
+        assert json.loads((tmp_path / "out" / "instruct.json").read_text()) == made, flags
 
 
 def test_two_processes_on_one_output_are_refused(serve, tmp_path):
@@ -381,12 +479,56 @@ def test_show_and_estimate_send_nothing(tmp_path, capsys):
     assert "2.6 hours" in said[-2] and not (tmp_path / "out").exists()
 
 
+def test_a_bench_is_shown_and_estimated_before_anything_is_sent(tmp_path, capsys):
+    contexts = write_contexts(tmp_path / "c.jsonl", 9)
+    flags = ["instruct", "--captions", str(contexts), "--out", str(tmp_path / "b"), "--base_url", "http://127.0.0.1:9/v1"]
+    gd.main([*flags, "--bench", "5", "--show", "4"])
+    said = capsys.readouterr().out
+    assert said.count("[system]") == 4 and said.count("-reference-") == 1
+    gd.main([*flags, "--bench", "5", "--estimate"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["reference", "15"] in [row[:2] for row in rows] and ["all", "30"] in [row[:2] for row in rows]
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--bench 10", "--bench 10.*9 pictures"), ("--bench -1", "--bench -1.*0 or more"),
+    ("--bench 2 --limit 3", "no use for --limit"), ("--bench 2 --numbers conversation=1 --merge", "use for --numbers, --merge"),
+    ("--attempts 0", "--attempts 0.*1 or more"), ("--workers 0", "--workers 0"), ("--limit 0", "--limit 0"),
+    ("--show -1", "--show -1"), ("--rpm -1", "--rpm -1.0"), ("--tpm inf", "--tpm inf"), ("--tpm 100", "--tpm 100.*tokens"),
+    ("--timeout 0", "--timeout 0.0"), ("--temperature nan", "--temperature nan"), ("--max_tokens 0", "--max_tokens 0"),
+    ("--price_in -1", "--price_in -1.0"), ("--numbers conversation=1.5", "--numbers conversation=1.5.*whole"),
+    ("--mix conversation=1 conversation=2", "each TYPE once"), ("--numbers conversation=1 --shard 1/2", "--shard 1/2"),
+    ("--numbers conversation=1 --mix conversation=1", "--numbers and --mix"), ("--teacher script", "shapes finds no boxes"),
+    ("--extra [1]", "--extra .1.*JSON object"), ("--extra {", "JSON object")])
+def test_a_flag_that_cannot_be_meant_is_an_error_that_names_it(tmp_path, flags, says):
+    with pytest.raises(ValueError, match=says):
+        instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 9), "--base_url", "http://127.0.0.1:9/v1", *flags.split())
+
+
+def test_no_traceback_for_a_file_in_the_way_or_a_reader_that_leaves(tmp_path):
+    contexts = write_contexts(tmp_path / "c.jsonl", 9)
+    command = f"{sys.executable} {ROOT}/generate_data.py instruct --captions {contexts} --out {contexts}"
+    shown, refused = (subprocess.run(["bash", "-c", command + more], capture_output=True, text=True)
+                      for more in (" --show 9 | head -1", ""))
+    assert shown.stdout.startswith("---") and not shown.stderr, shown.stderr
+    assert refused.stderr == f"error: [Errno 17] File exists: '{contexts}'\n"
+
+
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        gd.main(["instruct", "-h"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: https://api.openai.com/v1)" in said and "(default: 8)" in said and "(default: None)" not in said
+
+
 def test_language_is_asked_for_and_checked(serve, tmp_path, capsys):
     url, _ = serve(text="问题：\n这是什么？\n===\n回答：\n这是一辆公共汽车。")
     contexts = write_contexts(tmp_path / "c.jsonl", 1)
     flags = ("--base_url", url, "--mix", "conversation=1")
     assert len(instruct(tmp_path, contexts, *flags, "--language", "Chinese")) == 1
     assert instruct(tmp_path, contexts, *flags, "--language", "German", out="german") == []
+    assert "公共汽车" in (tmp_path / "german" / "rejected.jsonl").read_text(), "nobody can read what was rejected"
     gd.main(["instruct", "--captions", str(contexts), "--out", "x", "--language", "Chinese", "--show", "1"])
     assert "Write in Chinese" in capsys.readouterr().out
     with pytest.raises(ValueError, match="Klingon: known are"):
@@ -494,7 +636,30 @@ def test_pairs_come_from_json_lines_or_a_folder_too(tmp_path):
         gd.main(["expand", "--pairs", str(tmp_path / "url.tsv"), "--out", str(tmp_path / "o.json")])
 
 
-@pytest.mark.parametrize("argv", [[], ["make"]])
-def test_a_command_is_needed(argv, capsys):
-    with pytest.raises(ValueError, match="instruct, filter, expand"):
+@pytest.mark.parametrize("row, flags, says", [
+    ("a bus\thttp://x.org/1", "", "line 1.*look swapped.*--columns 'image caption'"),
+    ("a bus\t1.jpg", "", "look swapped"), ("1.jpg\ta bus", "--columns caption,image", "look swapped"),
+    ("1.jpg\tan <image> of a bus", "", "pair 1: <image>.*in the caption")])
+def test_swapped_columns_and_bad_captions_are_errors_that_leave_nothing_behind(tmp_path, row, flags, says):
+    (tmp_path / "p.tsv").write_text(row + "\n")
+    flags = [word.replace(",", " ") for word in flags.split()]
+    with pytest.raises(ValueError, match=says):
+        gd.main(["expand", "--pairs", str(tmp_path / "p.tsv"), "--out", str(tmp_path / "o.json"), *flags])
+    assert [p.name for p in tmp_path.iterdir()] == ["p.tsv"]
+
+
+@pytest.mark.parametrize("flags, says", [([], "in 3 of the 1 captions; lower --least"), (["--least", "0"], "--least 0"),
+                                         (["--most", "0"], "--most 0"), (["--finder", "spacy"], "pip install spacy")])
+def test_a_filter_that_would_keep_nothing_or_lacks_its_finder_says_so(tmp_path, flags, says):
+    if says == "pip install spacy" and gd.find_spec("en_core_web_sm"):
+        pytest.skip("spaCy is here")
+    (tmp_path / "p.tsv").write_text("1.jpg\ta bus\n")
+    with pytest.raises(ValueError, match=says):
+        gd.main(["filter", "--pairs", str(tmp_path / "p.tsv"), "--out", str(tmp_path / "f"), *flags])
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("argv, says", [([], "no command given"), (["make"], "make is no command")])
+def test_a_command_is_needed(argv, says):
+    with pytest.raises(ValueError, match=f"{says}; one of instruct, filter, expand"):
         gd.main(argv)
