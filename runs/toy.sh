@@ -3,6 +3,7 @@
 #     bash runs/toy.sh [--rebuild] [seed] [folder]      about 9 minutes after the install; folder is emptied first
 # --rebuild pretrains the two parts in toy_parts again, side by side: 33 minutes more.
 source "$(dirname "$0")/env.sh"
+BEGAN=$SECONDS
 if [ "${1:-}" = --rebuild ]; then
     shift
     OMP_NUM_THREADS=1 python toy.py pretrain --out toy_parts --part clip & CLIP=$!
@@ -36,4 +37,4 @@ phase data    write
 phase stage1  python train.py --recipe toy --stage 1 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/stage1" --seed "$SEED"
 phase stage2  python train.py --recipe toy --stage 2 --data "$OUT/instruct/instruct.json" --images "$W/images" --init "$OUT/stage1" --out "$OUT/stage2" --seed "$SEED"
 phase answers ask
-python toy.py report --out "$OUT" --minutes "${MINUTES[@]}" "total=$(python -c "print(round($SECONDS / 60, 2))")"
+python toy.py report --out "$OUT" --minutes "${MINUTES[@]}" "total=$(python -c "print(round(($SECONDS - $BEGAN) / 60, 2))")"
