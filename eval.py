@@ -21,13 +21,12 @@ import os
 import random
 import re
 import sys
-import textwrap
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import judge
-from records import IMAGE, read_json, typed_flags, write_lines
+from records import IMAGE, read_json, run_command, typed_flags, write_lines
 
 LETTERS = list("ABCDE")
 BY_LETTER = "Answer with the option's letter from the given choices directly."
@@ -837,11 +836,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in ("-h", "--help"):
-        return print(textwrap.dedent(__doc__).strip())
-    run, args = arguments(argv)
-    run(args)
+    run_command(__doc__, arguments, argv)
 
 
 if __name__ == "__main__":

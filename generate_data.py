@@ -21,7 +21,6 @@ import os
 import random
 import re
 import sys
-import textwrap
 import threading
 import time
 import unicodedata
@@ -42,7 +41,7 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
-from records import IMAGE, brief_instructions, read_json, typed_flags, write_lines
+from records import IMAGE, brief_instructions, read_json, run_command, typed_flags, write_lines
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")
 HERE = Path(__file__).resolve().parent
@@ -1056,11 +1055,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in ("-h", "--help"):
-        return print(textwrap.dedent(__doc__).strip())
-    run, args = arguments(argv)
-    run(args)
+    run_command(__doc__, arguments, argv)
 
 
 if __name__ == "__main__":

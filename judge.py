@@ -29,8 +29,8 @@ from string import Template
 
 import numpy as np
 
-from generate_data import (HERE, Replies, Request, ask, ask_missing, body_of, finish, messages, only_one,
-                           print_requests)
+from generate_data import (HERE, Replies, Request, ask, ask_missing, body_of, finish, messages, only_one, print_requests,
+                           whole_file)
 from records import image_path, read_json
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."      # OFFICIAL: the judge's
@@ -98,8 +98,8 @@ def kept(path):
 def write_whole(path, text):
     """Write a file that is there in full or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8", errors="replace")
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as f:
+        f.write(text.encode(errors="replace").decode())          # half a surrogate pair of a judge's is a "?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import inspect
 import json
 import os
 import re
+import sys
+import textwrap
 
 import numpy as np
 
@@ -187,3 +189,12 @@ def typed_flags(config, argv, description, choices=None):
                     "nargs": "+" if f.type == list[str] else None}
         parser.add_argument(f"--{f.name}", **how)
     return vars(parser.parse_args(argv))
+
+
+def run_command(doc, arguments, argv=None):
+    """Run what a command line asks for: `arguments` makes (function, configuration) of it; -h alone prints `doc`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        return print(textwrap.dedent(doc).strip())
+    run, args = arguments(argv)
+    run(args)

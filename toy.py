@@ -181,7 +181,7 @@ def questions(scene, rng, pairs=SEEN):
     for value in (*COLOURS, *SHAPES):
         found = [t for t in things if value in t.pair]
         what = f"{value} thing" if value in COLOURS else value
-        count(found, f"{value} things" if value in COLOURS else f"{value} shapes")
+        count(found, f"{value} {'things' if value in COLOURS else 'shapes'}")
         counts[min(len(found), 2)].append(f"{value} {NUMBERS[len(found)]}")
         if len(found) == 1 and value in SHAPES:
             ask("colour", (f"What colour is the {value}?", f"Which colour does the {value} have?"),
@@ -280,8 +280,8 @@ def scene_of(boxes):
     for line in boxes.splitlines() or [": "]:
         name, _, box = line.rpartition(": ")
         if tuple(name.split()) not in PAIRS:
-            raise ValueError(f"a script that reads the toy's shapes finds {line.strip(': ') or 'no boxes'} here; for other "
-                             "pictures take a language model")
+            raise ValueError(f"a script that reads the toy's shapes finds {line.strip(': ') or 'no boxes of the toy world'} "
+                             "here; for other pictures take a language model")
         x, y, right, bottom = (round(v * SIDE) for v in json.loads(box))
         things.append(Thing(*name.split(), (x, y, right - x, bottom - y)))
     return Scene(tuple(sorted(things, key=lambda t: t.cell)))
@@ -334,7 +334,7 @@ def truths(question, scene, tries=400):
 
 
 def scripted_judge(request):
-    """`judge.py review --judge script`: a review of two answers by what the boxes say, in the form that a language model has.
+    """`eval.py judge --judge script`: a review of two answers by what the boxes say, in the form that a language model has.
 
     A score is 1 + 9 x the share of right statements, among those made or, if an answer is too short, those needed: only an
     answer that is right from end to end gets a 10. It judges no style, and knows no other words than the teacher's.
@@ -342,8 +342,6 @@ def scripted_judge(request):
     message = request.body["messages"][-1]["content"]
     name = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
     boxes = "\n".join(re.findall(rf"^{name}: \[.*\]$", message.partition("\n\n[Question]\n")[0], re.MULTILINE))
-    if not boxes:
-        raise ValueError("the scripted judge sees no boxes of the toy world in the context; take a language model as judge")
     question = re.search(r"\[Question\]\n(.*?)\n\n\[(.*?) 1\]", message, re.DOTALL)[1]
     said = re.findall(r"\[([^\]\n]+ [12])\]\n(.*?)\n\n\[End of \1\]", message, re.DOTALL)
     true, enough = truths(question, scene_of(boxes))
