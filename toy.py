@@ -26,8 +26,10 @@ import re
 import textwrap
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -36,6 +38,7 @@ from transformers import AddedToken, CLIPConfig, CLIPModel, LlamaConfig, LlamaFo
 
 from data import TEMPLATES, encode, preprocess, render
 from generate_data import detail_questions
+from judge import relative_scores
 from model import IGNORE
 from records import IMAGE, brief_instructions, whole_lines, write_lines
 
@@ -428,7 +431,7 @@ def chats(tokenizer, rng, done, n=200, tokens=2000):
     return batches
 
 
-def pretrain_llm(tokenizer, rng, steps, lr=1.5e-3):
+def pretrain_llm(tokenizer, rng, steps, lr=1.5e-3, layers=4):
     """A small Llama on text alone, with the answer-only loss of Eq. (3): it learns to look things up in written scenes.
 
     A note enters as the sum of its words' embeddings over the root of their number: what it says lies in the space of word
@@ -437,7 +440,7 @@ def pretrain_llm(tokenizer, rng, steps, lr=1.5e-3):
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=image_id, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=image_id, hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=8,
         max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},            # a match of words should not fade with distance
         initializer_range=0.08))         # the usual 0.02 is for widths in the thousands: a small model hardly starts to learn
@@ -621,25 +624,34 @@ def world(args):
 SPLITS = ("held_out", "new_pairs", "blind", "shuffled")
 
 
-def score(questions_file, answers_file):
-    """Percent of whole answers that are exactly the truth: all, then by kind; and the rows, for the report."""
+def score(questions_file, answers_file, part=str):
+    """Percent of answers of which a part, or the whole, is exactly the truth's: all, then by kind; and the rows."""
     said = {row["question_id"]: row["text"].strip() for row in whole_lines(answers_file)}
     rows = whole_lines(questions_file)
     missing = [row["question_id"] for row in rows if row["question_id"] not in said]
     if missing:
         raise ValueError(f"{answers_file}: {len(missing)} of {len(rows)} questions of {questions_file} have no answer, "
                          f"e.g. {missing[0]}; run sample.py on that file again")
-    rows = [{**row, "answer": said[row["question_id"]], "right": said[row["question_id"]] == row["truth"]} for row in rows]
+    rows = [{**row, "answer": (text := said[row["question_id"]]), "right": part(text) == part(row["truth"])} for row in rows]
     percent = lambda some: round(100 * sum(row["right"] for row in some) / len(some), 1)
     return {"all": percent(rows), **{k: percent([r for r in rows if r["category"] == k]) for k in KINDS}}, rows
 
 
+def bench_scores(reviews):
+    """Relative scores of the toy's LLaVA-Bench: conversation, detail, complex reasoning, all."""
+    scores, _ = relative_scores([str(reviews)])
+    return {kind: round(scores[f"{kind}.relative"], 1) for kind in ("conv", "detail", "complex", "all")}
+
+
 def report(args):
-    """Accuracies -> results.json and the terminal; pictures with answers, and both loss curves -> report.png."""
+    """Accuracies and the bench's scores -> results.json and the terminal; pictures, answers and loss curves -> report.png."""
     out, results, rows = Path(args.out), {}, {}
     for split in SPLITS:
         results[split], rows[split] = score(out / "world" / f"questions_{split}.jsonl", out / f"answers_{split}.jsonl")
         print(f"{split:10s} " + "  ".join(f"{k} {v:5.1f}" for k, v in results[split].items()))
+    results["bench"] = bench_scores(out / "reviews.jsonl")
+    print("bench      " + "  ".join(f"{k} {v:5.1f}" for k, v in results["bench"].items())
+          + f"  (relative to the scripted teacher; {JUDGE})")
     results["minutes"] = {phase: float(m) for phase, m in (pair.split("=") for pair in args.minutes)}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
@@ -667,13 +679,82 @@ def report(args):
     print(f"wrote {out / 'results.json'} and {out / 'report.png'}")
 
 
+# ------------------------------------------------------------------------------------- the paper's ablations in miniature
+def answer_first(text):
+    """The conclusion before what it rests on: "A is in row 1 and B in row 2, so it is above." -> "It is above. A is in ..." """
+    parts = re.split(r", so |\. So |\. (?=Taking )", text.rstrip("."))
+    return ". ".join(part[0].upper() + part[1:] for part in reversed(parts)) + "." if len(parts) == 2 else text
+
+
+def conclusion(text):
+    return answer_first(text).split(". ")[0].rstrip(".")
+
+
+def turn_answers(args):
+    """Write a copy of LLaVA-format data in which every answer begins with its conclusion."""
+    records = json.loads(Path(args.data).read_text())
+    for turn in (turn for record in records for turn in record["conversations"] if turn["from"] == "gpt"):
+        turn["value"] = answer_first(turn["value"])
+    save_json(Path(args.out), records)
+
+
+TABLE_4 = {                              # LLaVA-Bench (COCO), relative scores: conversation, detail, complex reasoning, all
+    "full": ("full data", 83.1, 75.3, 96.5, 85.1), "detail_complex": ("detail + complex", 81.5, 73.3, 90.8, 81.9),
+    "conversation_few": ("conversation + 5% detail + 10% complex", 81.0, 68.4, 91.5, 80.5),
+    "conversation": ("conversation", 76.5, 59.8, 84.9, 73.8), "stage1": ("no instruction tuning", 22.0, 24.0, 18.5, 21.5)}
+TABLE_8 = {                              # ScienceQA, accuracy
+    "full": ("best variant", 90.92), "last_layer": ("features of the last layer", 89.96),
+    "answer_first": ("predict answer first", 89.77), "scratch": ("training from scratch: no stage 1", 85.81),
+    "small": ("smaller language model", 89.84)}
+
+
+def compare(title, table, columns, ours):
+    """One table: ours (mean and standard deviation over the seeds), its change from the first row, and the same of the paper.
+
+    ours: {row: (seeds, columns)}. A change is called clear if it is beyond two standard errors over the seeds.
+    """
+    print(f"\n{title}")
+    for k, column in enumerate(columns):
+        print(f"\n{column:40s}         ours           change   paper  change")
+        base, best = ours["full"][:, k], table["full"][1 + k]
+        for row, (name, *paper) in table.items():
+            x = ours[row][:, k]
+            line = f"{name:40s} {x.mean():5.1f} ± {x.std():4.1f}"
+            if row == "full":
+                print(f"{line}                   {best:6.4g}")
+                continue
+            d, theirs = x - base, paper[k] - best
+            clear = abs(d.mean()) > 2 * d.std(ddof=1) / len(d) ** 0.5
+            verdict = "no clear change here" if not clear else "" if d.mean() * theirs > 0 else "DISAGREES with the paper"
+            print(f"{line}   {d.mean():+6.1f} ± {d.std():4.1f}   {paper[k]:6.4g}  {theirs:+6.4g}  {verdict}".rstrip())
+
+
+def ablations(args):
+    """Tables 4 and 8 of the paper in miniature, from the folders that runs/toy_ablations.sh fills, one a seed."""
+    seeds = sorted(Path(args.out).glob("seed*/"))
+    if len(seeds) < 2:
+        raise ValueError(f"{args.out}: a spread needs at least two folders seedN, found {len(seeds)}; runs/toy_ablations.sh")
+    bench = {row: np.array([list(bench_scores(s / f"reviews_{row}.jsonl").values()) for s in seeds]) for row in TABLE_4}
+    compare(f"Table 4 (data), relative scores on the toy's bench, {JUDGE}, {len(seeds)} seeds; paper: LLaVA-Bench (COCO)",
+            TABLE_4, ("conversation", "detailed description", "complex reasoning", "all"), bench)
+    right = {}
+    for row in TABLE_8:                  # only conclusions count, as in ScienceQA; in either order
+        scored = [score(s / "world" / "questions_held_out.jsonl", s / f"held_out_{row}.jsonl", conclusion)[0] for s in seeds]
+        right[row] = np.array([[r["all"], r["relation"]] for r in scored])
+    table = {row: (name, paper, paper) for row, (name, paper) in TABLE_8.items()}
+    compare(f"Table 8 (design), accuracy on held-out toy questions, {len(seeds)} seeds; paper: ScienceQA",
+            table, ("all questions", "relations, the kind that reasons"), right)
+
+
 def pretrain(args):
-    """Rebuild a shipped part: `llm` (text alone) or `clip` (pictures of SEEN pairs, and captions)."""
+    """Build a part: `llm` (text alone) or `clip` (pictures of SEEN pairs, and captions), which are shipped; or `small_llm`,
+    the language model with half of its layers, for the ablation of model size."""
     torch.manual_seed(args.seed)
     out, rng, start = Path(args.out) / args.part, random.Random(args.seed), time.time()
     tokenizer = build_tokenizer(random.Random(args.seed))
     tokenizer.save_pretrained(out)
-    build, steps = {"llm": (pretrain_llm, 5000), "clip": (pretrain_clip, 4500)}[args.part]
+    build, steps = {"llm": (pretrain_llm, 5000), "clip": (pretrain_clip, 4500),
+                    "small_llm": (partial(pretrain_llm, layers=2), 5000)}[args.part]
     build(tokenizer, rng, args.steps or steps).save_pretrained(out)
     print(f"{out}: {(time.time() - start) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
@@ -682,19 +763,22 @@ def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, run in (("world", world), ("report", report), ("pretrain", pretrain)):
+    for command, run in (("world", world), ("report", report), ("answer_first", turn_answers), ("ablations", ablations),
+                         ("pretrain", pretrain)):
         sub = commands.add_parser(command, help=run.__doc__, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--out", required=True)
+        if command == "answer_first":
+            sub.add_argument("--data", required=True)
         if command == "report":
             sub.add_argument("--minutes", nargs="*", default=[], metavar="PHASE=MINUTES", help="copied into results.json")
-            continue
-        sub.add_argument("--seed", type=int, default=0)
+        if command in ("world", "pretrain"):
+            sub.add_argument("--seed", type=int, default=0)
         if command == "world":
             sub.add_argument("--pictures", type=int, default=8000, help="pictures to train on")
             sub.add_argument("--questions", type=int, default=120, help="questions of each kind in each set")
-        else:
-            sub.add_argument("--part", choices=["llm", "clip"], required=True)
+        if command == "pretrain":
+            sub.add_argument("--part", choices=["llm", "clip", "small_llm"], required=True)
             sub.add_argument("--steps", type=int, help="fewer, to try it")
     return parser.parse_args(argv)
 

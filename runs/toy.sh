@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper in miniature, offline, on two CPU cores: world, stage 1, stage 2, questions on held-out pictures, table.
+# The paper in miniature, offline, on two CPU cores: world, stage 1, stage 2, questions on held-out pictures, tables.
 #     bash runs/toy.sh [--rebuild] [seed] [folder]      about 9 minutes after the install; folder is emptied first
 # --rebuild pretrains the two parts in toy_parts again, side by side: 33 minutes more.
 source "$(dirname "$0")/env.sh"
@@ -31,10 +31,20 @@ ask() {
             --answers "$OUT/answers_$split.jsonl" --temperature 0 --max_new_tokens 32 --batch_size 120
     done
 }
+bench() {    # the paper's Sec. 5.1 on held-out pictures: 90 questions, the teacher's reference answers, a scripted judge
+    python generate_data.py instruct --captions "$W/annotations/captions_held_out.json" --teacher script --out "$OUT/bench" \
+        --instances "$W/annotations/instances_held_out.json" --bench 30 --seed "$SEED"
+    python eval.py answer --model "$OUT/stage2" --questions "$OUT/bench/questions.jsonl" --images "$W/images" \
+        --answers "$OUT/answers_bench.jsonl" --max_new_tokens 128 --batch_size 90
+    python eval.py judge --judge script --questions "$OUT/bench/questions.jsonl" --reference "$OUT/bench/reference.jsonl" \
+        --answers "$OUT/answers_bench.jsonl" --context "$OUT/bench/context.jsonl" --reviews "$OUT/reviews.jsonl" \
+        --html "$OUT/bench.html" --images "$W/images"
+}
 
 phase world   python toy.py world --out "$W" --seed "$SEED"
 phase data    write
 phase stage1  python train.py --recipe toy --stage 1 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/stage1" --seed "$SEED"
 phase stage2  python train.py --recipe toy --stage 2 --data "$OUT/instruct/instruct.json" --images "$W/images" --init "$OUT/stage1" --out "$OUT/stage2" --seed "$SEED"
 phase answers ask
+phase bench   bench
 python toy.py report --out "$OUT" --minutes "${MINUTES[@]}" "total=$(python -c "print(round(($SECONDS - $BEGAN) / 60, 2))")"

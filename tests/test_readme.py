@@ -61,8 +61,8 @@ def test_every_tag_is_explained():
     assert tags <= SAYS.keys(), f"no explanation of {sorted(tags - SAYS.keys())}"
 
 
-def test_every_command_of_the_readme_parses():
-    """A reader copies these lines; a renamed flag would stop them."""
+def parsers():
+    """Each script's own reading of its command line."""
     import data
     import eval as eval_py
     import generate_data
@@ -70,18 +70,35 @@ def test_every_command_of_the_readme_parses():
     import toy
     import train
     from records import typed_flags
-    parsers = {"train.py": train.resolve, "data.py": data.arguments, "toy.py": toy.arguments,
-               "generate_data.py": generate_data.arguments, "eval.py": eval_py.arguments,
-               "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
-    seen = set()
+    return {"train.py": train.resolve, "data.py": data.arguments, "toy.py": toy.arguments,
+            "generate_data.py": generate_data.arguments, "eval.py": eval_py.arguments,
+            "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
+
+
+def test_every_command_of_the_readme_parses():
+    """A reader copies these lines; a renamed flag would stop them."""
+    read, seen = parsers(), set()
     for words in commands():
         scripts = [w for w in words if w.endswith(".py")]
         if scripts:
-            parsers[scripts[0]](words[words.index(scripts[0]) + 1:])
+            read[scripts[0]](words[words.index(scripts[0]) + 1:])
             seen.add(scripts[0])
         elif words[0] == "bash":
             assert (ROOT / words[1]).is_file(), f"{words}: no such script"
-    assert seen >= parsers.keys() - {"toy.py"}, f"the README shows no command of {parsers.keys() - seen}"
+    assert seen >= read.keys() - {"toy.py"}, f"the README shows no command of {read.keys() - seen}"
+
+
+def test_the_commands_of_the_run_scripts_parse():
+    """A script in runs/ is the way to a table; a renamed flag would end it half way."""
+    read, seen = parsers(), set()
+    open_ended = re.compile(r'(--numbers )?"\$\{@:\d\}"|"\$@"|\$\{RULE:.*?\}|"\$\{MINUTES.*|[&|>].*')   # more flags, or none
+    for path in (ROOT / "runs").glob("*.sh"):
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            if found := re.search(r"^[^#]*\bpython (\w+\.py) (.*)", line):
+                words = shlex.split(re.sub(r"\$\w+|\$\{.*?\}", "1", open_ended.sub("", found[2])), comments=True)
+                read[found[1]](words)
+                seen.add(" ".join([found[1], *(w for w in words[:2] if not w.startswith("-"))]))
+    assert seen >= {"eval.py answer", "eval.py judge", "eval.py score gqa", "toy.py ablations", "generate_data.py expand"}, seen
 
 
 def test_every_file_that_the_readme_names_exists():

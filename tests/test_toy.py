@@ -167,8 +167,17 @@ def test_a_missing_answer_is_an_error_and_not_a_wrong_answer(small_world, tmp_pa
         toy.score(small_world / "questions_blind.jsonl", answers)
 
 
-def test_report_writes_results_and_a_picture(small_world, tmp_path):
-    """`results.json` in percent by kind, and `report.png`, from answers of which half are right."""
+def write_reviews(path, conv, detail, complex_):
+    """Reviews of 30 questions by the scripted judge: the reference has 10 each, the answers what is given for their kind."""
+    generate_data.write_lines(path, [
+        {"question_id": n, "category": kind, "answer1_id": "r", "answer2_id": "a", "content": f"10 {given}",
+         "tuple": [10, given], "judge": toy.JUDGE}
+        for n, (kind, given) in enumerate((("conv", conv), ("detail", detail), ("complex", complex_)) * 10)])
+
+
+def test_report_writes_results_and_a_picture(small_world, tmp_path, capsys):
+    """`results.json` in percent by kind, and `report.png`, from answers of which half are right and a judged bench."""
+    write_reviews(tmp_path / "reviews.jsonl", 9, 7, 5)
     (tmp_path / "world").symlink_to(small_world)
     for split in toy.SPLITS:
         rows = whole_lines(small_world / f"questions_{split}.jsonl")
@@ -182,12 +191,74 @@ def test_report_writes_results_and_a_picture(small_world, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["held_out"]["all"] == 50 and set(results["blind"]) == {"all", *KINDS}
     assert results["minutes"] == {"world": 0.1, "stage1": 0.5}
+    assert results["bench"] == {"conv": 90, "detail": 70, "complex": 50, "all": 70}
+    assert "bench      conv  90.0  detail  70.0  complex  50.0  all  70.0" in capsys.readouterr().out
     assert (tmp_path / "report.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("reasoned, turned, concluded", [
+    ("The red star is in row 1 and the red ring is in row 4, so it is above.",
+     "It is above. The red star is in row 1 and the red ring is in row 4.", "It is above"),
+    ("I see a red star and a red ring. So no, they do not.", "No, they do not. I see a red star and a red ring.",
+     "No, they do not"),
+    ("There are three things. Taking away one leaves two.", "Taking away one leaves two. There are three things.",
+     "Taking away one leaves two"),
+    ("The star is red.", "The star is red.", "The star is red"), ("Yes, there is.", "Yes, there is.", "Yes, there is")])
+def test_answers_can_begin_with_their_conclusion(reasoned, turned, concluded):
+    """Table 8, "predict answer first": the same words in the other order, and the same conclusion is read from both."""
+    assert toy.answer_first(reasoned) == turned and toy.answer_first(turned) == turned
+    assert toy.conclusion(reasoned) == toy.conclusion(turned) == concluded
+
+
+def test_every_reasoning_answer_of_the_teacher_can_be_turned():
+    """Else the ablation would compare two data sets that are mostly the same."""
+    some, rng = scenes(200)
+    answers = [answer for scene in some for _, answer in toy.reasoning(scene, rng)]
+    answers += [q.answer for scene in some for q in toy.questions(scene, rng) if q.kind == "relation"]
+    assert len(answers) > 400 and all(toy.answer_first(answer) != answer for answer in answers)
+
+
+def test_answer_first_data_is_the_same_data(small_world, tmp_path):
+    """Only answers change, and only in their order."""
+    toy.main(["answer_first", "--data", str(small_world / "instruct.json"), "--out", str(tmp_path / "turned.json")])
+    before, after = (json.loads(path.read_text()) for path in (small_world / "instruct.json", tmp_path / "turned.json"))
+    for a, b in zip(before, after, strict=True):
+        for n, (old, new) in enumerate(zip(a["conversations"], b["conversations"], strict=True)):
+            assert new["value"] == (toy.answer_first(old["value"]) if n % 2 else old["value"])
+    assert before != after
+
+
+def test_the_ablations_stand_beside_the_papers_and_say_where_they_disagree(small_world, tmp_path, capsys):
+    """Changes from the first row, over seeds: clear or not, with the paper or against it (Tables 4 and 8)."""
+    questions = whole_lines(small_world / "questions_held_out.jsonl")
+    wrong = {"full": 100, "last_layer": 40, "answer_first": 100, "scratch": 300, "small": 100}      # of 720 answers
+    for seed in range(3):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        (folder / "world").symlink_to(small_world)
+        for row in toy.TABLE_4:
+            write_reviews(folder / f"reviews_{row}.jsonl", 9, *((7, 5) if row == "full" else (6, 5 + seed - 1)))
+        for row, n in wrong.items():
+            n += seed * (row == "small") - (row == "small")
+            generate_data.write_lines(folder / f"held_out_{row}.jsonl", [
+                {"question_id": q["question_id"], "text": "No." if k < n else toy.answer_first(q["truth"]) if
+                 row == "answer_first" else q["truth"]} for k, q in enumerate(questions)])
+    toy.main(["ablations", "--out", str(tmp_path)])
+    tables = capsys.readouterr().out
+    four, eight = tables.split("Table 8")
+    line = lambda text, column, name: next(x for x in text.split(f"\n{column} ")[1].splitlines() if x.startswith(name))
+    assert line(four, "detailed description", "conversation  ").split()[1:] == "60.0 ± 0.0 -10.0 ± 0.0 59.8 -15.5".split()
+    assert "no clear change" in line(four, "complex reasoning", "no instruction tuning"), "its three seeds are 40, 50, 60"
+    assert line(eight, "all questions", "features of the last").split()[-4:] == "DISAGREES with the paper".split()
+    assert line(eight, "all questions", "training from scratch").split()[-5:] == "-27.8 ± 0.0 85.81 -5.11".split()
+    assert "no clear change" in line(eight, "all questions", "predict answer first"), "the same answers in the other order"
+    with pytest.raises(ValueError, match="at least two folders"):
+        toy.main(["ablations", "--out", str(tmp_path / "seed0")])
 
 
 def test_the_parts_can_be_rebuilt_and_assembled(tmp_path):
     """What --vision and --llm take: a CLIP that trained on pictures of seen pairs, a language model that never saw one."""
-    for part in ("llm", "clip"):
+    for part in ("llm", "clip", "small_llm"):
         toy.main(["pretrain", "--out", str(tmp_path), "--part", part, "--steps", "2"])
     model = LLaVA.from_parts(str(tmp_path / "clip"), str(tmp_path / "llm"))
     assert model.N == toy.GRID ** 2, "a cell is a patch"
