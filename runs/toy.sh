@@ -6,8 +6,8 @@ source "$(dirname "$0")/env.sh"
 BEGAN=$SECONDS
 if [ "${1:-}" = --rebuild ]; then
     shift
-    OMP_NUM_THREADS=1 python toy.py pretrain --out toy_parts --part clip & CLIP=$!
-    OMP_NUM_THREADS=1 python toy.py pretrain --out toy_parts --part llm
+    OMP_NUM_THREADS=1 python toy_pretrain.py --out toy_parts --part clip & CLIP=$!
+    OMP_NUM_THREADS=1 python toy_pretrain.py --out toy_parts --part llm
     wait $CLIP
 fi
 SEED=${1:-0} OUT=${2:-out/toy}

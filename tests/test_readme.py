@@ -68,10 +68,11 @@ def parsers():
     import generate_data
     import sample
     import toy
+    import toy_pretrain
     import train
     from records import typed_flags
-    return {"train.py": train.resolve, "data.py": data.arguments, "toy.py": toy.arguments,
-            "generate_data.py": generate_data.arguments, "eval.py": eval_py.arguments,
+    return {"train.py": train.resolve, "data.py": data.arguments, "generate_data.py": generate_data.arguments,
+            "toy.py": toy.arguments, "toy_pretrain.py": toy_pretrain.arguments, "eval.py": eval_py.arguments,
             "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
 
 
@@ -85,7 +86,7 @@ def test_every_command_of_the_readme_parses():
             seen.add(scripts[0])
         elif words[0] == "bash":
             assert (ROOT / words[1]).is_file(), f"{words}: no such script"
-    assert seen >= read.keys() - {"toy.py"}, f"the README shows no command of {read.keys() - seen}"
+    assert seen >= read.keys() - {"toy.py", "toy_pretrain.py"}, f"the README shows no command of {read.keys() - seen}"
 
 
 def test_the_commands_of_the_run_scripts_parse():

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionM
 
 import generate_data
 import toy
+import toy_pretrain
 from data import preprocess
 from model import LLaVA
 from records import whole_lines
@@ -97,7 +98,7 @@ def test_clip_never_sees_a_held_out_pair():
     """Not in a named colour, and not in a paint whose nearest colour is held out with that shape."""
     rng = random.Random(0)
     for _ in range(200):
-        for scene, _ in toy.siblings(rng):
+        for scene, _ in toy_pretrain.siblings(rng):
             for t in scene.things:
                 rgb = t.paint or toy.COLOURS[t.colour]
                 nearest = min(toy.COLOURS, key=lambda c: sum(abs(p - q) for p, q in zip(rgb, toy.COLOURS[c])))
@@ -112,7 +113,7 @@ def test_a_shrunk_clip_computes_the_same_on_a_smaller_scale():
     X_v = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before = vision(X_v, output_hidden_states=True)
-        toy.shrink(vision, 0.5)
+        toy_pretrain.shrink(vision, 0.5)
         after = vision(X_v, output_hidden_states=True)
     for big, small in zip(before.hidden_states, after.hidden_states):
         torch.testing.assert_close(small, 0.5 * big, rtol=1e-3, atol=1e-3)
@@ -259,11 +260,11 @@ def test_the_ablations_stand_beside_the_papers_and_say_where_they_disagree(small
 def test_the_parts_can_be_rebuilt_and_assembled(tmp_path):
     """What --vision and --llm take: a CLIP that trained on pictures of seen pairs, a language model that never saw one."""
     for part in ("llm", "clip", "small_llm"):
-        toy.main(["pretrain", "--out", str(tmp_path), "--part", part, "--steps", "2"])
+        toy_pretrain.main(["--out", str(tmp_path), "--part", part, "--steps", "2"])
     model = LLaVA.from_parts(str(tmp_path / "clip"), str(tmp_path / "llm"))
     assert model.N == toy.GRID ** 2, "a cell is a patch"
     scene = Scene((Thing("red", "star", (18, 2, 13, 13)),))
-    written = [model.tokenizer.decode(note).split() for note in toy.notes(scene, model.tokenizer)]
+    written = [model.tokenizer.decode(note).split() for note in toy_pretrain.notes(scene, model.tokenizer)]
     assert written[:2] == [[".", "1", "A"], ["large", "red", "star", "1", "B"]], "every word of a note is one token"
     text = "Où est le cercle? 円"
     assert model.tokenizer.decode(model.tokenizer.encode(text, add_special_tokens=False)) == text, "a byte-level BPE knows all"
@@ -275,9 +276,9 @@ def test_the_shipped_clip_is_pretrained():
     tokenizer = AutoTokenizer.from_pretrained("toy_parts/clip")
     some, rng = scenes(64, seed=11)
     texts = [toy.caption(scene, rng, (True, True, "in {0.place}")) for scene in some]
-    ids = [[toy.BOS, *tokenizer.encode(text, add_special_tokens=False), toy.PAD] for text in texts]
+    ids = [[toy_pretrain.BOS, *tokenizer.encode(text, add_special_tokens=False), toy_pretrain.PAD] for text in texts]
     T = max(map(len, ids))
     with torch.no_grad():
-        logits = clip(input_ids=torch.tensor([row + [toy.PAD] * (T - len(row)) for row in ids]),
+        logits = clip(input_ids=torch.tensor([row + [toy_pretrain.PAD] * (T - len(row)) for row in ids]),
                       pixel_values=torch.stack([preprocess(toy.draw(s), toy.SIDE) for s in some])).logits_per_image
     assert (logits.argmax(1) == torch.arange(64)).float().mean() > 0.5, "CLIP does not know its captions"
