@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import judge
+from generate_data import in_range
 from records import IMAGE, read_json, run_command, typed_flags, write_lines
 
 LETTERS = list("ABCDE")
@@ -566,7 +567,7 @@ def scienceqa_data(args):
             {"from": "human", "value": both if picture else question}, {"from": "gpt", "value": answer}]})
         questions.append({"question_id": pid, **picture, "text": question, "category": problems[pid]["subject"]})
     if args.out:
-        Path(args.out).write_text(json.dumps(records, indent=1) + "\n")
+        judge.write_whole(args.out, json.dumps(records, indent=1) + "\n")
     if args.questions:
         write_lines(Path(args.questions), questions)
     print(f"{len(records):,} problems of {args.split} ({sum('image' in r for r in records):,} with a picture), {args.format}: "
@@ -696,7 +697,7 @@ def gqa(args, labels):
 
 def write_upload(args, rows, lines=False):
     if args.upload:
-        Path(args.upload).write_text("".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows))
+        judge.write_whole(args.upload, "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows))
 
 
 def write_sheet(path, rows):
@@ -772,7 +773,7 @@ def score(name, args):
     for note in notes + ["--official: the published arithmetic"] * args.official:
         print(f"note: {note}")
     if args.json:
-        Path(args.json).write_text(json.dumps({key: percent(value) for key, value in scores.items()}, indent=1) + "\n")
+        judge.write_whole(args.json, json.dumps({key: percent(value) for key, value in scores.items()}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -832,7 +833,7 @@ def arguments(argv):
         raise ValueError(f"{name or 'nothing'}: a command comes first: {', '.join(COMMANDS)}, or score and one of "
                          f"{', '.join(SCORERS)}; -h explains them")
     config, run = COMMANDS[name]
-    return run, config(**typed_flags(config, argv[n:], run.__doc__, {"judge": ["api", "script"]}))
+    return run, in_range(config(**typed_flags(config, argv[n:], run.__doc__, {"judge": ["api", "script"]})))
 
 
 def main(argv=None):

@@ -585,7 +585,7 @@ class Instruct:
 
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
 LEAST = {"limit": 1, "show": 0, "bench": 0, "workers": 1, "attempts": 1, "rpm": 0, "tpm": 0, "timeout": 0.001, "temperature": 0,
-         "max_tokens": 1, "price_in": 0, "price_out": 0, "most": 1, "least": 1}
+         "max_tokens": 1, "max_new_tokens": 1, "batch_size": 1, "runs": 1, "price_in": 0, "price_out": 0, "most": 1, "least": 1}
 
 
 def in_range(args):

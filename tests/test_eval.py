@@ -62,6 +62,8 @@ def test_scoring_loads_no_torch(tmp_path):
     (["score", "gqa", "--answers", "gone.jsonl", "--upload", "u"], "gone.jsonl: no such file"),
     (["score", "gqa", "--upload", "u"], "no such file"), (["score", "mme", "--labels", "."], "no .*txt"),
     (["scienceqa_data", "--labels", "gone.json"], "gone.json"),
+    (["answer", "--model", "m", "--questions", "q", "--answers", "a", "--batch_size", "0"], "--batch_size 0: a number is"),
+    (["grade_mm_vet", "--labels", "l", "--answers", "a", "--grades", "g", "--workers", "0"], "--workers 0: a number is"),
     (["score", "vqav2", "--answers", "a", "--json", "j"], "--labels")])
 def test_a_wrong_command_is_a_plain_error(argv, error, tmp_path, monkeypatch):
     """What a user typed and cannot work is a ValueError or FileNotFoundError that says what would."""
