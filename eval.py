@@ -66,7 +66,7 @@ def read(path):
     if path.endswith(".xlsx"):
         rows = openpyxl().load_workbook(path, read_only=True).active.iter_rows(values_only=True)
         head = next(rows, ())
-        data = [dict(zip(head, row)) for row in rows]
+        data = [dict(zip(head, ("" if cell is None else str(cell) for cell in row))) for row in rows]
     elif path.endswith((".tsv", ".txt")):
         csv.field_size_limit(2 ** 31 - 1)                # MMBench keeps its pictures in the sheet
         with open(path, encoding="utf-8-sig", newline="") as f:
@@ -705,6 +705,8 @@ def write_sheet(path, rows):
         book = openpyxl().Workbook()
         for row in rows:
             book.active.append(row)
+            for cell in book.active[book.active.max_row]:
+                cell.data_type = "n" if isinstance(cell.value, int) else "s"         # "=..." is an answer, no formula
         book.save(path)
     else:
         with open(path, "w", encoding="utf-8", newline="") as f:

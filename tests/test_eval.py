@@ -361,15 +361,29 @@ def test_mmbench_writes_its_result_sheet(tmp_path, capsys):
     ev.main([*argv, str(tmp_path / "sheet.tsv")])
     shown = capsys.readouterr().out
     assert "test split" in shown and "circular" not in shown
-    try:
-        import openpyxl
-    except ImportError:
-        with pytest.raises(ValueError, match="openpyxl"):
-            ev.main([*argv, str(tmp_path / "sheet.xlsx")])
-    else:
-        ev.main([*argv, str(tmp_path / "sheet.xlsx")])
-        book = openpyxl.load_workbook(tmp_path / "sheet.xlsx").active.iter_rows(values_only=True)
-        assert [str(cell or "") for cell in list(book)[1]] == ["241", "Which 0?", "option 00", "option 01", "", "", "A", "dev"]
+
+
+def test_a_result_sheet_of_excel_is_written_and_read(tmp_path, capsys):
+    """MMBench's server takes .xlsx; what a model says stays text there, be it empty or like a formula."""
+    rows = mmbench_tsv(tmp_path / "m.tsv")
+    texts = [row["answer"] for row in rows[:-2]] + ["", "=B2&C2"]
+    write(tmp_path / "a.jsonl", [said(row["index"], text) for row, text in zip(rows, texts)])
+    argv = ["score", "mmbench", "--labels", str(tmp_path / "m.tsv"), "--answers"]
+    ev.main([*argv, str(tmp_path / "a.jsonl"), "--upload", str(tmp_path / "sheet.xlsx"), "--json", str(tmp_path / "a.json")])
+    sheet = ev.read(str(tmp_path / "sheet.xlsx"))
+    assert list(sheet[0].values()) == ["241", "Which 0?", "option 00", "option 01", "", "", "A", "A", "dev"]
+    assert [row["prediction"] for row in sheet] == texts
+    ev.main([*argv, str(tmp_path / "sheet.xlsx"), "--json", str(tmp_path / "b.json")])
+    assert Path(tmp_path / "a.json").read_text() == Path(tmp_path / "b.json").read_text()
+
+
+def test_without_openpyxl_a_sheet_of_excel_is_a_plain_error(tmp_path, monkeypatch):
+    rows = mmbench_tsv(tmp_path / "m.tsv")
+    write(tmp_path / "a.jsonl", [said(row["index"], row["answer"]) for row in rows])
+    monkeypatch.setitem(sys.modules, "openpyxl", None)         # as if it were not installed
+    with pytest.raises(ValueError, match="pip install openpyxl"):
+        ev.main(["score", "mmbench", "--answers", str(tmp_path / "a.jsonl"), "--labels", str(tmp_path / "m.tsv"),
+                 "--upload", str(tmp_path / "sheet.xlsx")])
 
 
 def test_mmbenchs_sheet_becomes_questions_and_pictures(tmp_path, capsys):
