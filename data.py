@@ -21,18 +21,17 @@ import json
 import os
 import random
 import re
-import struct
 import sys
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig
 
+import tiles
+from images import ASPECTS, load_image, picture_problem, picture_size, view_of
 from model import IGNORE, LLaVA, load_tokenizer
 from records import IMAGE, Records, form_problem, image_names, image_path
 
@@ -89,6 +88,12 @@ TEMPLATES = {t.name: t for t in (
     Template("mistral_instruct", "[INST] ", "[INST] ", " [/INST]", " {} ", "</s>"),
     Template("chatml_direct", "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n", "<|im_start|>user\n",
              "<|im_end|><|im_start|>assistant\n", "{}", "<|im_end|>"),
+    # LLaVA-NeXT's for its later bases; what follows an answer's STOP stands at the head of the next turn.
+    Template("qwen_1_5", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+             "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "{}", "<|im_end|>"),
+    Template("llama_3", f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_2_SYSTEM}<|eot_id|>"
+             "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>user<|end_header_id|>\n\n",
+             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "{}", "<|eot_id|>"),
     # OFFICIAL: the released stage 1 drops the question of Sec. 4.2: the image, its caption, a newline, and no </s>.
     Template("plain", "", "", "", "{}", "\n"),
 )}
@@ -97,7 +102,9 @@ TEMPLATES = {t.name: t for t in (
 def template_for(config, tokenizer):
     """The template that a language model knows best, from its config and tokenizer. OURS: the paper has one model."""
     if "<|im_start|>" in tokenizer.get_vocab():
-        return TEMPLATES["chatml_direct"]
+        return TEMPLATES["qwen_1_5" if config.model_type.startswith("qwen") else "chatml_direct"]
+    if "<|start_header_id|>" in tokenizer.get_vocab():
+        return TEMPLATES["llama_3"]
     if config.model_type == "mistral":
         return TEMPLATES["mistral_instruct"]
     if "<<SYS>>" in (tokenizer.chat_template or ""):
@@ -206,19 +213,22 @@ def encode(segments, tokenizer, image_tokens):
 
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         append([tokenizer.bos_token_id], False)
-    chunk = []
+    chunk, cut = [], False
     for text, scored in segments:
         head, *tails = text.split(IMAGE)
         chunk.append((head, scored))
         for tail in tails:
-            append_chunk(chunk)
+            append_chunk(chunk, cut)
             append([image_id] * next(counts), False)
-            chunk = [(tail, scored)]
-    append_chunk(chunk)
+            chunk, cut = [(tail, scored)], False
+        if not scored and text.endswith("\n\n"):         # GPT-2's tokenizer reads two newlines as one or two tokens, depending
+            append_chunk(chunk, cut)                     # on whether an answer follows; a prompt has none
+            chunk, cut = [], True
+    append_chunk(chunk, cut)
     return ids, labels
 
 
-def encode_within(conversations, template, tokenizer, N, max_length):
+def encode_within(conversations, template, tokenizer, image_tokens, max_length):
     """`encode` after dropping whole trailing turns until the sample fits; an image is never cut.
 
     Returns input_ids, labels, and the turns that were kept. ValueError if not even the first question and answer fit.
@@ -226,91 +236,28 @@ def encode_within(conversations, template, tokenizer, N, max_length):
     turns = conversations
     while True:
         tags = sum(turn["value"].count(IMAGE) for turn in turns)
-        ids, labels = encode(render(turns, template), tokenizer, [N] * tags)
+        ids, labels = encode(render(turns, template), tokenizer, image_tokens[:tags])
         if len(ids) <= max_length:
             return ids, labels, turns
         if len(turns) <= 2:
-            raise ValueError(f"{len(ids)} tokens (one image = {N}) with a single answer left, the limit is {max_length}")
+            raise ValueError(f"{len(ids)} tokens ({sum(image_tokens[:tags])} of them visual) with a single answer left, the "
+                             f"limit is {max_length}")
         turns = turns[:-2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images
-
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps is resized
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
+# A question
 
 
-# What Pillow's decoders raise; the last four for damaged EXIF blocks, AVIF, DDS and JPEG 2000 files.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error, TypeError, RuntimeError,
-              MemoryError)
-
-
-def load_image(source, name=None):
-    """A picture (path or file object, called `name` in errors) as RGB, upright. ValueError for what is no picture,
-    is cut off, or is far too large.
-
-    OURS: the EXIF orientation is applied; the official code shows such pictures to the model lying on their side.
-    Grey, palette, RGBA and CMYK go through Pillow's convert("RGB"), as in the official code.
-    """
-    try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise
-    except UNREADABLE as error:
-        raise ValueError(f"{name or source}: not a readable picture ({error})") from error
-
-
-def picture_problem(folder, name):
-    """What is wrong with a picture, or None. It is decoded to its end, in the smallest size that its format offers."""
-    try:
-        with Image.open(image_path(folder, name)) as image:
-            image.draft(image.mode, (1, 1))
-            ImageOps.exif_transpose(image).convert("RGB")                   # as in load_image
-    except FileNotFoundError:
-        return f"image {name!r} is not in {folder}"
-    except UNREADABLE as error:
-        return f"image {name!r}: {error}"
-    return None
-
-
-def preprocess(image, size):
-    """X_v: shortest edge to `size` (bicubic), centre crop, CLIP's mean and deviation. (3, size, size) float32.
-
-    Bit-equal to transformers' CLIPImageProcessorPil (tested).
-    """
-    w, h = image.size
-    short = min(w, h)
-    new_w, new_h = int(size * w / short), int(size * h / short)
-    left, top = (new_w - size) // 2, (new_h - size) // 2
-    if new_w * new_h <= MAX_RESIZED:
-        image = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    else:                  # 1 x 2000 pixels would become 224 x 448,000: resize what is kept, equal up to rounding
-        sx, sy = w / new_w, h / new_h
-        y = max(0, int(top * sy) - 8)                                      # the rows that the kept ones depend on
-        image = image.crop((0, y, w, min(h, y + int(size * sy) + 17)))
-        for new, box in (((size, image.height), (left * sx, 0, (left + size) * sx, image.height)),   # columns, then rows:
-                         ((size, size), (0, top * sy - y, size, (top + size) * sy - y))):            # Pillow's own order
-            image = image.resize(new, Image.Resampling.BICUBIC, box=box)
-    x = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD      # (size, size, 3)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()             # (3, size, size)
-
-
-def to_X_v(pictures, size):
-    """Pictures to (K, 3, size, size); K = 0 for a sample of text alone."""
-    return torch.stack([preprocess(p, size) for p in pictures]) if pictures else torch.zeros(0, 3, size, size)
-
-
-def prompt(turns, pictures, tokenizer, template, image_size, N, where="prompt"):
+def prompt(turns, pictures, tokenizer, template, view, where="prompt", pixels=True):
     """A conversation that ends in a question, with its pictures (PIL), as a sample to `collate` on the left.
 
-    The ids are those that `encode` gives up to this answer when training (tested).
+    The ids are those that `encode` gives up to this answer when training (tested). Without `pixels` X_v is left out, for
+    a batch in which samples share pictures.
     """
-    ids, labels = encode(render(turns, template), tokenizer, [N] * len(pictures))
-    return {"where": where, "input_ids": ids, "labels": labels, "X_v": to_X_v(pictures, image_size)}
+    ids, labels = encode(render(turns, template), tokenizer, [view.tokens(*p.size) for p in pictures])
+    pictures = pictures if pixels else []
+    return {"where": where, "input_ids": ids, "labels": labels, "X_v": view.X_v(pictures), "sizes": [p.size for p in pictures]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,25 +271,30 @@ class Conversations(Dataset):
     epoch and i); scored=False gives a copy without labels, which fills the last batch up (see `micro_batches`).
     """
 
-    def __init__(self, records, folder, tokenizer, template, image_size, N, max_length=2048, image_position="random",
-                 questions=None, seed=0):
+    def __init__(self, records, folder, tokenizer, template, view, max_length=2048, image_position="random", questions=None,
+                 seed=0):
         self.records, self.folder, self.tokenizer, self.template = records, folder, tokenizer, template
-        self.image_size, self.N, self.max_length = image_size, N, max_length
+        self.view, self.max_length = view, max_length
         self.image_position, self.questions, self.seed = image_position, questions, seed
 
     def __len__(self):
         return len(self.records)
 
-    def encoded(self, i, epoch=0):
+    def encoded(self, i, epoch=0, sizes=None):
+        """input_ids, labels, names of the images, turns kept. `sizes`: of the record's pictures, where they are known."""
         record = self.records[i]
+        if sizes is None:                                # only tiles depend on them
+            size_of = picture_size if self.view.tiling else lambda path: (1, 1)
+            sizes = [size_of(image_path(self.folder, name)) for name in image_names(record)]
         rng = random.Random(f"{self.seed} {epoch} {i}")
         turns = arrange(record["conversations"], self.image_position, rng, self.questions)
         try:
-            ids, labels, kept = encode_within(turns, self.template, self.tokenizer, self.N, self.max_length)
+            image_tokens = [self.view.tokens(*size) for size in sizes]
+            ids, labels, kept = encode_within(turns, self.template, self.tokenizer, image_tokens, self.max_length)
         except ValueError:                               # a longer question was drawn than when the sample was checked
             if epoch == 0:
                 raise
-            return self.encoded(i)
+            return self.encoded(i, sizes=sizes)
         assert any(label != IGNORE for label in labels), f"{self.records.where(i)}: no scored token"
         names = image_names(record)[:sum(turn["value"].count(IMAGE) for turn in kept)]
         return ids, labels, names, kept
@@ -350,12 +302,15 @@ class Conversations(Dataset):
     def __getitem__(self, key):
         epoch, i, scored = key
         try:
-            ids, labels, names, _ = self.encoded(i, epoch)
-            X_v = to_X_v([load_image(image_path(self.folder, name)) for name in names], self.image_size)
+            pictures = [load_image(image_path(self.folder, name)) for name in image_names(self.records[i])]
+            ids, labels, names, _ = self.encoded(i, epoch, [p.size for p in pictures])
+            pictures = pictures[:len(names)]             # those of trailing turns may have been dropped
+            X_v = self.view.X_v(pictures)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.records.where(i)}: {error}") from error
         labels = labels if scored else [IGNORE] * len(ids)
-        return {"where": self.records.where(i), "input_ids": ids, "labels": labels, "X_v": X_v}
+        return {"where": self.records.where(i), "input_ids": ids, "labels": labels, "X_v": X_v,
+                "sizes": [p.size for p in pictures]}
 
     def measure(self, i):
         """(problem or None, tokens, scored tokens, images, turns kept, turns dropped) of sample i."""
@@ -373,7 +328,7 @@ class Conversations(Dataset):
         _, _, names, turns = self.encoded(i)
         pictures = [load_image(image_path(self.folder, n)) for n in names[:turns[0]["value"].count(IMAGE)]]
         where = self.records.where(i)
-        return prompt(turns[:1], pictures, self.tokenizer, self.template, self.image_size, self.N, where), turns[1]["value"]
+        return prompt(turns[:1], pictures, self.tokenizer, self.template, self.view, where), turns[1]["value"]
 
 
 class Each(Dataset):
@@ -477,7 +432,7 @@ class Steps(Dataset):
 
 
 def collate(samples, pad_id=0, side="right"):
-    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), ids.
+    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), sizes, ids.
 
     Training pads on the right, where causal attention never looks; generation on the left.
     """
@@ -493,7 +448,8 @@ def collate(samples, pad_id=0, side="right"):
         labels[row, span] = torch.tensor(s["labels"])
         attention_mask[row, span] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
-            "X_v": torch.cat([s["X_v"] for s in samples]), "ids": [s["where"] for s in samples]}
+            "X_v": torch.cat([s["X_v"] for s in samples]), "sizes": [size for s in samples for size in s["sizes"]],
+            "ids": [s["where"] for s in samples]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,11 +484,11 @@ def quantiles(values):
 
 def open_data(args):
     """The data set as the command line describes it; without --model or --llm, one that is not tokenised."""
-    records, tokenizer, template, N = Records(args.files), None, None, args.image_tokens
-    image_size = 224
+    records, tokenizer, template = Records(args.files), None, None
+    view = view_of(args.aspect, args.image_size, 14)
     if args.model:
         model = LLaVA.from_pretrained(args.model)
-        tokenizer, N, image_size = model.tokenizer, model.N, model.image_size
+        tokenizer, view = model.tokenizer, model.view
         if not (args.template or "template" in model.meta):
             raise ValueError(f"{args.model} does not say which template it was trained with; --template "
                              + " | ".join(TEMPLATES))
@@ -542,7 +498,7 @@ def open_data(args):
         template = TEMPLATES[args.template] if args.template else template_for(AutoConfig.from_pretrained(args.llm), tokenizer)
     if tokenizer:
         check_template(template, tokenizer)
-    return Conversations(records, args.images, tokenizer, template, image_size, N, args.max_length, args.image_position)
+    return Conversations(records, args.images, tokenizer, template, view, args.max_length, args.image_position)
 
 
 def print_stats(data, problems, table):
@@ -557,10 +513,21 @@ def print_stats(data, problems, table):
         print(f"  answers per sample    {quantiles(turns / 2)}")
         print(f"  images                {images.sum()} in {(images > 0).sum()} samples, {(images == 0).sum()} text only")
         if data.tokenizer:
-            print(f"  tokens per sample     {quantiles(tokens)}   (one image = {data.N})")
+            print(f"  tokens per sample     {quantiles(tokens)}   ({data.view.said})")
             print(f"  scored tokens         {scored.sum()} of {tokens.sum()} ({100 * scored.sum() / tokens.sum():.1f}%), "
                   f"{(scored == 0).sum()} samples without any")
             print(f"  trimmed at {data.max_length:<10} {(dropped > 0).sum()} samples lose {dropped.sum() // 2} answers")
+
+
+def show_tiles(args):
+    """python data.py show --tiles PICTURE out.png: how LLaVA-NeXT (or, with --aspect hd, LLaVA-1.5-HD) sees a picture."""
+    aspect = "anyres" if args.aspect == "crop" else args.aspect
+    size = 224 if aspect == "hd" else 336
+    if args.command != "show" or aspect == "pad":
+        raise ValueError(f"--tiles draws, so the command is show, and the aspect anyres or hd; not {args.command} and {aspect}")
+    print(tiles.draw(load_image(args.tiles), view_of(aspect, size, 14).tiling, args.files[0]))
+    print(f"wrote {args.files[0]}")
+    return 0
 
 
 def arguments(argv):
@@ -572,7 +539,9 @@ def arguments(argv):
     parser.add_argument("--llm", metavar="DIR|ID", help="language model whose tokenizer to use")
     parser.add_argument("--template", choices=TEMPLATES)
     parser.add_argument("--image_position", choices=["random", "first", "as_written"], default="random")
-    parser.add_argument("--image_tokens", type=int, default=256, help="visual tokens per image (with --llm)")
+    parser.add_argument("--aspect", choices=ASPECTS, default="crop", help="how pictures are looked at (with --llm)")
+    parser.add_argument("--image_size", type=int, default=224, help="of CLIP, in pixels (with --llm)")
+    parser.add_argument("--tiles", metavar="PICTURE", help="draw how a picture is tiled (show --aspect anyres|hd) into FILE")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--index", type=int, default=0, help="which sample to show")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -581,6 +550,8 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
+    if args.tiles:
+        return show_tiles(args)
     data = open_data(args)
     if args.command == "show":
         if not data.tokenizer:

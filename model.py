@@ -7,12 +7,17 @@ The model of *Visual Instruction Tuning* (Liu, Li, Wu, Lee; arXiv 2304.08485v2),
 
 g is a CLIP ViT, always frozen; W is one linear layer; f_phi is a language model. An image is N
 placeholder ids in `input_ids`; their embeddings are replaced by H_v, and nothing else is new.
+Later members of the family change three things: W gets a second layer (LLaVA-1.5), a picture may be
+looked at in tiles (`self.view`; images.py, tiles.py), and g may train, too (LLaVA-NeXT).
 
 Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
                     D_v vision width   D model width   V vocabulary   A answer tokens in the batch
 """
+import json
 import os
+import re
 import sys
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -20,10 +25,13 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel,
-                          DynamicCache, GenerationConfig, LlavaConfig, LlavaProcessor)
+                          DynamicCache, GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaNextConfig,
+                          LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+import tiles
+from images import View, view_of
 from records import IMAGE
 
 logging.set_verbosity_error()    # its report of CLIP's unused text tower; what is missing is our own error (`load_part`)
@@ -33,7 +41,28 @@ if not sys.stderr.isatty():
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
 
 # Our modules <-> the key prefixes of the llava-hf checkpoints (`LlavaForConditionalGeneration` on the hub).
-PREFIX = {"g.": "vision_tower.vision_model.", "W.": "multi_modal_projector.linear_1.", "f_phi.": "language_model."}
+PREFIX = {"g.": "vision_tower.vision_model.", "f_phi.": "language_model.", "newline": "image_newline"}
+PROJECTORS = {          # W: what `projector_hidden_act` says of it, and the key prefixes of its layers
+    "linear": ("linear", {"W.": "multi_modal_projector.linear_1."}),
+    "mlp2x_gelu": ("gelu", {"W.0.": "multi_modal_projector.linear_1.", "W.2.": "multi_modal_projector.linear_2."})}
+
+
+HF_5 = {r"^model\.language_model\.": "language_model.model.", r"^lm_head\.": "language_model.lm_head.",
+        r"^(model\.)?vision_tower\.(vision_model\.)?": "vision_tower.vision_model.",
+        r"^model\.(multi_modal_projector\.|image_newline$)": r"\1"}
+
+
+def hf_keys(state):
+    """{name: anything} under the names of the hub's llava-hf files, from these or from what transformers 5 calls its modules.
+
+    ValueError if both kinds of names are mixed, so that two weights would be one.
+    """
+    def old(name):
+        return next((re.sub(new, to, name) for new, to in HF_5.items() if re.match(new, name)), name)
+    renamed = {old(name): value for name, value in state.items()}
+    if len(renamed) < len(state):
+        raise ValueError(f"{len(state)} weights have {len(renamed)} names: old and new llava-hf names are mixed")
+    return renamed
 
 
 class LLaVA(nn.Module):
@@ -45,120 +74,166 @@ class LLaVA(nn.Module):
     tokenizer    f_phi's tokenizer; it must know `<image>` (see `from_parts`)
     feature_layer  which hidden state of g is Z_v: -2 "before the last layer", or -1 (Table 8)
     meta         what we add to the checkpoint: template, stage, recipe, provenance (a flat dict)
+    projector    "linear", or "mlp2x_gelu": two layers (Diss. Sec. 4.3)
     """
 
-    def __init__(self, g, f_phi, tokenizer, feature_layer=-2, meta=None):
+    def __init__(self, g, f_phi, tokenizer, feature_layer=-2, meta=None, projector="linear"):
         super().__init__()
         self.g, self.f_phi, self.tokenizer = g, f_phi, tokenizer
-        self.feature_layer, self.meta = feature_layer, dict(meta or {})
-        self.W = nn.Linear(g.config.hidden_size, f_phi.config.hidden_size)   # OFFICIAL: with a bias; Eq. (1) has none
+        self.feature_layer, self.meta, self.projector = feature_layer, dict(meta or {}), projector
+        D_v, D = g.config.hidden_size, f_phi.config.hidden_size
+        if projector == "linear":
+            self.W = nn.Linear(D_v, D)                   # OFFICIAL: with a bias; Eq. (1) has none
+        else:
+            self.W = nn.Sequential(nn.Linear(D_v, D), nn.GELU(), nn.Linear(D, D))            # Diss. Sec. 4.3
+        self.register_parameter("newline", None)         # a word that ends a row of tiles' features
+        self.look(view_of("crop", g.config.image_size, g.config.patch_size))
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         assert self.image_id is not None and tokenizer.decode([self.image_id]) == IMAGE, f"the tokenizer has no {IMAGE}"
-        self.image_size = g.config.image_size
-        self.N = (g.config.image_size // g.config.patch_size) ** 2           # 256 for ViT-L/14 at 224 px
         self.set_stage(2)
+
+    def look(self, view):
+        """Look at pictures in another way (images.py). Tiles bring `newline`, a new word vector; back to squares, it goes."""
+        self.view, self.meta["aspect"] = view, view.aspect
+        self.meta.pop("tiling", None)
+        if view.tiling:
+            self.meta["tiling"] = json.loads(json.dumps(view.tiling._asdict()))              # lists, as they come back
+        if bool(view.tiling) != (self.newline is not None):
+            W, D = next(self.W.parameters()), self.f_phi.config.hidden_size
+            self.newline = nn.Parameter(torch.randn(D, dtype=W.dtype, device=W.device) / D ** 0.5) if view.tiling else None
+
+    @property
+    def N(self):
+        """Visual tokens of one square: 256 for ViT-L/14 at 224 px."""
+        return self.view.N
+
+    @property
+    def device(self):
+        return next(self.W.parameters()).device
 
     # ------------------------------------------------------------------ what the paper says
 
-    def encode_images(self, X_v):
+    def grid_features(self, X_v):
+        """Z_v = g(X_v): K squares of pixels to (K, N, D_v).  Sec. 4.1
+
+        g is frozen, and keeps no graph, unless a recipe trains it (Diss. Sec. 4.7). K = 0 gives (0, N, D_v).
+        """
+        if len(X_v) == 0 and not self.train_g:
+            return X_v.new_zeros(0, self.N, self.g.config.hidden_size)
+        some = X_v if len(X_v) else X_v.new_zeros(1, *X_v.shape[1:])         # no rank waits for g's gradients: they are 0
+        with torch.set_grad_enabled(self.train_g and torch.is_grad_enabled()):
+            layers = self.g(some, output_hidden_states=True).hidden_states
+        Z_v = layers[self.feature_layer][:len(X_v), 1:]  # (K, N, D_v)  grid features; CLS dropped
+        return Z_v
+
+    def encode_images(self, X_v, sizes=None):
         """H_v = W g(X_v), Eq. (1): K pictures to K x N tokens in the word embedding space.  Sec. 4.1
 
         X_v (K, 3, H, W) normalised pixels; K = 0 gives (0, N, D) that still carries W's graph, so that a
         batch of text alone leaves W a zero gradient and no rank of a distributed run waits for it.
+        In tiles (Diss. Sec. 4.7) K counts squares; `sizes` are the pictures' (width, height), and H_v is (tokens, D).
         """
-        if len(X_v) == 0:
-            Z_v = X_v.new_zeros(0, self.N, self.g.config.hidden_size)
-        else:
-            with torch.no_grad():                                            # g is frozen in both stages
-                layers = self.g(X_v, output_hidden_states=True).hidden_states
-            Z_v = layers[self.feature_layer][:, 1:]      # (K, N, D_v)  grid features; CLS dropped
-        H_v = self.W(Z_v.to(self.W.weight.dtype))        # (K, N, D)    Eq. (1)
+        Z_v = self.grid_features(X_v)                    # (K, N, D_v)
+        H_v = self.W(Z_v.to(next(self.W.parameters()).dtype))                # (K, N, D)    Eq. (1)
+        if self.view.tiling:
+            plans = [self.view.tiling.plan(*size) for size in sizes]
+            merged = tiles.merge(H_v, plans, self.newline, self.view.tiling)
+            H_v = torch.cat([H_v[:0].flatten(0, 1), self.newline[None][:0].to(H_v.dtype), *merged])      # (tokens, D)
         return H_v
 
-    def splice(self, input_ids, X_v, ids=None, shown=None):
+    def splice(self, input_ids, X_v, ids=None, sizes=None, shown=None):
         """Word embeddings with H_v in place of the placeholders.  Sec. 4.1
 
         input_ids (B, T), X_v (K, 3, H, W) in the order in which their placeholders stand, row by row; with `shown`, a list
-        of indices into X_v in that order, a picture that several rows show is given, and encoded, once.
+        of indices into the pictures in that order, one that several rows show is given, and encoded, once.
         `ids`: the samples' names for the error message. Text-only rows, and rows with several images, mix.
         """
         is_image = input_ids == self.image_id            # (B, T)
-        K = len(X_v) if shown is None else len(shown)
-        found, have = is_image.sum(1).tolist(), K * self.N
-        assert sum(found) == have and not any(n % self.N for n in found), (
-            f"{K} pictures x {self.N} tokens = {have}, but the batch has {sum(found)} {IMAGE} placeholders: "
-            + ", ".join(f"{i}: {n}" for i, n in zip(ids or range(len(found)), found)))
+        counts = [self.view.tokens(*size) for size in sizes] if self.view.tiling else [self.N] * len(X_v)
+        order = range(len(counts)) if shown is None else shown
+        found, have = is_image.sum(1).tolist(), [counts[i] for i in order]
+        assert sum(found) == sum(have) and {0, *accumulate(have)} >= set(accumulate(found)), (
+            f"{len(have)} pictures x {' or '.join(map(str, sorted(set(have))))} tokens = {sum(have)}, but the batch has "
+            f"{sum(found)} {IMAGE} placeholders: " + ", ".join(f"{i}: {n}" for i, n in zip(ids or range(len(found)), found)))
         H_q = self.f_phi.get_input_embeddings()(input_ids)                   # (B, T, D)
-        H_v = self.encode_images(X_v)                    # (K, N, D)
-        if shown is not None:                            # as often as each is shown
-            H_v = H_v[shown]
+        H_v = self.encode_images(X_v, sizes).flatten(0, -2)                  # (tokens, D)
+        if shown:                                        # as often as each is shown
+            pictures = H_v.split(counts)
+            H_v = torch.cat([pictures[i] for i in shown])
         H = H_q.masked_scatter(is_image[..., None], H_v.to(H_q.dtype))       # (B, T, D)  H_v where placeholders stood
         return H
 
-    def answer_logits(self, input_ids, labels, X_v, ids=None):
+    def answer_logits(self, input_ids, labels, X_v, ids=None, sizes=None):
         """Logits at the positions that predict an answer token, and only there.
 
         input_ids, labels (B, T), padded on the RIGHT: causal attention never looks there, so no mask is needed.
         Returns logits (A, V) and targets (A,). The (B, T, V) tensor is never built.
         """
-        H = self.splice(input_ids, X_v, ids)                                 # (B, T, D)
+        H = self.splice(input_ids, X_v, ids, sizes)                          # (B, T, D)
         h = self.f_phi.base_model(inputs_embeds=H, use_cache=False).last_hidden_state   # (B, T, D)
         scored = labels[:, 1:] != IGNORE                 # (B, T-1)  position t predicts token t+1
         logits = self.f_phi.get_output_embeddings()(h[:, :-1][scored])       # (A, V)
         targets = labels[:, 1:][scored]                  # (A,)
         return logits, targets
 
-    def forward(self, input_ids, labels, X_v, ids=None):
+    def forward(self, input_ids, labels, X_v, ids=None, sizes=None):
         """-log p(X_a | X_v, X_instruct) = -sum_i log p_theta(x_i | X_v, X_instruct,<i, X_a,<i), Eq. (3).
 
         Returns (sum over the batch's A answer tokens, A). The caller divides by the answer tokens of the
         whole global batch: the loss then depends neither on accumulation nor on the number of ranks.
         OFFICIAL: the mean within each micro-batch, averaged; batches with few answer tokens weigh more there.
         """
-        logits, targets = self.answer_logits(input_ids, labels, X_v, ids)    # (A, V), (A,)
+        logits, targets = self.answer_logits(input_ids, labels, X_v, ids, sizes)             # (A, V), (A,)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")     # ()  Eq. (3)
         return loss, len(targets)
 
     @torch.inference_mode()
-    def score(self, input_ids, labels, X_v, ids=None):
+    def score(self, input_ids, labels, X_v, ids=None, sizes=None):
         """log p(X_a | X_v, X_instruct) of each row's answer (the product of Eq. (3), not divided by its length).
 
         Takes what `forward` takes; returns (B,) float32. To rank answers, render each behind the same prompt.
         """
-        logits, targets = self.answer_logits(input_ids, labels, X_v, ids)    # (A, V), (A,)
+        logits, targets = self.answer_logits(input_ids, labels, X_v, ids, sizes)             # (A, V), (A,)
         log_p = -F.cross_entropy(logits.float(), targets, reduction="none")  # (A,)
         row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # (A,)  which sample a token belongs to
         if len(row.unique()) < len(labels):
             raise ValueError("score: a row without an answer has no likelihood")
         return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)        # (B,)
 
-    def set_stage(self, stage):
+    def set_stage(self, stage, train_g=False):
         """Freeze by stage (Sec. 4.2): theta = {W} in stage 1, theta = {W, phi} in stage 2. g never trains.
 
+        `train_g`: in stage 2 it does, up to the layer that is used (Diss. Sec. 4.7).
         Returns theta, as {name: parameter}.
         """
         if stage not in (1, 2):
             raise ValueError(f"stage {stage!r}: the paper has stage 1 (theta = W) and stage 2 (theta = W, phi)")
-        self.g.requires_grad_(False)
+        self.train_g = train_g and stage == 2
+        self.g.requires_grad_(self.train_g)
+        for unused in (*self.g.encoder.layers[len(self.g.encoder.layers) + self.feature_layer + 1:], self.g.post_layernorm):
+            unused.requires_grad_(False)
         self.W.requires_grad_(True)
         self.f_phi.requires_grad_(stage == 2)
+        if self.newline is not None:                     # OFFICIAL: it trains with the language model
+            self.newline.requires_grad_(stage == 2)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def stream(self, input_ids, attention_mask, X_v, shown=None, max_new_tokens=512, temperature=0.0, top_p=1.0, stop=(),
-               generator=None):
+    def stream(self, input_ids, attention_mask, X_v, sizes=None, shown=None, max_new_tokens=512, temperature=0.0, top_p=1.0,
+               stop=(), generator=None):
         """Yield each step's next ids (a list of B, None where a row has ended), with a KV cache.
 
-        input_ids, attention_mask (B, T), padded on the LEFT; X_v and `shown` as in `splice`. A row ends at an end-of-sequence
-        id or once its new text holds one of the strings `stop`; the token that ends it is yielded. temperature 0 is greedy.
+        input_ids, attention_mask (B, T), padded on the LEFT; X_v, sizes and `shown` as in `splice`. A row ends at an
+        end-of-sequence id or once its new text holds one of the strings `stop`; the token that ends it is yielded.
+        temperature 0 is greedy.
         """
         B, T = input_ids.shape
         limit = self.f_phi.config.max_position_embeddings
         if T >= limit:
-            raise ValueError(f"the prompt is {T} tokens (one image = {self.N}); the model's context is {limit}")
-        H = self.splice(input_ids, X_v, shown=shown)                         # (B, T, D)
+            raise ValueError(f"the prompt is {T} tokens ({self.view.said}); the model's context is {limit}")
+        H = self.splice(input_ids, X_v, sizes=sizes, shown=shown)            # (B, T, D)
         position = attention_mask.cumsum(1).sub(1).clamp(min=0)              # (B, T)  padding does not count
         window = 8 + max((len(s.encode()) for s in stop), default=0)         # ids that can hold a stop string
         cache, new, live = DynamicCache(config=self.f_phi.config), [[] for _ in range(B)], [True] * B
@@ -180,10 +255,10 @@ class LLaVA(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
             position = position[:, -1:] + 1                                  # (B, 1)
 
-    def generate(self, input_ids, attention_mask, X_v, shown=None, stop=(), **sampling):
+    def generate(self, input_ids, attention_mask, X_v, sizes=None, shown=None, stop=(), **sampling):
         """Answers X_a as B strings, each cut before its stop string and stripped. Arguments as in `stream`."""
         new = [[] for _ in input_ids]
-        for step in self.stream(input_ids, attention_mask, X_v, shown, stop=stop, **sampling):
+        for step in self.stream(input_ids, attention_mask, X_v, sizes, shown, stop=stop, **sampling):
             for row, i in zip(new, step):
                 if i is not None:
                     row.append(i)
@@ -203,7 +278,7 @@ class LLaVA(nn.Module):
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def from_parts(cls, vision, llm, feature_layer=-2, dtype=torch.float32):
+    def from_parts(cls, vision, llm, feature_layer=-2, dtype=torch.float32, projector="linear"):
         """A new LLaVA from a pretrained CLIP and a pretrained language model, each a hub id or a folder; W is new.
 
         The tokenizer gets `<image>`. Where the vocabulary has no spare row for it, the embeddings grow to the
@@ -217,7 +292,7 @@ class LLaVA(nn.Module):
             f_phi.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
             for table in (f_phi.get_input_embeddings().weight, f_phi.get_output_embeddings().weight):
                 table.data[old:] = table.data[:old].float().mean(0).to(table.dtype)
-        model = cls(g, f_phi, tokenizer, feature_layer, {"vision": vision, "llm": llm})
+        model = cls(g, f_phi, tokenizer, feature_layer, {"vision": vision, "llm": llm}, projector)
         model.W.to(dtype)
         return model
 
@@ -229,11 +304,13 @@ class LLaVA(nn.Module):
         """
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a finished train.py")
-        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
-        if (kind := LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")) != "llava":
-            raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava'")
+        kind = LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if kind not in ("llava", "llava_next"):
+            raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava' or 'llava_next'")
+        config = (LlavaConfig if kind == "llava" else LlavaNextConfig).from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        for name, allowed in (("projector_hidden_act", ["linear"]), ("vision_feature_select_strategy", ["default"]),
+        projectors = {act: name for name, (act, _) in PROJECTORS.items()}
+        for name, allowed in (("projector_hidden_act", list(projectors)), ("vision_feature_select_strategy", ["default"]),
                               ("vision_feature_layer", range(-config.vision_config.num_hidden_layers - 1, 0)),
                               ("image_token_index", [tokenizer.convert_tokens_to_ids(IMAGE)])):
             if (found := getattr(config, name)) not in allowed:
@@ -242,12 +319,14 @@ class LLaVA(nn.Module):
             g = CLIPVisionModel(config.vision_config)
             f_phi = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
             f_phi.tie_weights()
-            model = cls(g, f_phi, tokenizer, config.vision_feature_layer, getattr(config, "minllava", None))
+            meta = getattr(config, "minllava", None) or {}
+            model = cls(g, f_phi, tokenizer, config.vision_feature_layer, meta, projectors[config.projector_hidden_act])
+            model.look(view_in(folder, config, meta))
         files = sorted(f for f in os.listdir(folder) if f.endswith(".safetensors"))
         state = {k: v for f in files for k, v in load_file(os.path.join(folder, f)).items()}
         for p in model.parameters():                     # not model.to(dtype): it would round the rotary frequencies too
             p.data = p.data.to(dtype)
-        model.load_state_dict(model.from_hf_keys(state, folder), strict=True)
+        model.load_state_dict(model.from_hf_keys(hf_keys(state), folder), strict=True)
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             f_phi.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         return model.eval()
@@ -257,19 +336,27 @@ class LLaVA(nn.Module):
 
         `dtype` casts the weights. The chat template is the tokenizer's; what we add lies under "minllava".
         """
-        dtype = dtype or self.W.weight.dtype
-        config = LlavaConfig(                            # copies: LlavaConfig writes into the configs that it is given
+        dtype, tiling = dtype or next(self.W.parameters()).dtype, self.view.tiling
+        config = (LlavaNextConfig if tiling else LlavaConfig)(           # copies: it writes into the configs that it is given
             vision_config=self.g.config.to_dict() | {"dtype": dtype},
             text_config=self.f_phi.config.to_dict() | {"dtype": dtype},
             image_token_index=self.image_id, image_seq_length=self.N,
             vision_feature_layer=self.feature_layer, vision_feature_select_strategy="default",
-            projector_hidden_act="linear", multimodal_projector_bias=True, architectures=["LlavaForConditionalGeneration"],
+            projector_hidden_act=PROJECTORS[self.projector][0], multimodal_projector_bias=True,
+            architectures=[f"Llava{'Next' * bool(tiling)}ForConditionalGeneration"],
             pad_token_id=self.tokenizer.pad_token_id, dtype=dtype, minllava=self.meta)
-        image_processor = CLIPImageProcessorPil(size={"shortest_edge": self.image_size},
-                                                crop_size={"height": self.image_size, "width": self.image_size})
+        size = {"size": {"shortest_edge": self.view.size}, "crop_size": {"height": self.view.size, "width": self.view.size}}
+        if tiling:                                       # transformers reads (height, width): the same canvases, in our order
+            config.image_grid_pinpoints = [[h, w] if tiling.rule == "original" else [w, h] for w, h in tiling.pinpoints]
+            image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **size)
+        elif self.view.aspect == "pad":
+            image_processor = LlavaImageProcessorPil(do_pad=True, **size)
+        else:
+            image_processor = CLIPImageProcessorPil(**size)
         # One more token (CLS) that "default" takes away again: N placeholders a picture in LlavaProcessor.
-        processor = LlavaProcessor(image_processor, self.tokenizer, patch_size=self.g.config.patch_size,
-                                   num_additional_image_tokens=1, vision_feature_select_strategy="default")
+        processor = (LlavaNextProcessor if tiling else LlavaProcessor)(
+            image_processor, self.tokenizer, patch_size=self.view.patch, num_additional_image_tokens=1,
+            vision_feature_select_strategy="default")
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):
             os.remove(last)                              # until the folder is whole again
@@ -281,16 +368,22 @@ class LLaVA(nn.Module):
                          pad_token_id=self.tokenizer.pad_token_id).save_pretrained(folder)
         config.save_pretrained(folder)                   # last: a folder with a config.json is whole
 
+    @property
+    def prefix(self):
+        """Our key prefixes and llava-hf's."""
+        return PREFIX | PROJECTORS[self.projector][1]
+
     def to_hf_keys(self):
         """Our state dict under llava-hf names. A linear W is `linear_1 = W`, identity, `linear_2 = I`."""
         state = {}
-        for ours, theirs in PREFIX.items():
+        for ours, theirs in self.prefix.items():
             state |= {theirs + k[len(ours):]: v for k, v in self.state_dict().items() if k.startswith(ours)}
         if self.tied:
             del state["language_model.lm_head.weight"]   # the same tensor as the input embedding
-        D = self.W.out_features
-        state["multi_modal_projector.linear_2.weight"] = torch.eye(D, dtype=self.W.weight.dtype)
-        state["multi_modal_projector.linear_2.bias"] = torch.zeros(D, dtype=self.W.weight.dtype)
+        if self.projector == "linear":
+            D, dtype = self.W.out_features, self.W.weight.dtype
+            state["multi_modal_projector.linear_2.weight"] = torch.eye(D, dtype=dtype)
+            state["multi_modal_projector.linear_2.bias"] = torch.zeros(D, dtype=dtype)
         return state
 
     def from_hf_keys(self, state, folder):
@@ -302,10 +395,11 @@ class LLaVA(nn.Module):
             raise ValueError(f"{folder}: {len(extra)} weights that this model does not have, e.g. {extra[:5]}")
         if wrong := [f"{k} {(*v.shape,)} instead of {(*want[k].shape,)}" for k, v in state.items() if v.shape != want[k].shape]:
             raise ValueError(f"{folder}: {len(wrong)} weights do not have the shape of config.json, e.g. {wrong[:5]}")
-        eye, zero = (state.pop(f"multi_modal_projector.linear_2.{k}").float() for k in ("weight", "bias"))
-        if not (torch.equal(eye, torch.eye(len(eye))) and not zero.any()):
-            raise ValueError(f"{folder}: linear_2 is not the identity, so W is not one linear layer")
-        ours = {new + k[len(old):]: v for k, v in state.items() for new, old in PREFIX.items() if k.startswith(old)}
+        if self.projector == "linear":
+            eye, zero = (state.pop(f"multi_modal_projector.linear_2.{k}").float() for k in ("weight", "bias"))
+            if not (torch.equal(eye, torch.eye(len(eye))) and not zero.any()):
+                raise ValueError(f"{folder}: linear_2 is not the identity, so W is not one linear layer")
+        ours = {new + k[len(old):]: v for k, v in state.items() for new, old in self.prefix.items() if k.startswith(old)}
         if self.tied:
             ours["f_phi.lm_head.weight"] = ours["f_phi.model.embed_tokens.weight"]
         return ours
@@ -314,6 +408,22 @@ class LLaVA(nn.Module):
     def tied(self):
         """Whether input embedding and head are one tensor."""
         return self.f_phi.get_input_embeddings().weight is self.f_phi.get_output_embeddings().weight
+
+
+def view_in(folder, config, meta):
+    """The `View` of a checkpoint folder: as we wrote it down, or as its processor's files say."""
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    if "aspect" in meta:
+        if (config.model_type == "llava_next") != ("tiling" in meta):
+            raise ValueError(f"{folder}: config.json has model_type {config.model_type!r}, and looks at pictures by aspect "
+                             f"{meta['aspect']!r}; 'llava_next' belongs to tiles, and only to them")
+        return View(meta["aspect"], size, patch, tiles.Tiling(**meta["tiling"]) if "tiling" in meta else None)
+    if config.model_type == "llava_next":                # not ours: as transformers runs it
+        return View("anyres", size, patch, tiles.NEXT._replace(pinpoints=config.image_grid_pinpoints, tile=size, patch=patch,
+                                                               rule="hf"))
+    processor = os.path.join(folder, "preprocessor_config.json")
+    pads = os.path.isfile(processor) and json.load(open(processor)).get("do_pad", False)
+    return view_of("pad" if pads else "crop", size, patch)
 
 
 def sample_id(logits, temperature, top_p, generator=None):

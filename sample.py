@@ -22,7 +22,8 @@ import requests
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, collate, encode, load_image, picture_problem, render, to_X_v
+from data import TEMPLATES, collate, prompt, render
+from images import load_image, picture_problem
 from model import DTYPES, LLaVA, choose_device, choose_dtype
 from records import IMAGE, brief_instructions, image_names, image_path, read_json, typed_flags, whole_lines
 
@@ -92,25 +93,24 @@ class Talker:
 
     def batch(self, conversations):
         """[(turns, pictures), ...] to what `generate` takes, padded on the left. The same picture (object) is in it once."""
-        m, samples = self.model, []
-        pictures = {id(p): p for _, some in conversations for p in some}
+        m, pictures = self.model, {id(p): p for _, some in conversations for p in some}
         shown = [list(pictures).index(id(p)) for _, some in conversations for p in some]
-        for turns, some in conversations:
-            ids, labels = encode(render(turns, self.template), m.tokenizer, [m.N] * len(some))
-            samples.append({"where": "prompt", "input_ids": ids, "labels": labels, "X_v": to_X_v([], m.image_size)})
-            if self.show_prompt:
-                print("".join(text for text, _ in render(turns, self.template)), ids, sep="\n")
-        batch = collate(samples, side="left") | {"X_v": to_X_v(list(pictures.values()), m.image_size)}
-        return [batch[k].to(m.W.weight.device) for k in ("input_ids", "attention_mask", "X_v")] + [shown]
+        samples = [prompt(turns, some, m.tokenizer, self.template, m.view, pixels=False) for turns, some in conversations]
+        if self.show_prompt:
+            for (turns, _), sample in zip(conversations, samples):
+                print("".join(text for text, _ in render(turns, self.template)), sample["input_ids"], sep="\n")
+        batch = collate(samples, side="left") | {"X_v": m.view.X_v(list(pictures.values()))}
+        tensors = {k: batch[k].to(m.device) for k in ("input_ids", "attention_mask", "X_v")}
+        return tensors | {"sizes": [p.size for p in pictures.values()], "shown": shown}
 
     def answers(self, conversations):
         """One answer per conversation, all in one batch."""
-        return self.model.generate(*self.batch(conversations), stop=self.stop, **self.sampling)
+        return self.model.generate(**self.batch(conversations), stop=self.stop, **self.sampling)
 
     def stream(self, turns, pictures):
         """The answer piece by piece, held back while it may still turn into the stop string or half a character."""
         ids, shown = [], 0
-        for (new,) in self.model.stream(*self.batch([(turns, pictures)]), stop=self.stop, **self.sampling):
+        for (new,) in self.model.stream(**self.batch([(turns, pictures)]), stop=self.stop, **self.sampling):
             ids.append(new)
             text = self.model.to_text(ids, self.stop)
             held = max(n for n in range(len(self.template.STOP) + 1) if text.endswith(self.template.STOP[:n]))

@@ -518,10 +518,11 @@ TABLE_8 = {                              # ScienceQA, accuracy
     "small": ("smaller language model", 89.84)}
 
 
-def compare(title, table, columns, ours):
+def compare(title, table, columns, ours, digits):
     """One table: ours (mean and standard deviation over the seeds), its change from the first row, and the same of the paper.
 
-    ours: {row: (seeds, columns)}. A change is called clear if it is beyond two standard errors over the seeds.
+    ours: {row: (seeds, columns)}. A change is clear if it is beyond two standard errors over the seeds. The paper's changes are
+    the differences of its printed scores.
     """
     print(f"\n{title}")
     for k, column in enumerate(columns):
@@ -531,12 +532,13 @@ def compare(title, table, columns, ours):
             x = ours[row][:, k]
             line = f"{name:40s} {x.mean():5.1f} ± {x.std():4.1f}"
             if row == "full":
-                print(f"{line}                   {best:6.4g}")
+                print(f"{line}                   {best:6.{digits}f}")
                 continue
             d, theirs = x - base, paper[k] - best
             clear = abs(d.mean()) > 2 * d.std(ddof=1) / len(d) ** 0.5
             verdict = "no clear change here" if not clear else "" if d.mean() * theirs > 0 else "DISAGREES with the paper"
-            print(f"{line}   {d.mean():+6.1f} ± {d.std():4.1f}   {paper[k]:6.4g}  {theirs:+6.4g}  {verdict}".rstrip())
+            line += f"   {d.mean():+6.1f} ± {d.std():4.1f}   {paper[k]:6.{digits}f}  {theirs:+6.{digits}f}  {verdict}"
+            print(line.rstrip())
 
 
 def ablations(args):
@@ -546,14 +548,14 @@ def ablations(args):
         raise ValueError(f"{args.out}: a spread needs at least two folders seedN, found {len(seeds)}; runs/toy_ablations.sh")
     bench = {row: np.array([list(bench_scores(s / f"reviews_{row}.jsonl").values()) for s in seeds]) for row in TABLE_4}
     compare(f"Table 4 (data), relative scores on the toy's bench, {JUDGE}, {len(seeds)} seeds; paper: LLaVA-Bench (COCO)",
-            TABLE_4, ("conversation", "detailed description", "complex reasoning", "all"), bench)
+            TABLE_4, ("conversation", "detailed description", "complex reasoning", "all"), bench, 1)
     right = {}
     for row in TABLE_8:                  # only conclusions count, as in ScienceQA; in either order
         scored = [score(s / "world" / "questions_held_out.jsonl", s / f"held_out_{row}.jsonl", conclusion)[0] for s in seeds]
         right[row] = np.array([[r["all"], r["relation"]] for r in scored])
     table = {row: (name, paper, paper) for row, (name, paper) in TABLE_8.items()}
     compare(f"Table 8 (design), accuracy on held-out toy questions, {len(seeds)} seeds; paper: ScienceQA",
-            table, ("all questions", "relations, the kind that reasons"), right)
+            table, ("all questions", "relations, the kind that reasons"), right, 2)
 
 
 def arguments(argv):
@@ -570,7 +572,7 @@ def arguments(argv):
             sub.add_argument("--minutes", nargs="*", default=[], metavar="PHASE=MINUTES", help="copied into results.json")
         if command == "world":
             sub.add_argument("--seed", type=int, default=0)
-            sub.add_argument("--pictures", type=int, default=7000, help="pictures to train on")
+            sub.add_argument("--pictures", type=int, default=8000, help="pictures to train on")
             sub.add_argument("--questions", type=int, default=120, help="questions of each kind in each set")
     return parser.parse_args(argv)
 

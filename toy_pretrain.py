@@ -23,7 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import TEMPLATES, encode, preprocess, render
+from data import TEMPLATES, encode, render
+from images import preprocess
 from model import IGNORE
 from records import IMAGE, run_command, typed_flags
 from toy import (CELL, COLOURS, GRID, KINDS, PAIRS, SEEN, SIDE, Scene, Thing, caption, draw, questions, sample_scene, teacher)

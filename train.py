@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, template_for,
                   use_color)
-from model import DTYPES, IGNORE, LLaVA, choose_device, choose_dtype
+from images import ASPECTS, view_of
+from model import DTYPES, IGNORE, PROJECTORS, LLaVA, choose_device, choose_dtype
 from records import Records, brief_instructions, typed_flags, whole_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,10 +47,45 @@ PAPER = {
     2: dict(data=[f"{COCO}/llava_instruct_150k.json"], images="data/coco/train2017", epochs=3, lr=2e-5,
             global_batch_size=32, micro_batch_size=4),
 }
+CLIP_336 = "openai/clip-vit-large-patch14-336"            # 576 visual tokens a square
+V1_5 = {                                                  # Diss. Sec. 4.3
+    "both": dict(vision=CLIP_336, projector="mlp2x_gelu", template="vicuna_v1", max_length=2048, image_position="first"),
+    1: dict(data=["data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"], images="data/LLaVA-Pretrain", epochs=1, lr=1e-3,
+            global_batch_size=256, micro_batch_size=32, stage1_question=False),
+    2: dict(data=["data/llava_v1_5_mix665k.json"], images="data", epochs=1, lr=2e-5, global_batch_size=128,
+            micro_batch_size=16, aspect="pad"),
+}
+NEXT = {                                                  # Diss. Sec. 4.7; OURS: the mixture of 760K was not released in full
+    "both": dict(V1_5["both"], max_length=4096),
+    1: V1_5[1],
+    2: dict(V1_5[2], data=["data/llava_next.json"], aspect="anyres", lr_g=2e-6),
+}
+SCIENCEQA = {                                             # Sec. 5.2; what runs/scienceqa.sh writes; stage 1 is the paper's
+    "both": dict(PAPER["both"], image_position="first"), 1: PAPER[1],
+    2: dict(data=["out/scienceqa/train.json"], images="data/scienceqa/images/train", epochs=12, lr=2e-5, global_batch_size=32,
+            micro_batch_size=4),
+}
+
+
+def on(base, llm, **more):
+    """A system's recipe on one language model."""
+    return {**base, "both": dict(base["both"], llm=llm, **more)}
+
+
 RECIPES = {
     # OURS: the paper's Vicuna v0 exists only as a delta on LLaMA; v1.3 is the closest that loads by name.
-    "llava-7b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-7b-v1.3")},
-    "llava-13b": {**PAPER, "both": dict(PAPER["both"], llm="lmsys/vicuna-13b-v1.3")},
+    "llava-7b": on(PAPER, "lmsys/vicuna-7b-v1.3"),
+    "llava-13b": on(PAPER, "lmsys/vicuna-13b-v1.3"),
+    "scienceqa-7b": on(SCIENCEQA, "lmsys/vicuna-7b-v1.3"),
+    "scienceqa-13b": on(SCIENCEQA, "lmsys/vicuna-13b-v1.3"),
+    "llava-1.5-7b": on(V1_5, "lmsys/vicuna-7b-v1.5"),
+    "llava-1.5-13b": on(V1_5, "lmsys/vicuna-13b-v1.5"),
+    # OURS: neither its code nor its weights were released; stage 1 is 1.5's at 224 pixels.
+    "llava-1.5-hd-13b": {**on(V1_5, "lmsys/vicuna-13b-v1.5", vision=CLIP), 2: dict(V1_5[2], aspect="hd")},
+    "llava-next-vicuna-7b": on(NEXT, "lmsys/vicuna-7b-v1.5"),
+    "llava-next-vicuna-13b": on(NEXT, "lmsys/vicuna-13b-v1.5"),
+    "llava-next-mistral-7b": on(NEXT, "mistralai/Mistral-7B-Instruct-v0.2", template="mistral_instruct"),
+    "llava-next-yi-34b": on(NEXT, "NousResearch/Nous-Hermes-2-Yi-34B", template="chatml_direct"),
     # OURS: the paper in miniature, on two CPU cores (toy.py). The image first: a small model learns one place sooner than two.
     "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512,
                          image_position="first", images="out/toy/world/images", workers=0, val_samples=64),
@@ -71,6 +107,10 @@ class Config:
     resume: bool = False                # go on where a run with the same flags was stopped
     template: str = "auto"              # auto: the checkpoint's, or chosen from the language model's config
     feature_layer: int = -2             # COURSE: Table 8, -2 "before the last layer" against -1
+    projector: str = "linear"           # W: linear, or mlp2x_gelu (Diss. Sec. 4.3)
+    aspect: str = "crop"                # how a picture is looked at: crop, pad, anyres, hd (images.py)
+    anyres: str = "original"            # or hf: as transformers tiles where it differs (tiles.py)
+    global_picture: bool = True         # COURSE: --no-global_picture, tiles alone (Diss. Sec. 4.3, the ablation of HD)
     image_position: str = "random"      # Eq. (2); the released code has "first"
     stage1_question: bool = True        # Sec. 4.2; --no-stage1_question is the released code: image, caption, newline
     max_length: int = 2048              # tokens, images included; longer samples lose whole trailing turns
@@ -78,6 +118,7 @@ class Config:
     epochs: int = 1
     max_steps: int = None               # stop earlier; the schedule ends there too
     lr: float = 2e-3                    # peak, of AdamW without weight decay (betas 0.9, 0.999)
+    lr_g: float = None                  # stage 2: the vision tower trains, too, at this rate (Diss. Sec. 4.7)
     warmup_ratio: float = 0.03          # linear, then cosine to 0
     global_batch_size: int = 128        # samples per step over all ranks: the promise
     micro_batch_size: int = None        # samples per forward and rank; what is left becomes accumulation
@@ -91,6 +132,7 @@ class Config:
 
 
 CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
+           "projector": list(PROJECTORS), "aspect": list(ASPECTS), "anyres": ["original", "hf"],
            "image_position": ["random", "first", "as_written"], "device": ["auto", "cuda", "mps", "cpu"],
            "dtype": ["auto", *DTYPES]}
 
@@ -171,12 +213,14 @@ def build_model(config, machine):
     torch.manual_seed(config.seed)                        # W's initial values
     dtype = torch.float32 if config.stage == 2 else machine.dtype
     if config.init in (None, "none"):
-        model = LLaVA.from_parts(config.vision, config.llm, config.feature_layer, dtype)
+        model = LLaVA.from_parts(config.vision, config.llm, config.feature_layer, dtype, config.projector)
     else:
         model = LLaVA.from_pretrained(config.init, dtype)
-        if model.feature_layer != config.feature_layer:
-            raise ValueError(f"--init {config.init} uses feature layer {model.feature_layer}, not {config.feature_layer}")
-    theta = model.set_stage(config.stage)
+        for flag in ("feature_layer", "projector"):
+            if (found := getattr(model, flag)) != (wanted := getattr(config, flag)):
+                raise ValueError(f"--init {config.init} has {flag} {found}, not {wanted}; take --{flag} {found}")
+    model.look(view_of(config.aspect, model.view.size, model.view.patch, config.anyres, config.global_picture))
+    theta = model.set_stage(config.stage, train_g=config.lr_g is not None)
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
     model.eval().to(machine.device)                       # eval: CLIP and LLaMA-like models have no dropout to switch on
@@ -190,7 +234,7 @@ def build_model(config, machine):
     check_template(template, model.tokenizer)
     model.tokenizer.chat_template = template.jinja()
     model.meta |= {"template": template.name, "chat": chat.name, "stage": config.stage, "recipe": config.recipe,
-                   "init": config.init, "aspect": "crop", "data": list(config.data), "seed": config.seed}
+                   "init": config.init, "data": list(config.data), "seed": config.seed}
     return model, theta, template
 
 
@@ -201,8 +245,8 @@ def build_data(config, machine, model, template):
     """
     questions = brief_instructions() if config.stage == 1 and config.stage1_question else None
     records = Records(config.data)
-    data = Conversations(records, config.images, model.tokenizer, template, model.image_size, model.N,
-                         config.max_length, config.image_position, questions, config.seed)
+    data = Conversations(records, config.images, model.tokenizer, template, model.view, config.max_length,
+                         config.image_position, questions, config.seed)
     found = [inspect(data, config.workers)] if machine.rank == 0 else [None]
     if machine.world_size > 1:
         dist.broadcast_object_list(found)
@@ -216,7 +260,7 @@ def build_data(config, machine, model, template):
     held_out = np.random.default_rng(config.seed).permutation(good)[:config.val_samples]
     tokens, scored, images, turns, dropped = table[good].T
     lines = [f"data: {len(data)} samples, {len(problems)} bad and left out, {config.val_samples} held out",
-             f"      {images.sum()} images; {tokens.sum()} tokens (one image = {model.N}), {scored.sum()} scored; "
+             f"      {images.sum()} images; {tokens.sum()} tokens ({model.view.said}), {scored.sum()} scored; "
              f"{(dropped > 0).sum()} samples lose {dropped.sum() // 2} trailing answers at {config.max_length}",
              f"labels: {len(good)} samples, {(scored == 0).sum()} without scored tokens"]
     limit = model.f_phi.config.max_position_embeddings
@@ -345,19 +389,20 @@ def stop_on(condition, machine, step, what, micro, data):
 # The loop
 
 
-def lr_at(step, total, config):
+def lr_at(step, total, config, peak=None):
     """Linear warm-up over the first 3%, then cosine to 0 (step counts from 0).
 
     OFFICIAL: warm-up there starts at 0, so that the first step changes nothing; here it starts one notch up.
     """
-    warmup = math.ceil(config.warmup_ratio * total)
+    warmup, peak = math.ceil(config.warmup_ratio * total), config.lr if peak is None else peak
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return peak * (step + 1) / (warmup + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def to_device(batch, device):
-    return {k: batch[k].to(device, non_blocking=True) for k in ("input_ids", "labels", "X_v")} | {"ids": batch["ids"]}
+    tensors = {k: batch[k].to(device, non_blocking=True) for k in ("input_ids", "labels", "X_v")}
+    return tensors | {k: batch[k] for k in ("ids", "sizes")}
 
 
 def backward(model, micro, theta, optimizer, scaler, machine, n_answer):
@@ -397,7 +442,7 @@ def evaluate(model, data, held_out, micro, machine, step):
         batch = collate(prompts, side="left")
         with machine.autocast():
             answers = model.generate(*(batch[k].to(machine.device) for k in ("input_ids", "attention_mask", "X_v")),
-                                     stop=[data.template.STOP], max_new_tokens=64)
+                                     batch["sizes"], stop=[data.template.STOP], max_new_tokens=64)
         record["answers"] = [{"id": i, "truth": t, "answer": a} for i, t, a in zip(batch["ids"], truths, answers)]
     return record
 
@@ -451,7 +496,9 @@ def main(argv=None):
     say(f"\none sample, template {template.name}, scored in {'green' if use_color() else '«»'}:\n"
         + colored(example["input_ids"], example["labels"], data.tokenizer, use_color()) + "\n")
 
-    optimizer = torch.optim.AdamW(theta.values(), lr=config.lr, weight_decay=0.0, fused=machine.device.type == "cuda")
+    groups = [{"params": [p for name, p in theta.items() if name.startswith("g.") == is_g], "peak": peak}
+              for is_g, peak in ((False, config.lr), (True, config.lr_g))]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=machine.device.type == "cuda")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     for p in theta.values():                             # AdamW's own start, now: a disk or GPU too small for it shows here
         optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if machine.device.type == "cuda" else "cpu"),
@@ -485,10 +532,10 @@ def main(argv=None):
         padded = sum(batch["attention_mask"].numel() for batch in micro)
         n_answer, real, padded, n_images, stop = machine.sum(
             sum((batch["labels"][:, 1:] != IGNORE).sum().item() for batch in micro), real, padded,
-            sum(len(batch["X_v"]) for batch in micro), len(stopping))
+            sum(len(batch["sizes"]) for batch in micro), len(stopping))
         stop_on(n_answer == 0, machine, step, f"0 of {real:.0f} tokens are scored", micro, data)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, total, config)
+            group["lr"] = lr_at(step, total, config, group["peak"])
         loss, norm = backward(wrapped, micro, theta, optimizer, scaler, machine, n_answer)
         stop_on(not math.isfinite(loss) or loss == 0, machine, step, f"the loss is {loss}", micro, data)
         bad_norm = not math.isfinite(norm) and scaler.get_scale() <= 1      # fp16: the scaler skips the step and tries lower
@@ -496,7 +543,7 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         if before and math.isfinite(norm):
-            check_first_step(before, model, theta, group["lr"])
+            check_first_step(before, model, theta, min(group["lr"] for group in optimizer.param_groups))
             before = None
         seconds = time.time() - ended
         eta = timedelta(seconds=round((time.time() - began) / (step - first + 1) * (total - step - 1)))

@@ -61,7 +61,9 @@ def tiny_llm(family="llama", tied=False, vocab_size=320, seed=0, **more):
 def tiny_llava(family="llama", tied=False, **more):
     model = LLaVA(tiny_clip(), tiny_llm(family, tied), byte_tokenizer(), **more)
     torch.manual_seed(1)
-    torch.nn.init.normal_(model.W.weight, std=0.5)
+    for p in model.W.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.5)
     return model.eval()
 
 

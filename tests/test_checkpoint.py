@@ -34,8 +34,8 @@ def assert_same(a, b):
         other = b.state_dict()[name]
         assert value.dtype == other.dtype, f"{name} is {value.dtype} and {other.dtype}"
         assert torch.equal(value, other), f"{name} is not bit-equal: the folder does not hold the model that was saved"
-    assert (a.meta, a.feature_layer, a.image_id, a.N, a.image_size, a.tied, a.eos_ids) == (
-        b.meta, b.feature_layer, b.image_id, b.N, b.image_size, b.tied, b.eos_ids)
+    assert (a.meta, a.feature_layer, a.image_id, a.view, a.tied, a.eos_ids) == (
+        b.meta, b.feature_layer, b.image_id, b.view, b.tied, b.eos_ids)
     assert len(a.tokenizer) == len(b.tokenizer)
     for text in TEXTS:
         assert a.tokenizer(text)["input_ids"] == b.tokenizer(text)["input_ids"], f"{text!r} has other ids after saving"
@@ -77,7 +77,8 @@ def test_save_and_load_is_bit_exact(family, tied, dtype, tmp_path):
     for p in model.parameters():
         p.data = p.data.to(dtype)
     assert_same(model, loaded)
-    assert loaded.meta == meta and loaded.eos_ids == {2, 77} and loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert loaded.meta == meta | {"aspect": "crop"} and loaded.eos_ids == {2, 77}
+    assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
     loaded.save_pretrained(tmp_path / "b")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), f"{name} changes when saved again"
@@ -255,7 +256,7 @@ def both_ways(model, folder, template, turns):
         pictures += [p for p in parts if not isinstance(p, str)]
     theirs = AutoProcessor.from_pretrained(folder).apply_chat_template(
         theirs, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    ours = prompt(ours, pictures, model.tokenizer, TEMPLATES[template], model.image_size, model.N)
+    ours = prompt(ours, pictures, model.tokenizer, TEMPLATES[template], model.view)
     return ours, theirs["input_ids"][0].tolist(), theirs["pixel_values"]
 
 
@@ -330,7 +331,7 @@ def test_a_second_projector_layer_is_refused(saved, key):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"projector_hidden_act": "gelu"}, ("projector_hidden_act", "gelu")),
+    ({"projector_hidden_act": "relu"}, ("projector_hidden_act", "relu")),
     ({"vision_feature_select_strategy": "full"}, ("vision_feature_select_strategy", "full")),
     ({"vision_feature_layer": [-2, -1]}, ("vision_feature_layer", "-2, -1")),
     ({"image_token_index": 7}, ("image_token_index", "7", "259")),
@@ -404,7 +405,7 @@ def test_g_is_read_from_a_vision_folder_and_from_a_full_CLIP(tmp_path, kind):
     model = LLaVA.from_parts(str(tmp_path / "clip"), llm_folder(tmp_path / "llm")[1])
     X_v = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(model.g(X_v).last_hidden_state, want.eval()(X_v).last_hidden_state, atol=0, rtol=0)
-    assert (model.N, model.image_size) == (4, 28)
+    assert (model.N, model.view.size) == (4, 28)
     model.save_pretrained(tmp_path / "out")
     assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
 
@@ -420,7 +421,7 @@ def test_a_full_vocabulary_grows_to_the_next_multiple_of_64(tmp_path, vision, ti
         assert new.shape == (320, 48), f"{tuple(new.shape)}: <image> needs a row, and engines want a multiple of 64"
         assert torch.equal(new[:259], old), "the old rows changed"
         torch.testing.assert_close(new[259:], old.mean(0).expand(61, 48), msg=lambda m: f"not the mean of the old rows: {m}")
-    assert model.meta == {"vision": vision, "llm": llm} and model.tokenizer.pad_token == "<unk>"
+    assert model.meta == {"vision": vision, "llm": llm, "aspect": "crop"} and model.tokenizer.pad_token == "<unk>"
     model.save_pretrained(tmp_path / "out")
     assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
     theirs, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -14,6 +14,7 @@ from transformers import (AddedToken, AutoTokenizer, LlamaConfig, LlamaTokenizer
                           Qwen2Config)
 
 from data import TEMPLATES, arrange, check_template, encode, encode_within, prompt, render, template_for
+from images import view_of
 from model import IGNORE
 from records import IMAGE
 
@@ -52,6 +53,14 @@ RENDERED = {     # the prompt of one open turn, and what a finished first and an
     "mistral_instruct": ("[INST] <image>\nWhat is this? [/INST]", " A cat. </s>[INST] Why? [/INST]"),
     "chatml_direct": ("<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is this?<|im_end|>"
                       "<|im_start|>assistant\n", "A cat.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"),
+    "qwen_1_5": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?"
+                 "<|im_end|>\n<|im_start|>assistant\n",
+                 "A cat.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+    "llama_3": (f"<|start_header_id|>system<|end_header_id|>\n\n{L2[15:-11]}<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                "A cat.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n"),
     "plain": ("<image>", "A cat.\n"),
 }
 
@@ -103,9 +112,10 @@ def test_each_language_model_gets_the_template_that_it_knows():
     plain, llama_2 = byte_tokenizer(), byte_tokenizer()
     chatml = byte_tokenizer(("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
     llama_2.chat_template = "{{ '<<SYS>>' }}"
+    llama_3 = byte_tokenizer(("<unk>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
     for config, tokenizer, name in ((LlamaConfig(), plain, "vicuna_v1"), (MistralConfig(), plain, "mistral_instruct"),
-                                    (Qwen2Config(), chatml, "chatml_direct"), (LlamaConfig(), chatml, "chatml_direct"),
-                                    (LlamaConfig(), llama_2, "llava_llama_2")):
+                                    (Qwen2Config(), chatml, "qwen_1_5"), (LlamaConfig(), chatml, "chatml_direct"),
+                                    (LlamaConfig(), llama_2, "llava_llama_2"), (LlamaConfig(), llama_3, "llama_3")):
         assert template_for(config, tokenizer).name == name, f"{config.model_type} would be trained on a foreign template"
         check_template(template_for(config, tokenizer), tokenizer)
 
@@ -275,7 +285,8 @@ def tokenizer(request, tmp_path_factory):
     if isinstance(made, Tokenizer):
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         made = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    made.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>", IMAGE)])
+    made.add_tokens([AddedToken(t, special=True, normalized=False) for t in (
+        "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", IMAGE)])
     return made
 
 
@@ -285,7 +296,7 @@ def encoded(tokenizer):
     rng, out = random.Random(1), []
     for template in itertools.islice(itertools.cycle(TEMPLATES.values()), 200):
         turns = random_chat(rng, 1 if template.name == "plain" else rng.randint(1, 6))
-        ids, labels = encode(render(turns, template), tokenizer, [3] * tags(turns))
+        ids, labels = encode(render(turns, template), tokenizer, [4] * tags(turns))
         out.append((template, turns, ids, labels))
     return out
 
@@ -296,7 +307,7 @@ def test_exactly_the_answers_and_stop_are_scored_under_every_tokenizer(tokenizer
     blank = tokenizer.decode(x + x, clean_up_tokenization_spaces=False) == "x x"     # sentencepiece: texts start with a blank
     for template, turns, ids, labels in encoded:
         assert len(ids) == len(labels) and all(label in (i, IGNORE) for i, label in zip(ids, labels)), "labels are shifted"
-        assert ids.count(image_id) == 3 * tags(turns), "an image has not its N placeholders"
+        assert ids.count(image_id) == 4 * tags(turns), "an image has not its N placeholders"
         runs, answers = scored_runs(labels), [turn["value"].strip() for turn in turns[1::2]]
         assert len(runs) == len(answers), f"{template.name}: {len(runs)} scored stretches for {len(answers)} answers in {turns}"
         for (start, stop), answer in zip(runs, answers):
@@ -312,7 +323,7 @@ def test_a_sampling_prompt_has_the_ids_that_training_had_before_the_answer(token
     for template, turns, ids, labels in encoded:
         for i, (start, _) in enumerate(scored_runs(labels)):
             before = turns[:2 * i + 1]
-            sample = prompt(before, [picture] * tags(before), tokenizer, template, 28, 3)
+            sample = prompt(before, [picture] * tags(before), tokenizer, template, view_of("crop", 28, 14))
             assert sample["input_ids"] == ids[:start], f"{template.name}: other ids than training had at answer {i} of {turns}"
             assert len(sample["X_v"]) == tags(before), "the prompt has not one picture a tag"
 
@@ -331,7 +342,8 @@ def test_images_become_their_own_number_of_placeholders_in_order():
 def test_a_prompt_whose_tags_and_pictures_disagree_is_an_error_that_counts_them(pictures):
     """Sec. 4.1: each <image> needs one picture; anything else would splice features into the wrong place."""
     with pytest.raises((AssertionError, ValueError), match=f"{pictures} (image|picture)s"):
-        prompt(chat("<image>\nWhat?"), [Image.new("RGB", (2, 2))] * pictures, byte_tokenizer(), TEMPLATES["vicuna_v1"], 28, 4)
+        prompt(chat("<image>\nWhat?"), [Image.new("RGB", (2, 2))] * pictures, byte_tokenizer(), TEMPLATES["vicuna_v1"],
+               view_of("crop", 28, 14))
 
 
 def test_limits_in_a_tokenizer_file_neither_cut_nor_pad_a_sample():
@@ -403,11 +415,11 @@ def test_a_long_conversation_loses_whole_trailing_turns_and_no_more_than_needed(
     turns = chat("<image>\nWhat?", "A cat.", "Why?", "It has ears. " * 3, "<image>\nAnd this?", "A dog.", "Why?", "It barks.")
     whole = [len(encode(render(turns[:n], template), tokenizer, [N] * tags(turns[:n]))[0]) for n in (2, 4, 6, 8)]
     for limit in range(whole[0], whole[-1] + 2):
-        ids, labels, kept = encode_within(turns, template, tokenizer, N, limit)
+        ids, labels, kept = encode_within(turns, template, tokenizer, [N] * tags(turns), limit)
         n = sum(length <= limit for length in whole)
         assert kept == turns[:2 * n] and len(ids) == whole[n - 1], f"{n} answers fit {limit} tokens, {len(kept) // 2} were kept"
         assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == N * tags(kept), "an image was cut"
         assert tokenizer.decode([i for i in labels if i != IGNORE]).endswith(template.STOP), "the last answer lost its STOP"
-    message = f"{whole[0]} tokens (one image = 9) with a single answer left, the limit is {whole[0] - 1}"
+    message = f"{whole[0]} tokens (9 of them visual) with a single answer left, the limit is {whole[0] - 1}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        encode_within(turns, template, tokenizer, N, whole[0] - 1)
+        encode_within(turns, template, tokenizer, [N] * tags(turns), whole[0] - 1)

@@ -12,6 +12,7 @@ import pytest
 
 import eval as ev
 from conftest import ROOT, tiny_llava
+from images import load_image
 from records import form_problem
 
 WORD = "\nAnswer the question using a single word or phrase."
@@ -852,9 +853,9 @@ def test_questions_of_one_picture_share_its_features_and_get_the_answers_they_ge
     assert encoded == [2, 2, 2], f"batches of 6 questions about 3 pictures, 4 each, were encoded as {encoded} pictures"
 
     def ids(some):
-        steps = talker.model.stream(*talker.batch(some), stop=talker.stop, max_new_tokens=10)
+        steps = talker.model.stream(**talker.batch(some), stop=talker.stop, max_new_tokens=10)
         return [[i for i in row if i is not None] for row in zip(*steps)]
-    pictures = [sample.load_image(chats / "images" / name) for name in names]
+    pictures = [load_image(chats / "images" / name) for name in names]
     asked = [([talker.ask(f"Is {k} so?", 1)], [pictures[k % 2]]) for k in range(5)]
     asked += [([talker.ask("Both?", 2)], pictures[1::-1])]
     assert ids(asked) == [ids([one])[0] for one in asked], "a shared picture changes an answer's ids"

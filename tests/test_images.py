@@ -17,8 +17,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlamaConfig
 
 import data
-from data import (TEMPLATES, Conversations, Steps, collate, inspect, load_image, micro_batches, plan_epoch, preprocess,
-                  to_X_v)
+import images
+from data import TEMPLATES, Conversations, Steps, collate, inspect, micro_batches, plan_epoch
+from images import load_image, preprocess, view_of
 from model import IGNORE
 from records import IMAGE, Records, image_path, read_json
 
@@ -38,7 +39,7 @@ def problem_of(record, folder, tmp_path):
     """What the check before step 0 says of one record, or None."""
     (tmp_path / "one.json").write_text(json.dumps([record]))
     records = Records([tmp_path / "one.json"])
-    return inspect(Conversations(records, folder, None, None, 224, 256))[0].get(0)
+    return inspect(Conversations(records, folder, None, None, view_of("crop", 224, 14)))[0].get(0)
 
 
 def saved(image, **how):
@@ -92,15 +93,15 @@ def test_a_picture_stands_upright_whatever_the_camera_wrote(orientation, upright
 
 def levels(image, size):
     """The picture as CLIP sees it, in 0..255."""
-    return preprocess(image, size).permute(1, 2, 0).numpy() * data.CLIP_STD * 255 + data.CLIP_MEAN * 255
+    return preprocess(image, size).permute(1, 2, 0).numpy() * images.CLIP_STD * 255 + images.CLIP_MEAN * 255
 
 
 def test_resizing_only_what_the_crop_keeps_changes_no_pixel_by_more_than_rounding(monkeypatch):
     """Ours: beyond MAX_RESIZED pixels only the crop is resized; the picture is the same up to one level of 255."""
     for w, h in SIZES + [(28, 2000), (2000, 28), (3, 200), (1, 2000), (2000, 1)]:
-        monkeypatch.setattr(data, "MAX_RESIZED", 2 ** 26)
+        monkeypatch.setattr(images, "MAX_RESIZED", 2 ** 26)
         plain = levels(noise(w, h), 28)
-        monkeypatch.setattr(data, "MAX_RESIZED", 0)
+        monkeypatch.setattr(images, "MAX_RESIZED", 0)
         worst = np.abs(levels(noise(w, h), 28) - plain).max()
         assert worst < 1.01, f"{w} x {h}: a huge picture would be off by {worst:.0f} levels"
 
@@ -118,8 +119,9 @@ def test_extremely_long_pictures_need_neither_the_memory_nor_the_error(w, h):
 
 def test_a_sample_without_pictures_has_an_empty_stack():
     """Sec. 4.1: text-only samples have K = 0 pictures of the right shape, so that batches concatenate."""
-    assert to_X_v([], 28).shape == (0, 3, 28, 28)
-    assert to_X_v([noise(5, 9), noise(30, 28)], 28).shape == (2, 3, 28, 28)
+    view = view_of("crop", 28, 14)
+    assert view.X_v([]).shape == (0, 3, 28, 28)
+    assert view.X_v([noise(5, 9), noise(30, 28)]).shape == (2, 3, 28, 28)
 
 
 def png_header(width, height):
@@ -345,7 +347,7 @@ def world(tmp_path_factory):
 
 def conversations(world, **more):
     records = Records([world / "world.json"])
-    return Conversations(records, world / "images", byte_tokenizer(), TEMPLATES["vicuna_v1"], 28, 4, **more)
+    return Conversations(records, world / "images", byte_tokenizer(), TEMPLATES["vicuna_v1"], view_of("crop", 28, 14), **more)
 
 
 def test_the_draw_of_eq_2_is_made_anew_each_epoch_and_repeats_with_the_seed(world):
@@ -382,7 +384,7 @@ def test_pictures_of_dropped_turns_are_dropped_with_them(tmp_path):
     make = lambda limit: conversations(tmp_path, max_length=limit)
     assert make(300).encoded(0)[2] == ["a.png"] and len(make(300)[0, 0, True]["X_v"]) == 1
     assert make(900).encoded(0)[2] == ["a.png", "b.png"] and len(make(900)[0, 0, True]["X_v"]) == 2
-    with pytest.raises(ValueError, match=r"^world\.json\[0\] \(id 7\): \d+ tokens \(one image = 4\).*the limit is 50$"):
+    with pytest.raises(ValueError, match=r"^world\.json\[0\] \(id 7\): \d+ tokens \(4 of them visual\).*the limit is 50$"):
         make(50)[0, 0, True]
 
 
@@ -464,15 +466,18 @@ def test_training_is_a_function_of_the_step_number(world):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate_pads_on_the_side_that_it_is_told(side):
     """Sec. 4.2: padding is neither attended to nor scored; pictures of all rows follow each other."""
-    samples = [{"where": "a", "input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7], "X_v": torch.ones(2, 3, 4, 4)},
-               {"where": "b", "input_ids": [8], "labels": [8], "X_v": torch.zeros(0, 3, 4, 4)},
-               {"where": "c", "input_ids": [0, 1], "labels": [IGNORE, 1], "X_v": torch.full((1, 3, 4, 4), 2.0)}]
+    samples = [{"where": "a", "input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7], "X_v": torch.ones(2, 3, 4, 4),
+                "sizes": [(4, 4), (8, 4)]},
+               {"where": "b", "input_ids": [8], "labels": [8], "X_v": torch.zeros(0, 3, 4, 4), "sizes": []},
+               {"where": "c", "input_ids": [0, 1], "labels": [IGNORE, 1], "X_v": torch.full((1, 3, 4, 4), 2.0),
+                "sizes": [(2, 4)]}]
     batch, left = collate(samples, pad_id=9, side=side), side == "left"
     assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8] if left else [8, 9, 9], [9, 0, 1] if left else [0, 1, 9]]
     assert batch["labels"].tolist() == [[-100, 6, 7], *([[-100, -100, 8], [-100, -100, 1]] if left else
                                                         [[8, -100, -100], [-100, 1, -100]])]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1] if left else [1, 0, 0], [0, 1, 1] if left else [1, 1, 0]]
     assert batch["X_v"][:, 0, 0, 0].tolist() == [1, 1, 2] and batch["ids"] == ["a", "b", "c"]
+    assert batch["sizes"] == [(4, 4), (8, 4), (2, 4)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -537,11 +542,11 @@ def test_worker_processes_find_what_one_process_finds(world, capsys, llm):
 
 def test_show_marks_what_is_scored(run, world, llm):
     """Table 2: the answers and STOP, and nothing else, between « and »."""
-    code, out = run("show", "--llm", llm, "--image_position", "first", "--image_tokens", "5")
+    code, out = run("show", "--llm", llm, "--image_position", "first", "--image_size", "28")
     turns = json.loads((world / "world.json").read_text())[0]["conversations"]
     head, text = out.split("\n", 1)
     assert code == 0 and head.startswith("world.json[0] (id x0), template vicuna_v1, ") and "images ['sub/0.png']" in head
-    want = f"{data.USER_SYSTEM} USER: [5 x <image>]\nWhat? ASSISTANT:« {turns[1]['value'].strip()}</s>»"
+    want = f"{data.USER_SYSTEM} USER: [4 x <image>]\nWhat? ASSISTANT:« {turns[1]['value'].strip()}</s>»"
     want += "".join(f"USER: {q['value']} ASSISTANT:« {a['value'].strip()}</s>»" for q, a in zip(turns[2::2], turns[3::2]))
     assert text == want + "\n", "what is shown as scored is not what is scored"
 
@@ -590,7 +595,7 @@ def test_stats_measures_what_training_would_see(run, world, llm):
     code, out = run("stats")
     assert code == 0 and "world.json: 22 samples, 0 bad" in out and "tokens per sample" not in out
     assert re.search(r"images +21 in 18 samples, 4 text only", out), out
-    code, out = run("stats", "--llm", llm, "--image_tokens", "4")
+    code, out = run("stats", "--llm", llm, "--image_size", "28")
     dataset = conversations(world)
     lengths = [len(dataset.encoded(i)[0]) for i in range(22)]
     scored = sum(len(f" {t['value'].strip()}") + 1 for r in records for t in r["conversations"][1::2])
@@ -598,7 +603,7 @@ def test_stats_measures_what_training_would_see(run, world, llm):
     assert "0 samples without any" in out and "0 samples lose 0 answers" in out
     answers = [len(r["conversations"]) // 2 for r in records]
     limit = max(length for length, n in zip(lengths, answers) if n == 1)
-    code, out = run("stats", "--llm", llm, "--image_tokens", "4", "--max_length", limit + 20)
+    code, out = run("stats", "--llm", llm, "--image_size", "28", "--max_length", limit + 20)
     trimmed = sum(len(conversations(world, max_length=limit + 20).encoded(i)[3]) // 2 < n for i, n in enumerate(answers))
     assert trimmed and f"{trimmed} samples lose " in out, out
 

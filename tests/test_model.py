@@ -26,8 +26,8 @@ def sample(model, turns, name="chat.json[0] (id 0)", seed=0):
     tags = sum(turn.count(IMAGE) for turn in turns)
     turns = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     ids, labels = encode(render(turns, TEMPLATES["mistral_instruct"]), model.tokenizer, [model.N] * tags)
-    X_v = torch.randn(tags, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(seed))
-    return {"where": name, "input_ids": ids, "labels": labels, "X_v": X_v}
+    X_v = torch.randn(tags, 3, model.view.size, model.view.size, generator=torch.Generator().manual_seed(seed))
+    return {"where": name, "input_ids": ids, "labels": labels, "X_v": X_v, "sizes": [(28, 28)] * tags}
 
 
 def training_batch(model, chats=CHATS):

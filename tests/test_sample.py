@@ -16,7 +16,8 @@ import torch
 import sample
 import train
 from conftest import byte_tokenizer, run_script, scripted_llm, start_script, tiny_clip, tiny_llava
-from data import TEMPLATES, Conversations, collate, load_image, prompt
+from data import TEMPLATES, Conversations, collate, prompt
+from images import load_image
 from model import IGNORE, LLaVA
 from records import Records, brief_instructions, image_names
 
@@ -63,7 +64,7 @@ def answer(folder, text, pictures=(), new=12):
     model = LLaVA.from_pretrained(folder)
     template = TEMPLATES[model.meta["template"]]
     turns = [{"from": "human", "value": "<image>\n" * len(pictures) + text}]
-    batch = collate([prompt(turns, [load_image(p) for p in pictures], model.tokenizer, template, model.image_size, model.N)],
+    batch = collate([prompt(turns, [load_image(p) for p in pictures], model.tokenizer, template, model.view)],
                     side="left")
     inputs = batch["input_ids"], batch["attention_mask"], batch["X_v"]
     return model.generate(*inputs, stop=[template.STOP], max_new_tokens=new)[0]
@@ -90,7 +91,7 @@ def test_the_prompt_is_id_for_id_what_training_has_before_the_answer(checkpoint,
     of the same conversation, and the answer is generated from them."""
     model = LLaVA.from_pretrained(checkpoint)
     data = Conversations(Records([chats / "chat.json"]), chats / "images", model.tokenizer, TEMPLATES["llava_v0"],
-                         model.image_size, model.N, image_position="first")
+                         model.view, image_position="first")
     trained = data[0, 0, True]
     ids = trained["input_ids"][:next(i for i, label in enumerate(trained["labels"]) if label != IGNORE)]
     shown = spoken(capsys, "--model", checkpoint, "--image", picture, "--question", QUESTION, "--temperature", 0,
@@ -294,7 +295,7 @@ def test_batched_answers_are_the_single_ones_token_for_token(checkpoint, questio
                       [load_image(chats / "images" / n) for n in image_names(q)]) for q in asked]
 
     def ids(batch):
-        steps = talker.model.stream(*talker.batch(batch), stop=talker.stop, **talker.sampling)
+        steps = talker.model.stream(**talker.batch(batch), stop=talker.stop, **talker.sampling)
         return [[i for i in row if i is not None] for row in zip(*steps)]
     assert ids(conversations) == [ids([one])[0] for one in conversations]
 
@@ -401,7 +402,7 @@ def test_a_stage_1_checkpoint_is_asked_in_its_own_form(question, parts, chats, p
     asked = json.loads(re.search(r"^\[[\d, ]+\]$", shown.out, re.MULTILINE)[0])
     model = LLaVA.from_pretrained(out)
     data = Conversations(Records([path]), chats / "images", model.tokenizer, TEMPLATES[model.meta["template"]],
-                         model.image_size, model.N, questions=brief_instructions() if question else None)
+                         model.view, questions=brief_instructions() if question else None)
     prompts = []
     for epoch in range(50):
         ids, labels, _, _ = data.encoded(0, epoch)

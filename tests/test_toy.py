@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionM
 import generate_data
 import toy
 import toy_pretrain
-from data import preprocess
+from images import preprocess
 from model import LLaVA
 from records import whole_lines
 from toy import HELD_OUT, KINDS, PAIRS, SEEN, Scene, Thing

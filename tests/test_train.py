@@ -669,7 +669,7 @@ def test_another_feature_layer_is_used_and_stored(flags, straight, tmp_path):
     assert losses(out)[0] != losses(straight(1))[0], "--feature_layer changes nothing"
     assert json.loads((out / "config.json").read_text())["vision_feature_layer"] == -1, "transformers would use another layer"
     assert LLaVA.from_pretrained(out).feature_layer == -1
-    with pytest.raises(ValueError, match="feature layer -1"):
+    with pytest.raises(ValueError, match="feature_layer -1"):
         train.main(flags(tmp_path / "two", "--stage", 2, "--init", out))
 
 
