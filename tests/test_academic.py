@@ -324,6 +324,7 @@ def test_a_box_is_read_out_of_an_answer_or_refused():
     """Ours: a model's words around the box do not matter; a text without one is no box at 0, 0."""
     assert text_to_box("It is at [0.5, .25,1, 0.75].", 200, 100) == [100, 0, 200, 100]
     assert text_to_box("[0.0, 0.0, 1.0, 1.0]", 200, 100) == [0, 0, 200, 100], "the padding is no part of the picture"
+    assert text_to_box("[0.0, 0.0, 1.0, 1.0]", 100, 200) == [0, 0, 100, 200], "the padding is no part of the picture"
     assert text_to_box("[0.5, 0.0, 1.0, 1.0]", 200, 100, "crop") == [100, 0, 150, 100]
     for text in ("", "no", "[0.5, 0.2, 0.9]", "[0.5, 0.2, 0.4, 0.9]", "[12, 30, 50, 60]", "[0.1, 0.2, 0.3, 0.4, 0.5]"):
         with pytest.raises(ValueError, match="has no box"):
