@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import tiles
-from images import ASPECTS, load_image, picture_problem, picture_size, view_of
+from images import ABSENT, ASPECTS, load_image, picture_problem, picture_size, view_of
 from model import IGNORE, LLaVA, load_tokenizer
 from records import IMAGE, Records, form_problem, image_names, image_path
 
@@ -349,26 +349,52 @@ class Each(Dataset):
         return list(tqdm(rows, desc=self.desc, total=len(self), disable=not sys.stderr.isatty()))
 
 
+def look_at(folder, name):
+    """(what is wrong with a picture or None, is it missing?, is it there under another extension?)"""
+    problem = picture_problem(folder, name)
+    elsewhere = not problem and image_path(folder, name) != os.path.join(folder, name)
+    return problem, problem == ABSENT.format(name, folder), elsewhere
+
+
 def inspect(data, workers=0):
-    """Check every sample and decode every picture once. Returns ({index: problem}, table) with a row
-    (tokens, scored tokens, images, turns, dropped turns) a sample; the tokens are 0 where `data` has no tokenizer."""
-    problems, pictures = {}, {}
+    """Check every sample and decode every picture once. Returns ({index: problem}, table) with a row (tokens, scored tokens,
+    images, turns, dropped turns, missing images, images under another extension) a sample; the tokens are 0 where `data` has
+    no tokenizer, and so are the first five where the sample is bad."""
+    problems, pictures, table = {}, {}, np.zeros((len(data), 7), np.int32)
     for i, record in enumerate(data.records):
         if problem := form_problem(record, data.folder):
             problems[i] = problem
         else:
             pictures |= {name: None for name in image_names(record)}
-    look = functools.partial(picture_problem, data.folder)
+    look = functools.partial(look_at, data.folder)
     pictures = dict(zip(pictures, Each(look, list(pictures), workers, "pictures").results()))
     for i in range(len(data)):
-        if i not in problems and (bad := [pictures[n] for n in image_names(data.records[i]) if pictures[n]]):
-            problems[i] = bad[0]
-    good, table = [i for i in range(len(data)) if i not in problems], np.zeros((len(data), 5), np.int32)
+        if i not in problems and (seen := [pictures[n] for n in image_names(data.records[i])]):
+            bad, missing, other = zip(*seen)
+            table[i, 5:] = sum(missing), sum(other)
+            if any(bad):
+                problems[i] = next(filter(None, bad))
+    good = [i for i in range(len(data)) if i not in problems]
     for i, (problem, *row) in zip(good, Each(data.measure, good, workers, "samples").results()):
-        table[i] = row
+        table[i, :5] = row
         if problem:
             problems[i] = problem
     return dict(sorted(problems.items())), table
+
+
+def report_sources(data, problems, table):
+    """[(line, indices of its good samples), ...]: what each source brings, and what is missing there."""
+    records, reports, start = data.records, [], 0
+    for file, total, count in zip(records.files, records.totals, records.counts):
+        here, start = np.arange(start, start + count), start + count
+        good, (missing, other) = np.array([i for i in here if i not in problems], int), table[here, 5:].sum(0)
+        line = (f"{file}: {count} samples" + f" drawn from {total}" * (count != total) + f", {count - len(good)} bad, "
+                f"{missing} images missing, {(table[good, 2] == 0).sum()} text only")
+        if other:
+            name = next(n for n in image_names(records[here[table[here, 6] > 0][0]]) if look_at(data.folder, n)[2])
+            line += f"; {other} found under another extension, e.g. {name} as {os.path.basename(image_path(data.folder, name))}"
+        reports.append((line, good))
+    return reports
 
 
 def report_problems(problems, records, most=20):
@@ -484,7 +510,7 @@ def quantiles(values):
 
 def open_data(args):
     """The data set as the command line describes it; without --model or --llm, one that is not tokenised."""
-    records, tokenizer, template = Records(args.files), None, None
+    records, tokenizer, template = Records(args.files, args.fraction, args.seed), None, None
     view = view_of(args.aspect, args.image_size, 14)
     if args.model:
         model = LLaVA.from_pretrained(args.model)
@@ -502,14 +528,11 @@ def open_data(args):
 
 
 def print_stats(data, problems, table):
-    good = np.array([i not in problems for i in range(len(data))])
-    source = np.array([data.records.source(i)[0] for i in range(len(data))])
-    for name in data.records.files:
-        rows, here = table[good & (source == name)], (source == name).sum()
-        print(f"{name}: {here} samples, {here - len(rows)} bad")
-        if not len(rows):
+    for line, good in report_sources(data, problems, table):
+        print(line)
+        if not len(good):
             continue
-        tokens, scored, images, turns, dropped = rows.T
+        tokens, scored, images, turns, dropped = table[good, :5].T
         print(f"  answers per sample    {quantiles(turns / 2)}")
         print(f"  images                {images.sum()} in {(images > 0).sum()} samples, {(images == 0).sum()} text only")
         if data.tokenizer:
@@ -533,7 +556,9 @@ def show_tiles(args):
 def arguments(argv):
     parser = argparse.ArgumentParser(description="Check, show or measure LLaVA-format data.", allow_abbrev=False)
     parser.add_argument("command", choices=["check", "show", "stats"])
-    parser.add_argument("files", nargs="+", metavar="FILE", help="JSON array or JSON lines")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSON array or JSON lines; FILE=0.5, FILE=20000: part of it")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share that is taken of every file")
+    parser.add_argument("--seed", type=int, default=42, help="train.py's, which decides on the parts")
     parser.add_argument("--images", metavar="DIR", help="folder that the image names are relative to")
     parser.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer and template to use")
     parser.add_argument("--llm", metavar="DIR|ID", help="language model whose tokenizer to use")
@@ -568,6 +593,8 @@ def main(argv=None):
     problems, table = inspect(data, args.workers)
     if args.command == "stats":
         print_stats(data, problems, table)
+    elif len(data.records.files) > 1 or data.records.counts != data.records.totals or table[:, 5:].any():
+        print("\n".join(line for line, _ in report_sources(data, problems, table)))
     if problems:
         print(report_problems(problems, data.records, most=len(problems)))
     print(f"{len(data)} samples, {len(problems)} bad")

@@ -49,6 +49,9 @@ def load_image(source, name=None):
         raise ValueError(f"{name or source}: not a readable picture ({error})") from error
 
 
+ABSENT = "image {!r} is not in {}"
+
+
 def picture_problem(folder, name):
     """What is wrong with a picture, or None. It is decoded to its end, in the smallest size that its format offers."""
     try:
@@ -56,7 +59,7 @@ def picture_problem(folder, name):
             image.draft(image.mode, (1, 1))
             ImageOps.exif_transpose(image).convert("RGB")                   # as in load_image
     except FileNotFoundError:
-        return f"image {name!r} is not in {folder}"
+        return ABSENT.format(name, folder)
     except UNREADABLE as error:
         return f"image {name!r}: {error}"
     return None

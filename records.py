@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import textwrap
+import zlib
 
 import numpy as np
 
@@ -81,33 +82,62 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-class Records:
-    """The samples of some files, kept as JSON text in one bytes object: their memory is about the files' size,
-    and worker processes that are forked share it."""
+def amount_of(source):
+    """A source of --data as (file, amount): "a.json" is all of it, 1.0; "a.json=0.5" that share, "a.json=20000" so many."""
+    file, sign, amount = str(source).rpartition("=")
+    if not sign or os.path.exists(source):
+        return source, 1.0
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", amount) or float(amount) == 0:
+        raise ValueError(f"{source}: no such file; an amount behind = is a share (=0.5) or a count without dot (=200), above 0")
+    return file, float(amount) if "." in amount else int(amount)
 
-    def __init__(self, files):
-        self.files, self.counts, blob, ends = list(files), [], bytearray(), [0]
-        for path in files:
-            for record in read_json(path):
-                blob += json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-                ends.append(len(blob))
-            self.counts.append(len(ends) - 1 - sum(self.counts))
-            if not self.counts[-1]:
+
+def draw(file, n, amount, fraction, seed):
+    """Which of a file's n samples are taken, ascending. More than n are whole repeats and a rest.
+
+    A function of seed, file name, n and how many alone: other sources and folders change nothing, and less is part of more.
+    """
+    many = round((n * amount if isinstance(amount, float) else amount) * fraction)
+    if many < 1:
+        raise ValueError(f"{file}: nothing would be left of its {n} samples")
+    order = np.random.default_rng([seed, zlib.crc32(os.path.basename(file).encode())]).permutation(n)
+    return np.sort(np.concatenate([np.tile(np.arange(n), many // n), order[:many % n]]))
+
+
+class Records:
+    """The samples of some sources (see `amount_of`), kept as JSON text in one bytes object: their memory is about the files'
+    size, and worker processes that are forked share it. `fraction` of every source is taken (Diss. Sec. 4.5)."""
+
+    def __init__(self, sources, fraction=1.0, seed=0):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"--fraction {fraction}: a share above 0 and up to 1")
+        self.files, self.totals, indices, texts, blobs, sizes = [], [], [], [], [], [0]
+        for path, amount in map(amount_of, sources):
+            lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+                     for record in read_json(path)]
+            if not lines:
                 raise ValueError(f"{path}: no records in it")
-        self.blob, self.ends = bytes(blob), np.array(ends)
+            indices.append(draw(path, len(lines), amount, fraction, seed))
+            kept, place = np.unique(indices[-1], return_inverse=True)
+            texts.append(len(sizes) - 1 + place)
+            sizes += [len(lines[i]) for i in kept]
+            blobs.append(b"".join(lines[i] for i in kept))
+            self.files.append(path)
+            self.totals.append(len(lines))
+        self.blob, self.ends, self.counts = b"".join(blobs), np.cumsum(sizes), [len(drawn) for drawn in indices]
+        self.indices = np.concatenate(indices)           # of each sample: its place in its file
+        self.texts = np.concatenate(texts)               # and in `ends`; repeated samples share one
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.texts)
 
     def __getitem__(self, i):
-        return json.loads(self.blob[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass"))
+        text = self.texts[i]
+        return json.loads(self.blob[self.ends[text]:self.ends[text + 1]].decode("utf-8", "surrogatepass"))
 
     def source(self, i):
         """Which file record i is from, and its index there."""
-        for path, count in zip(self.files, self.counts):
-            if i < count:
-                return path, i
-            i -= count
+        return self.files[np.searchsorted(np.cumsum(self.counts), i, side="right")], int(self.indices[i])
 
     def where(self, i):
         """'chat.json[1432] (id 000000123)', the name of a sample in every message."""
@@ -124,11 +154,36 @@ def image_names(record):
     return [images] if isinstance(images, str) else images
 
 
+PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}      # extensions that may stand for each other
+
+
+@functools.lru_cache(maxsize=1024)
+def pictures_in(folder, changed):
+    """{name without extension: [name, ...]} of the pictures in a folder, which is listed once as long as it does not change."""
+    found = {}
+    for name in os.listdir(folder):
+        stem, extension = os.path.splitext(name)
+        if extension.lower() in PICTURES:
+            found.setdefault(stem, []).append(name)
+    return found
+
+
 def image_path(folder, name):
-    """folder/name; ValueError if the name leaves the folder."""
+    """folder/name; if that is no file, then the one picture there whose name differs in its extension alone, if there is one.
+
+    OURS: LLaVA-1.5's lists call every picture of OCR-VQA .jpg, which not all are where they come from. ValueError if the name
+    leaves the folder, or if several pictures could be meant.
+    """
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
         raise ValueError(f"image {name!r} leaves the image folder {folder}; names are relative to --images")
-    return os.path.join(folder, name)
+    path = os.path.join(folder, name)
+    parent, (stem, extension) = os.path.dirname(path), os.path.splitext(os.path.basename(path))
+    if os.path.exists(path) or extension.lower() not in PICTURES | {""} or not os.path.isdir(parent):
+        return path
+    found = pictures_in(parent, os.stat(parent).st_mtime_ns).get(stem, [])
+    if len(found) > 1:
+        raise ValueError(f"image {name!r} is not in {folder}, but {' and '.join(sorted(found))} are; one of them must go")
+    return os.path.join(parent, found[0]) if found else path
 
 
 def form_problem(record, folder):

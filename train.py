@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, template_for,
-                  use_color)
+from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, report_sources,
+                  template_for, use_color)
 from images import ASPECTS, view_of
 from model import DTYPES, IGNORE, PROJECTORS, LLaVA, choose_device, choose_dtype
 from records import Records, brief_instructions, typed_flags, whole_lines
@@ -98,7 +98,8 @@ RECIPES = {
 class Config:
     recipe: str = "llava-7b"            # a row of RECIPES
     stage: int = 1                      # 1: theta = {W}; 2: theta = {W, phi}  (Sec. 4.2)
-    data: list[str] = ()                # LLaVA-format JSON files
+    data: list[str] = ()                # LLaVA-format JSON files; FILE=0.5 is that share of it, FILE=20000 so many samples
+    fraction: float = 1.0               # COURSE: Diss. Sec. 4.5, the share of every file that is trained on
     images: str = None                  # the folder that image names are relative to
     vision: str = None                  # g: hub id or folder of a CLIP
     llm: str = None                     # f_phi: hub id or folder of a language model
@@ -234,7 +235,8 @@ def build_model(config, machine):
     check_template(template, model.tokenizer)
     model.tokenizer.chat_template = template.jinja()
     model.meta |= {"template": template.name, "chat": chat.name, "stage": config.stage, "recipe": config.recipe,
-                   "init": config.init, "data": list(config.data), "seed": config.seed}
+                   "init": config.init, "data": list(config.data), "fraction": config.fraction,
+                   "seed": config.seed}
     return model, theta, template
 
 
@@ -244,22 +246,25 @@ def build_data(config, machine, model, template):
     Raises ValueError with file, index and id of what is wrong, before step 0. Rank 0 checks; the others wait.
     """
     questions = brief_instructions() if config.stage == 1 and config.stage1_question else None
-    records = Records(config.data)
+    records = Records(config.data, config.fraction, config.seed)
     data = Conversations(records, config.images, model.tokenizer, template, model.view, config.max_length,
                          config.image_position, questions, config.seed)
     found = [inspect(data, config.workers)] if machine.rank == 0 else [None]
     if machine.world_size > 1:
         dist.broadcast_object_list(found)
     problems, table = found[0]
+    sources = [line for line, _ in report_sources(data, problems, table)]
     if problems and not config.skip_bad:
-        raise ValueError(f"{len(problems)} of {len(data)} samples are bad (--skip_bad leaves them out):\n"
-                         + report_problems(problems, records))
-    good = np.array([i for i in range(len(data)) if i not in problems])
-    if len(good) <= config.val_samples:
-        raise ValueError(f"{len(good)} good samples, of which --val_samples {config.val_samples} would be held out; lower it")
+        raise ValueError("\n".join([f"{len(problems)} of {len(data)} samples are bad (--skip_bad leaves them out):", *sources,
+                                    report_problems(problems, records)]))
+    good = np.array([i for i in range(len(data)) if i not in problems], int)
     held_out = np.random.default_rng(config.seed).permutation(good)[:config.val_samples]
-    tokens, scored, images, turns, dropped = table[good].T
+    train_on = good[~np.isin(records.texts[good], records.texts[held_out])]      # nor another copy of what is held out
+    if not len(train_on):
+        raise ValueError(f"{len(good)} good samples, of which --val_samples {config.val_samples} would be held out; lower it")
+    tokens, scored, images, turns, dropped = table[good, :5].T
     lines = [f"data: {len(data)} samples, {len(problems)} bad and left out, {config.val_samples} held out",
+             *(f"      {line}" for line in sources),
              f"      {images.sum()} images; {tokens.sum()} tokens ({model.view.said}), {scored.sum()} scored; "
              f"{(dropped > 0).sum()} samples lose {dropped.sum() // 2} trailing answers at {config.max_length}",
              f"labels: {len(good)} samples, {(scored == 0).sum()} without scored tokens"]
@@ -268,7 +273,7 @@ def build_data(config, machine, model, template):
         raise ValueError(f"{records.where(good[tokens.argmax()])}: {tokens.max()} tokens, but the language model's context is "
                          f"{limit}; --max_length {limit} leaves trailing turns out")
     lines += [f"      left out: {line}" for line in report_problems(problems, records, 5).splitlines()]
-    return data, table[:, 0], np.setdiff1d(good, held_out), held_out, lines
+    return data, table[:, 0], train_on, held_out, lines
 
 
 def theta_table(model, theta):

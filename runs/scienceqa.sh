@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # ScienceQA (Sec. 5.2, Table 7): from a stage-1 checkpoint to the nine columns.
-#     bash runs/scienceqa.sh [stage-1 checkpoint] [output folder]     FORMAT=QCM-A for the answer without reasoning, ...
+#     bash runs/scienceqa.sh [stage-1 checkpoint] [output folder] [flag of train.py...]
+# Table 8: RECIPE=scienceqa-7b; FORMAT=QCM-ALE predicts the answer first; "none" for the checkpoint trains from scratch; the last
+# layer wants a stage 1 with it, and --feature_layer -1 here, too. The paper's 13B run took about 4 hours on 8 A100.
 # From the official site (github.com/lupantech/ScienceQA), in data/scienceqa:
 #     problems.json  pid_splits.json  images/train/PID/image.png  images/test/PID/image.png
 # With another model's answers to the test questions (JSON lines of question_id, text): SECOND=FILE ensembles, and writes what
@@ -12,9 +14,9 @@ python eval.py scienceqa_data --labels $D --split train --format $FORMAT --out $
 python eval.py scienceqa_data --labels $D --split test --format $FORMAT --questions $OUT/questions.jsonl
 python eval.py scienceqa_data --labels $D --split test --format $FORMAT --no-images --questions $OUT/questions_without_images.jsonl
 
-# 12 epochs at batch 32, as the paper; the picture in front, where sample.py has it, too.
-[ -f "$OUT/model/config.json" ] || torchrun --nproc_per_node="$GPUS" train.py --recipe llava-13b --stage 2 --init "$INIT" \
-    --data "$OUT/train.json" --images $D/images/train --image_position first --epochs 12 --out "$OUT/model"
+# The recipe: 12 epochs at batch 32, as the paper; the picture in front, where sample.py has it, too.
+[ -f "$OUT/model/config.json" ] || torchrun --nproc_per_node="$GPUS" train.py --recipe "${RECIPE:-scienceqa-13b}" --stage 2 \
+    --init "$INIT" --data "$OUT/train.json" --out "$OUT/model" "${@:3}"
 python eval.py answer --model $OUT/model --questions $OUT/questions.jsonl --images $D/images/test --answers $OUT/answers.jsonl
 if [ -z "${SECOND:-}" ]; then
     python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --json $OUT/scores.json

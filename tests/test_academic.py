@@ -16,7 +16,7 @@ import academic
 import eval as ev
 from academic import box_to_text, text_to_box
 from conftest import ROOT
-from data import preprocess
+from images import preprocess
 from records import form_problem
 
 SHORT = "\nAnswer the question using a single word or phrase."
