@@ -54,6 +54,7 @@ class Thing:
     shape: str
     box: tuple                           # (x, y, width, height) in pixels, as COCO writes it
     paint: tuple = None                  # another RGB than the colour's own: only CLIP's pictures have such
+    side: int = SIDE                     # of the picture, pixels
 
     @property
     def pair(self): return self.colour, self.shape
@@ -62,7 +63,7 @@ class Thing:
     @property
     def size(self): return "large" if self.box[2] > 11 else "small"
     @property
-    def cell(self): return (self.box[1] + self.box[3] // 2) // CELL, (self.box[0] + self.box[2] // 2) // CELL
+    def cell(self): return tuple((self.box[k] + self.box[k + 2] // 2) * GRID // self.side for k in (1, 0))
     @property
     def row(self): return "1234"[self.cell[0]]
     @property
@@ -77,23 +78,27 @@ class Scene:
     things: tuple
     grey: int = 235
 
+    @property
+    def side(self): return self.things[0].side
 
-def sample_scene(rng, pairs=SEEN, must=None):
-    """A random scene of `pairs`; its first thing is one of `must`, if given.
+
+def sample_scene(rng, pairs=SEEN, must=None, side=SIDE):
+    """A random scene of `pairs`; its first thing is one of `must`, if given. A larger picture has things of the same size.
 
     Half of the scenes lean to one colour or shape, or counts above two and hard negatives would be rare.
     """
     theme = rng.choice([None] * 14 + list(COLOURS) + list(SHAPES))
-    chosen = []
+    chosen, zoom = [], side // SIDE
     for i in range(rng.choice((1, 2, 2, 3, 3, 4, 4))):
         pool = must if must and i == 0 else [p for p in pairs if theme in p] if theme and rng.random() < 0.75 else pairs
         chosen.append(rng.choice(pool))
     things = []
     for (colour, shape), cell in zip(chosen, rng.sample(range(GRID * GRID), len(chosen))):
-        side = rng.choice((9, 10, 13, 14))
-        slack = CELL - side - 1          # one pixel of air: a thing never touches its neighbour's cell
-        x, y = (CELL * at + 1 + rng.randint(0, slack - 1) for at in (cell % GRID, cell // GRID))
-        things.append(Thing(colour, shape, (x, y, side, side)))
+        size = rng.choice((9, 10, 13, 14))
+        slack = CELL - size - 1          # one pixel of air: a thing never touches its neighbour's cell
+        at = [zoom * i + (rng.randrange(zoom) if zoom > 1 else 0) for i in (cell % GRID, cell // GRID)]      # which patch
+        x, y = (CELL * i + 1 + rng.randint(0, slack - 1) for i in at)
+        things.append(Thing(colour, shape, (x, y, size, size), side=side))
     return Scene(tuple(sorted(things, key=lambda t: t.cell)), rng.randint(215, 250))
 
 
@@ -109,8 +114,8 @@ def outline(shape):
 
 
 def draw(scene, scale=4):
-    """Scene -> 64 x 64 RGB picture, drawn `scale` times larger and averaged down, which is all its anti-aliasing."""
-    picture = Image.new("RGB", (SIDE * scale, SIDE * scale), (scene.grey,) * 3)
+    """Scene -> RGB picture, drawn `scale` times larger and averaged down, which is all its anti-aliasing."""
+    picture = Image.new("RGB", (scene.side * scale, scene.side * scale), (scene.grey,) * 3)
     pen = ImageDraw.Draw(picture)
     for t in scene.things:
         x, y, w, h = (v * scale for v in t.box)
@@ -271,14 +276,17 @@ def teacher(kind, scene, rng, pairs=SEEN):
 
 def scene_of(boxes):
     """Box lines, `red circle: [0.1, 0.2, 0.3, 0.4]`, -> the Scene that they tell of. ValueError if they are not the toy's."""
-    things = []
+    things, side = [], SIDE
     for line in boxes.splitlines() or [": "]:
         name, _, box = line.rpartition(": ")
         if tuple(name.split()) not in PAIRS:
             raise ValueError(f"a script that reads the toy's shapes finds {line.strip(': ') or 'no boxes of the toy world'} "
                              "here; for other pictures take a language model")
-        x, y, right, bottom = (round(v * SIDE) for v in json.loads(box))
-        things.append(Thing(*name.split(), (x, y, right - x, bottom - y)))
+        left, _, right, _ = json.loads(box)
+        while (right - left) * side < 8:                 # things have 9 to 14 pixels, whatever the picture has
+            side *= 2
+        x, y, right, bottom = (round(v * side) for v in json.loads(box))
+        things.append(Thing(*name.split(), (x, y, right - x, bottom - y), side=side))
     return Scene(tuple(sorted(things, key=lambda t: t.cell)))
 
 
@@ -361,7 +369,7 @@ def save_coco(folder, split, scenes, first_id, rng):
     """Pictures and the two annotation files in COCO's own format; returns {image id: scene}."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     numbered = dict(enumerate(scenes, first_id))
-    images = [{"id": i, "file_name": f"{i:012d}.png", "width": SIDE, "height": SIDE} for i in numbered]
+    images = [{"id": i, "file_name": f"{i:012d}.png", "width": s.side, "height": s.side} for i, s in numbered.items()]
     said, boxes = [], []
     for image, scene in zip(images, scenes):
         draw(scene).save(folder / "images" / image["file_name"])
@@ -381,12 +389,14 @@ def read_coco(instances):
     """{image id: Scene} from an `instances_*.json`: all that the scripted teacher may know of a picture."""
     coco, found = json.loads(Path(instances).read_text()), {}
     names = {c["id"]: c["name"].split() for c in coco["categories"]}
+    side = {image["id"]: image["width"] for image in coco["images"]}
     for b in coco["annotations"]:
-        found.setdefault(b["image_id"], []).append(Thing(*names[b["category_id"]], tuple(b["bbox"])))
+        found.setdefault(b["image_id"], []).append(
+            Thing(*names[b["category_id"]], tuple(b["bbox"]), side=side[b["image_id"]]))
     return {i: Scene(tuple(sorted(things, key=lambda t: t.cell))) for i, things in found.items()}
 
 
-def exam(rng, per_kind, new):
+def exam(rng, per_kind, new, side=SIDE):
     """Scenes and (scene number, question) pairs: `per_kind` of each kind, the answers of a kind equally often.
 
     `new`: every question is decided by a pair of HELD_OUT; otherwise none is.
@@ -398,7 +408,7 @@ def exam(rng, per_kind, new):
                          f"take a multiple of {math.lcm(*ways.values())}")
     scenes, asked, have = [], [], {}
     while len(asked) < per_kind * len(KINDS):
-        scene = sample_scene(rng, PAIRS if new else SEEN, HELD_OUT if new else None)
+        scene = sample_scene(rng, PAIRS if new else SEEN, HELD_OUT if new else None, side)
         fit = [q for q in questions(scene, rng, PAIRS if new else SEEN) if q.kind in KINDS
                and have.get((q.kind, q.value), 0) < per_kind // ways[q.kind] and (not new or q.about & set(HELD_OUT))]
         if fit:
@@ -413,11 +423,11 @@ def exam(rng, per_kind, new):
 def world(args):
     """Draw the world: pictures, COCO's two files, image-caption pairs, and four sets of questions with their answers."""
     out, rng = Path(args.out), random.Random(args.seed)
-    train = save_coco(out, "train", [sample_scene(rng) for _ in range(args.pictures)], 1, rng)
+    train = save_coco(out, "train", [sample_scene(rng, side=args.side) for _ in range(args.pictures)], 1, rng)
     write_lines(out / "pairs.jsonl", [{"image": f"{i:012d}.png", "caption": caption(s, rng)} for i, s in train.items()])
     first_id = args.pictures + 1
     for split in ("held_out", "new_pairs"):
-        scenes, asked = exam(rng, args.questions, new=split == "new_pairs")
+        scenes, asked = exam(rng, args.questions, split == "new_pairs", args.side)
         save_coco(out, split, scenes, first_id, rng)
         rows = [{"question_id": f"{split}-{n}", "image": f"{first_id + k:012d}.png", "text": q.text, "category": q.kind,
                  "truth": q.answer} for n, (k, q) in enumerate(asked)]
@@ -572,6 +582,8 @@ def arguments(argv):
             sub.add_argument("--minutes", nargs="*", default=[], metavar="PHASE=MINUTES", help="copied into results.json")
         if command == "world":
             sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--side", type=int, default=SIDE, choices=[SIDE, 2 * SIDE],
+                             help="of the pictures in pixels; things keep their size, and are details of the larger ones")
             sub.add_argument("--pictures", type=int, default=8000, help="pictures to train on")
             sub.add_argument("--questions", type=int, default=120, help="questions of each kind in each set")
     return parser.parse_args(argv)

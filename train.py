@@ -65,6 +65,13 @@ SCIENCEQA = {                                             # Sec. 5.2; what runs/
     2: dict(data=["out/scienceqa/train.json"], images="data/scienceqa/images/train", epochs=12, lr=2e-5, global_batch_size=32,
             micro_batch_size=4),
 }
+# OURS: the paper in miniature, on two CPU cores (toy.py). The image first: a small model learns one place sooner than two.
+TOY = {
+    "both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512, image_position="first",
+                 images="out/toy/world/images", workers=0, val_samples=64),
+    1: dict(data=["out/toy/stage1.json"], epochs=1, lr=1e-2, global_batch_size=8),
+    2: dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=5e-4, global_batch_size=32),
+}
 
 
 def on(base, llm, **more):
@@ -86,11 +93,10 @@ RECIPES = {
     "llava-next-vicuna-13b": on(NEXT, "lmsys/vicuna-13b-v1.5"),
     "llava-next-mistral-7b": on(NEXT, "mistralai/Mistral-7B-Instruct-v0.2", template="mistral_instruct"),
     "llava-next-yi-34b": on(NEXT, "NousResearch/Nous-Hermes-2-Yi-34B", template="chatml_direct"),
-    # OURS: the paper in miniature, on two CPU cores (toy.py). The image first: a small model learns one place sooner than two.
-    "toy": {"both": dict(vision="toy_parts/clip", llm="toy_parts/llm", template="llava_v0", max_length=512,
-                         image_position="first", images="out/toy/world/images", workers=0, val_samples=64),
-            1: dict(data=["out/toy/stage1.json"], epochs=1, lr=1e-2, global_batch_size=8),
-            2: dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=5e-4, global_batch_size=32)},
+    "toy": TOY,
+    "toy-1.5": on(TOY, "toy_parts/llm", projector="mlp2x_gelu", aspect="pad"),
+    "toy-hd": on(TOY, "toy_parts/llm", projector="mlp2x_gelu", aspect="hd"),
+    "toy-next": {**on(TOY, "toy_parts/llm", projector="mlp2x_gelu", aspect="anyres"), 2: dict(TOY[2], lr_g=5e-5)},
 }
 
 

@@ -49,6 +49,19 @@ def test_the_coco_box_is_the_box_of_the_drawn_pixels():
             assert found == t.box, f"{t}: the pixels say {found}"
 
 
+def test_a_larger_picture_has_the_same_things_as_details():
+    """What higher resolution is for: at 128 pixels each thing fills one 16-pixel patch of a tile, a quarter of it when the
+    picture is shrunk to 64; places are the same four rows and columns; normalised boxes give the scene back."""
+    for scene in scenes(200, side=128)[0]:
+        assert toy.draw(scene).size == (128, 128) and len({t.cell for t in scene.things}) == len(scene.things)
+        for t in scene.things:
+            assert t.box[2] in (9, 10, 13, 14) and t.cell == (t.box[1] // 32, t.box[0] // 32)
+            assert all(t.box[k] // 16 == (t.box[k] + t.box[k + 2] - 1) // 16 for k in (0, 1)), "a thing lies across patches"
+        boxes = [(t, [round(v / 128, 3) for v in (t.box[0], t.box[1], t.box[0] + t.box[2], t.box[1] + t.box[3])])
+                 for t in scene.things]
+        assert toy.scene_of("\n".join(f"{t.name}: {box}" for t, box in boxes)).things == scene.things
+
+
 def test_answers_agree_with_the_boxes():
     """A scene small enough to be read by eye; every answer below was written by hand."""
     scene = Scene((Thing("red", "circle", (2, 2, 9, 9)), Thing("blue", "star", (34, 3, 13, 13)),
