@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 import tiles
 from images import View, view_of
+from lora import merged_state
 from records import IMAGE
 
 logging.set_verbosity_error()    # its report of CLIP's unused text tower; what is missing is our own error (`load_part`)
@@ -375,9 +376,9 @@ class LLaVA(nn.Module):
 
     def to_hf_keys(self):
         """Our state dict under llava-hf names. A linear W is `linear_1 = W`, identity, `linear_2 = I`."""
-        state = {}
+        state, mine = {}, merged_state(self)             # adapters, if there are any, are part of the weights (lora.py)
         for ours, theirs in self.prefix.items():
-            state |= {theirs + k[len(ours):]: v for k, v in self.state_dict().items() if k.startswith(ours)}
+            state |= {theirs + k[len(ours):]: v for k, v in mine.items() if k.startswith(ours)}
         if self.tied:
             del state["language_model.lm_head.weight"]   # the same tensor as the input embedding
         if self.projector == "linear":

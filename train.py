@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, report_sources,
                   template_for, use_color)
 from images import ASPECTS, view_of
+from lora import add_adapters, dropout_on, save_adapter
 from model import DTYPES, IGNORE, PROJECTORS, LLaVA, choose_device, choose_dtype
 from records import Records, brief_instructions, typed_flags, whole_lines
 
@@ -87,6 +88,8 @@ RECIPES = {
     "scienceqa-13b": on(SCIENCEQA, "lmsys/vicuna-13b-v1.3"),
     "llava-1.5-7b": on(V1_5, "lmsys/vicuna-7b-v1.5"),
     "llava-1.5-13b": on(V1_5, "lmsys/vicuna-13b-v1.5"),
+    "llava-1.5-7b-lora": {**on(V1_5, "lmsys/vicuna-7b-v1.5"), 2: dict(V1_5[2], lr=2e-4, lr_W=2e-5, lora_rank=128)},
+    "llava-1.5-13b-lora": {**on(V1_5, "lmsys/vicuna-13b-v1.5"), 2: dict(V1_5[2], lr=2e-4, lr_W=2e-5, lora_rank=128)},
     # OURS: neither its code nor its weights were released; stage 1 is 1.5's at 224 pixels.
     "llava-1.5-hd-13b": {**on(V1_5, "lmsys/vicuna-13b-v1.5", vision=CLIP), 2: dict(V1_5[2], aspect="hd")},
     "llava-next-vicuna-7b": on(NEXT, "lmsys/vicuna-7b-v1.5"),
@@ -125,7 +128,11 @@ class Config:
     epochs: int = 1
     max_steps: int = None               # stop earlier; the schedule ends there too
     lr: float = 2e-3                    # peak, of AdamW without weight decay (betas 0.9, 0.999)
+    lr_W: float = None                  # W's own peak
     lr_g: float = None                  # stage 2: the vision tower trains, too, at this rate (Diss. Sec. 4.7)
+    lora_rank: int = 0                  # stage 2: low-rank adapters train instead of f_phi's weights (lora.py)
+    lora_alpha: float = 256             # their scale is alpha / rank
+    lora_dropout: float = 0.05
     warmup_ratio: float = 0.03          # linear, then cosine to 0
     global_batch_size: int = 128        # samples per step over all ranks: the promise
     micro_batch_size: int = None        # samples per forward and rank; what is left becomes accumulation
@@ -218,7 +225,7 @@ def accumulation(config, world_size):
 def build_model(config, machine):
     """The model of a configuration, on its device: what trains in fp32, what is frozen in the compute dtype."""
     torch.manual_seed(config.seed)                        # W's initial values
-    dtype = torch.float32 if config.stage == 2 else machine.dtype
+    dtype = torch.float32 if config.stage == 2 and not config.lora_rank else machine.dtype
     if config.init in (None, "none"):
         model = LLaVA.from_parts(config.vision, config.llm, config.feature_layer, dtype, config.projector)
     else:
@@ -228,6 +235,11 @@ def build_model(config, machine):
                 raise ValueError(f"--init {config.init} has {flag} {found}, not {wanted}; take --{flag} {found}")
     model.look(view_of(config.aspect, model.view.size, model.view.patch, config.anyres, config.global_picture))
     theta = model.set_stage(config.stage, train_g=config.lr_g is not None)
+    if config.lora_rank:
+        if config.stage == 1 or config.init == "none":
+            raise ValueError("--lora_rank is for stage 2, on a checkpoint that the adapter belongs to: --init out/stage1")
+        add_adapters(model.f_phi, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
     model.eval().to(machine.device)                       # eval: CLIP and LLaMA-like models have no dropout to switch on
@@ -288,7 +300,9 @@ def theta_table(model, theta):
     for part in ("g", "W", "f_phi"):
         parameters = dict(getattr(model, part).named_parameters(prefix=part))
         n, kind = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).dtype
-        lines.append(f"  {part:<12}{n:>18,}   {'yes' if parameters.keys() <= theta.keys() else 'frozen':<7}  {str(kind)[6:]}")
+        trains = sum(p.numel() for name, p in parameters.items() if name in theta)
+        said = "frozen" if not trains else "yes" if trains == n else f"{trains:,} of them"
+        lines.append(f"  {part:<12}{n:>18,}   {said:<7}  {str(kind)[6:]}")
     return lines
 
 
@@ -344,11 +358,18 @@ def load_state(folder, config, theta, optimizer, scaler, checksum):
     return state["step"]
 
 
+def save(config, model, folder, dtype):
+    """The checkpoint; with adapters, also these alone, for PEFT, beside the merged weights."""
+    model.save_pretrained(folder, dtype=dtype)
+    if config.lora_rank:
+        save_adapter(model, os.path.join(folder, "adapter"), config.init)
+
+
 def rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum):
     """Save and load everything once before step 0: a full disk or an unwritable model is better met now."""
     if machine.rank == 0:
         folder = os.path.join(config.out, "rehearsal")
-        model.save_pretrained(folder, dtype=machine.dtype)
+        save(config, model, folder, machine.dtype)
         LLaVA.from_pretrained(folder, machine.dtype)
         save_state(os.path.join(folder, "train_state"), 0, config, theta, optimizer, scaler, checksum)
         shutil.rmtree(folder)
@@ -507,9 +528,12 @@ def main(argv=None):
     say(f"\none sample, template {template.name}, scored in {'green' if use_color() else '«»'}:\n"
         + colored(example["input_ids"], example["labels"], data.tokenizer, use_color()) + "\n")
 
-    groups = [{"params": [p for name, p in theta.items() if name.startswith("g.") == is_g], "peak": peak}
-              for is_g, peak in ((False, config.lr), (True, config.lr_g))]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=machine.device.type == "cuda")
+    groups = {"g": [], "W": [], "f_phi": [], "newline": []}
+    for name, p in theta.items():
+        groups[name.split(".")[0]].append(p)
+    peaks = {"g": config.lr_g, "W": config.lr if config.lr_W is None else config.lr_W, "f_phi": config.lr, "newline": config.lr}
+    optimizer = torch.optim.AdamW([{"params": some, "peak": peaks[name]} for name, some in groups.items() if some],
+                                  weight_decay=0.0, fused=machine.device.type == "cuda")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     for p in theta.values():                             # AdamW's own start, now: a disk or GPU too small for it shows here
         optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if machine.device.type == "cuda" else "cpu"),
@@ -547,7 +571,8 @@ def main(argv=None):
         stop_on(n_answer == 0, machine, step, f"0 of {real:.0f} tokens are scored", micro, data)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, config, group["peak"])
-        loss, norm = backward(wrapped, micro, theta, optimizer, scaler, machine, n_answer)
+        with dropout_on(model.f_phi, config.seed, step, machine.rank):       # of adapters, if there are any
+            loss, norm = backward(wrapped, micro, theta, optimizer, scaler, machine, n_answer)
         stop_on(not math.isfinite(loss) or loss == 0, machine, step, f"the loss is {loss}", micro, data)
         bad_norm = not math.isfinite(norm) and scaler.get_scale() <= 1      # fp16: the scaler skips the step and tries lower
         stop_on(bad_norm, machine, step, f"the gradient's norm is {norm}", micro, data)
@@ -581,7 +606,7 @@ def main(argv=None):
     # ---- the result
     if machine.rank == 0:
         model.meta["steps"] = total
-        model.save_pretrained(config.out, dtype=machine.dtype)
+        save(config, model, config.out, machine.dtype)
         plot_losses(config.out)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")

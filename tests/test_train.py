@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration
 import data as data_module
 import train
 from conftest import ROOT, run_script, save_parts, scripted_llm, start_script, tiny_llm
+from lora import base_of, load_adapter
 from model import IGNORE, LLaVA
 from records import brief_instructions, image_names
 
@@ -705,3 +706,98 @@ def test_a_folder_that_does_not_exist_is_named(flag, flags, tmp_path):
     argv = flags(tmp_path / "out", "--stage", 2, *(["--init", "none"] if flag != "--init" else []), flag, tmp_path / "nowhere")
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         train.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The family: what later systems change
+
+MLP = ["--projector", "mlp2x_gelu"]
+FAMILY = {"pad": [*MLP, "--aspect", "pad"], "anyres": [*MLP, "--aspect", "anyres", "--lr_g", "1e-3"],
+          "hd": [*MLP, "--aspect", "hd", "--no-global_picture"], "LoRA": ["--lora_rank", "4", "--lora_dropout", "0.3"]}
+
+
+@pytest.mark.parametrize("what", FAMILY)
+def test_the_family_trains_and_resumes_bit_for_bit(what, flags, straight, tmp_path, monkeypatch):
+    """Two layers, tiles, a vision tower that trains, adapters with dropout: each is a run that can be cut and goes on."""
+    init = straight(1) if what == "LoRA" else "none"
+    argv = [*STAGE[2], "--init", init, *FAMILY[what], "--max_steps", 6, "--save_every", 3]
+    assert train.main(flags(tmp_path / "whole", *argv)) == 0
+    save = train.save_state
+
+    def save_and_die(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 3:
+            raise SystemExit("the machine went down")
+    monkeypatch.setattr(train, "save_state", save_and_die)
+    with pytest.raises(SystemExit, match="went down"):
+        train.main(flags(tmp_path / "cut", *argv))
+    monkeypatch.undo()
+    assert train.main(flags(tmp_path / "cut", *argv, "--resume")) == 0
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole", what=what)
+
+
+def test_each_part_trains_at_its_own_rate(flags, tmp_path, monkeypatch):
+    """LLaVA-NeXT's vision tower at 2e-6, LLaVA-1.5's LoRA with W at 2e-5: the first step of AdamW moves by its rate."""
+    before = {}
+    check = train.check_first_step
+
+    def look(fingerprints, model, theta, lr):
+        before["moved"] = {name: (p - start).abs().max().item() for (name, p), start in zip(theta.items(), before["start"])}
+        check(fingerprints, model, theta, lr)
+    build_model = train.build_model
+
+    def build(config, machine):
+        model, theta, template = build_model(config, machine)
+        before["start"] = [p.detach().clone() for p in theta.values()]
+        return model, theta, template
+    monkeypatch.setattr(train, "check_first_step", look), monkeypatch.setattr(train, "build_model", build)
+    train.main(flags(tmp_path / "out", *STAGE[2], *FAMILY["anyres"], "--lr", "1e-3", "--lr_W", "1e-2", "--lr_g", "1e-4",
+                     "--warmup_ratio", "0", "--max_steps", "1"))
+    for part, rate in (("g.", 1e-4), ("W.", 1e-2), ("f_phi.", 1e-3), ("newline", 1e-3)):
+        moved = max(m for name, m in before["moved"].items() if name.startswith(part))
+        assert moved == pytest.approx(rate, rel=0.02), f"{part} moved by {moved}"
+    assert not any("layers.2." in name or "post_layernorm" in name for name in before["moved"]), "these have no part in Z_v"
+
+
+def test_adapters_leave_a_merged_checkpoint_and_an_adapter(flags, straight, tmp_path, capsys):
+    """LLaVA-1.5's LoRA: the folder is a whole model; beside it lie the adapters alone, which give the same on their base."""
+    train.main(flags(tmp_path / "out", *STAGE[2], "--init", straight(1), *FAMILY["LoRA"], "--max_steps", 3))
+    assert re.search(r"f_phi +[\d,]+ +[\d,]+ of them +float32", capsys.readouterr().out), "the theta table hides the adapters"
+    merged, base = LLaVA.from_pretrained(tmp_path / "out"), LLaVA.from_pretrained(base_of(tmp_path / "out" / "adapter"))
+    adapted = load_adapter(base, tmp_path / "out" / "adapter")
+    batch = {"input_ids": torch.randint(3, 250, (2, 12)), "labels": torch.randint(3, 250, (2, 12)),
+             "X_v": torch.zeros(0, 3, 28, 28)}
+    torch.testing.assert_close(adapted.answer_logits(**batch)[0], merged.answer_logits(**batch)[0], atol=1e-5, rtol=1e-5)
+    for more in (["--stage", 1], ["--stage", 2, "--init", "none"]):
+        with pytest.raises(ValueError, match="--lora_rank is for stage 2"):
+            train.main(flags(tmp_path / "wrong", *more, "--lora_rank", 4))
+
+
+def test_a_checkpoint_with_another_projector_is_refused(flags, straight, tmp_path):
+    """--projector must be that of --init; else a trained W would silently be thrown away."""
+    with pytest.raises(ValueError, match="has projector linear, not mlp2x_gelu; take --projector linear"):
+        train.main(flags(tmp_path / "out", "--stage", 2, "--init", straight(1), *MLP))
+
+
+@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if not name.startswith("toy")])
+def test_every_recipe_resolves_in_both_stages(recipe):
+    """A row of the table is a whole configuration; W has one shape through both stages."""
+    one, _ = train.resolve(["--recipe", recipe, "--stage", "1"])
+    two, _ = train.resolve(["--recipe", recipe, "--stage", "2", "--init", "none"])
+    assert one.projector == two.projector and one.vision == two.vision and one.llm == two.llm and one.data and two.data
+    assert one.aspect == "crop" and one.lr_g is None, "stage 1 looks at squares, with a frozen g"
+
+
+def test_the_recipes_of_the_family_are_the_published_ones():
+    """Diss. Sec. 4.3 and 4.7, and the released scripts: batch 256 at 1e-3, then 128 at 2e-5; LoRA 2e-4; g at 2e-6."""
+    def of(recipe, stage):
+        return train.resolve(["--recipe", recipe, "--stage", str(stage), "--init", "none"])[0]
+    one, two, lora, hd, near = of("llava-1.5-7b", 1), of("llava-1.5-7b", 2), of("llava-1.5-7b-lora", 2), of(
+        "llava-1.5-hd-13b", 2), of("llava-next-mistral-7b", 2)
+    assert (one.lr, one.global_batch_size, one.epochs, one.stage1_question, one.template) == (1e-3, 256, 1, False, "vicuna_v1")
+    assert (two.lr, two.global_batch_size, two.epochs, two.aspect, two.projector) == (2e-5, 128, 1, "pad", "mlp2x_gelu")
+    assert (lora.lr, lora.lr_W, lora.lora_rank, lora.lora_alpha, lora.lora_dropout) == (2e-4, 2e-5, 128, 256, 0.05)
+    assert (hd.aspect, hd.vision) == ("hd", "openai/clip-vit-large-patch14")
+    assert (near.aspect, near.lr_g, near.max_length, near.template) == ("anyres", 2e-6, 4096, "mistral_instruct")
+    sqa = of("scienceqa-13b", 2)
+    assert (sqa.epochs, sqa.lr, sqa.global_batch_size) == (12, 2e-5, 32)
