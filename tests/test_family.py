@@ -8,6 +8,8 @@ from PIL import Image
 from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration)
 
+import data
+import sample
 import tiles
 from conftest import byte_tokenizer, tiny_llava
 from data import TEMPLATES, collate, encode, prompt, render
@@ -250,3 +252,28 @@ def test_where_transformers_tiles_otherwise_the_folder_agrees_as_far_as_it_can(t
         assert torch.equal(theirs.flatten(0, 1), model.view.X_v([picture(size, k)])), size
     assert tiles.NEXT.plan(110, 352).tokens == 1296 and tiles.NEXT._replace(rule="hf").plan(110, 352).tokens == 1392
     assert isinstance(View("anyres", 336, 14, tiles.NEXT).said, str) and "2928" in View("anyres", 336, 14, tiles.NEXT).said
+
+
+def test_questions_about_one_picture_share_its_tiles(tmp_path):
+    """A file of questions encodes a picture once, in tiles too; each answer is what it is alone, token for token."""
+    tiny("anyres").save_pretrained(tmp_path)
+    talker = sample.Talker(sample.Config(model=str(tmp_path), temperature=0.0, max_new_tokens=8))
+    pictures = [picture((100, 40)), picture((31, 90), 1)]
+    asked = [([talker.ask(f"Is {k} so?", 1)], [pictures[k % 2]]) for k in range(4)]
+    asked += [([talker.ask("Both?", 2)], pictures), ([talker.ask("None?", 0)], [])]
+    batch = talker.batch(asked)
+    assert len(batch["X_v"]) == sum(talker.model.view.tiling.plan(*p.size).pictures for p in pictures)
+    assert batch["shown"] == [0, 1, 0, 1, 0, 1]
+    assert talker.answers(asked) == [talker.answers([one])[0] for one in asked]
+
+
+def test_the_command_draws_how_a_picture_is_tiled(tmp_path, capsys):
+    """python data.py show --tiles PICTURE out.png"""
+    picture((640, 480)).save(tmp_path / "photo.png")
+    data.main(["show", "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "next.png")])
+    assert "2,340 tokens" in capsys.readouterr().out and Image.open(tmp_path / "next.png").size[0] > 400
+    data.main(["show", "--aspect", "hd", "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "hd.png")])
+    assert "tiles of 224" in capsys.readouterr().out
+    for wrong in (["check"], ["show", "--aspect", "pad"]):
+        with pytest.raises(ValueError, match="--tiles draws"):
+            data.main([*wrong, "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "x.png")])
