@@ -532,7 +532,7 @@ def compare(title, table, columns, ours, digits):
     """One table: ours (mean and standard deviation over the seeds), its change from the first row, and the same of the paper.
 
     ours: {row: (seeds, columns)}. A change is clear if it is beyond two standard errors over the seeds. The paper's changes are
-    the differences of its printed scores.
+    the differences of its printed scores. Where the two disagree, in sign or in size, the row says so.
     """
     print(f"\n{title}")
     for k, column in enumerate(columns):
@@ -546,7 +546,10 @@ def compare(title, table, columns, ours, digits):
                 continue
             d, theirs = x - base, paper[k] - best
             clear = abs(d.mean()) > 2 * d.std(ddof=1) / len(d) ** 0.5
-            verdict = "no clear change here" if not clear else "" if d.mean() * theirs > 0 else "DISAGREES with the paper"
+            ratio = d.mean() / theirs
+            verdict = ("no clear change here" if not clear else "DISAGREES with the paper" if ratio < 0 else
+                       f"{ratio:.0f} times the paper's" if ratio > 3 else
+                       "less than a third of the paper's" if ratio < 1 / 3 else "")
             line += f"   {d.mean():+6.1f} ± {d.std():4.1f}   {paper[k]:6.{digits}f}  {theirs:+6.{digits}f}  {verdict}"
             print(line.rstrip())
 
