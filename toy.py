@@ -3,9 +3,10 @@
     python toy.py world     --out out/toy/world --seed 0    pictures, COCO's files, image-caption pairs, questions
     python toy.py report    --out out/toy                   accuracies -> results.json, pictures and curves -> report.png
     python toy.py ablations --out out/toy_ablations         Tables 4 and 8 in miniature, beside the paper's
+    python toy.py family    --out out/toy_family            LLaVA-1.5, 1.5-HD and NeXT where things are details
 
 Between the first two stand the data (generate_data.py), the paper's two stages (train.py) and the answers (sample.py);
-runs/toy.sh has all of it, runs/toy_ablations.sh what comes before the third.
+runs/toy.sh has all of it, runs/toy_ablations.sh and runs/toy_family.sh what comes before the others.
 Everything in this file is OURS: the paper has no toy. What each piece stands in for:
 
     the world               COCO: photographs, five captions and the boxes of each
@@ -571,11 +572,19 @@ def ablations(args):
             table, ("all questions", "relations, the kind that reasons"), right, 2)
 
 
+def family(args):
+    """The toy's systems on larger pictures, from the folder that runs/toy_family.sh fills: accuracies by kind of question."""
+    for answers in sorted(Path(args.out).glob("held_out_*.jsonl")):
+        scores, _ = score(Path(args.out) / "world" / "questions_held_out.jsonl", answers)
+        print(f"{answers.stem.removeprefix('held_out_'):10s} " + "  ".join(f"{k} {v:5.1f}" for k, v in scores.items()))
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, run in (("world", world), ("report", report), ("answer_first", turn_answers), ("ablations", ablations)):
+    for command, run in (("world", world), ("report", report), ("answer_first", turn_answers), ("ablations", ablations),
+                         ("family", family)):
         sub = commands.add_parser(command, help=run.__doc__, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--out", required=True)

@@ -97,11 +97,13 @@ def test_the_commands_of_the_run_scripts_parse():
     open_ended = re.compile(r'(--numbers )?"\$\{@:\d\}"|"\$@"|\$\{RULE:.*?\}|"\$\{MINUTES.*|[&|>].*')   # more flags, or none
     for path in (ROOT / "runs").glob("*.sh"):
         for line in path.read_text().replace("\\\n", " ").splitlines():
-            if found := re.search(r"^[^#]*\bpython (\w+\.py) (.*)", line):
-                words = shlex.split(re.sub(r"\$\w+|\$\{.*?\}", "1", open_ended.sub("", found[2])), comments=True)
+            if found := re.search(r"^[^#]*\b(?:python|torchrun \S+) (\w+\.py) (.*)", line):
+                rest = re.sub(r'--recipe "?\$\{?[\w:.-]+\}?"?', "--recipe toy", open_ended.sub("", found[2]))
+                words = shlex.split(re.sub(r"\$\w+|\$\{.*?\}", "1", rest), comments=True)
                 read[found[1]](words)
                 seen.add(" ".join([found[1], *(w for w in words[:2] if not w.startswith("-"))]))
-    assert seen >= {"eval.py answer", "eval.py judge", "eval.py score gqa", "toy.py ablations", "generate_data.py expand"}, seen
+    assert seen >= {"eval.py answer", "eval.py judge", "eval.py score gqa", "toy.py family", "generate_data.py expand",
+                    "train.py toy"}, seen
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -271,6 +271,19 @@ def test_the_ablations_stand_beside_the_papers_and_say_where_they_disagree(small
         toy.main(["ablations", "--out", str(tmp_path / "seed0")])
 
 
+def test_the_familys_table_has_a_row_for_each_system(small_world, tmp_path, capsys):
+    """runs/toy_family.sh ends with it: accuracies by kind of question."""
+    (tmp_path / "world").symlink_to(small_world)
+    questions = whole_lines(small_world / "questions_held_out.jsonl")
+    for system, right in (("toy", "shape"), ("toy-hd", "colour")):
+        generate_data.write_lines(tmp_path / f"held_out_{system}.jsonl", [
+            {"question_id": q["question_id"], "text": q["truth"] if q["category"] == right else "No."} for q in questions])
+    toy.main(["family", "--out", str(tmp_path)])
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith("toy ") and "shape 100.0" in one and "colour   0.0" in one
+    assert two.startswith("toy-hd ") and "shape   0.0" in two and "colour 100.0" in two
+
+
 def test_the_parts_can_be_rebuilt_and_assembled(tmp_path):
     """What --vision and --llm take: a CLIP that trained on pictures of seen pairs, a language model that never saw one."""
     for part in ("llm", "clip", "small_llm"):
