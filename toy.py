@@ -574,7 +574,7 @@ def ablations(args):
 
 def family(args):
     """The toy's systems on larger pictures, from the folder that runs/toy_family.sh fills: accuracies by kind of question."""
-    for answers in sorted(Path(args.out).glob("held_out_*.jsonl")):
+    for answers in sorted(Path(args.out).glob("held_out_*.jsonl"), key=lambda path: path.stem):
         scores, _ = score(Path(args.out) / "world" / "questions_held_out.jsonl", answers)
         print(f"{answers.stem.removeprefix('held_out_'):10s} " + "  ".join(f"{k} {v:5.1f}" for k, v in scores.items()))
 
