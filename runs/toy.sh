@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper in miniature, offline, on two CPU cores: world, stage 1, stage 2, questions on held-out pictures, tables.
-#     bash runs/toy.sh [--rebuild] [seed] [folder]      about 9 minutes after the install; folder is emptied first
+#     bash runs/toy.sh [--rebuild] [seed] [folder]      9 to 10 minutes after the install; folder is emptied first
 # --rebuild pretrains the two parts in toy_parts again, side by side: 33 minutes more.
 source "$(dirname "$0")/env.sh"
 BEGAN=$SECONDS
