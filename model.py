@@ -346,28 +346,12 @@ class LLaVA(nn.Module):
             projector_hidden_act=PROJECTORS[self.projector][0], multimodal_projector_bias=True,
             architectures=[f"Llava{'Next' * bool(tiling)}ForConditionalGeneration"],
             pad_token_id=self.tokenizer.pad_token_id, dtype=dtype, minllava=self.meta)
-        size = {"size": {"shortest_edge": self.view.size}, "crop_size": {"height": self.view.size, "width": self.view.size}}
-        if tiling:                                       # transformers reads (height, width): the same canvases, in our order
-            config.image_grid_pinpoints = [[h, w] if tiling.rule == "original" else [w, h] for w, h in tiling.pinpoints]
-            image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **size)
-        elif self.view.aspect == "pad":
-            image_processor = LlavaImageProcessorPil(do_pad=True, **size)
-        else:
-            image_processor = CLIPImageProcessorPil(**size)
-        # One more token (CLS) that "default" takes away again: N placeholders a picture in LlavaProcessor.
-        processor = (LlavaNextProcessor if tiling else LlavaProcessor)(
-            image_processor, self.tokenizer, patch_size=self.view.patch, num_additional_image_tokens=1,
-            vision_feature_select_strategy="default")
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):
             os.remove(last)                              # until the folder is whole again
         state = {k: v.to(dtype) for k, v in self.to_hf_keys().items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
-        processor.save_pretrained(folder)
-        image_processor.save_pretrained(folder)          # preprocessor_config.json, which older readers look for
-        GenerationConfig(bos_token_id=self.tokenizer.bos_token_id, eos_token_id=sorted(self.eos_ids),
-                         pad_token_id=self.tokenizer.pad_token_id).save_pretrained(folder)
-        config.save_pretrained(folder)                   # last: a folder with a config.json is whole
+        save_settings(folder, config, self.tokenizer, self.view, self.eos_ids)
 
     @property
     def prefix(self):
@@ -409,6 +393,26 @@ class LLaVA(nn.Module):
     def tied(self):
         """Whether input embedding and head are one tensor."""
         return self.f_phi.get_input_embeddings().weight is self.f_phi.get_output_embeddings().weight
+
+
+def save_settings(folder, config, tokenizer, view, eos_ids):
+    """All of a checkpoint folder but the weights; config.json last, for a folder with one is whole."""
+    size = {"size": {"shortest_edge": view.size}, "crop_size": {"height": view.size, "width": view.size}}
+    if tiling := view.tiling:                            # transformers reads (height, width): the same canvases, in our order
+        config.image_grid_pinpoints = [[h, w] if tiling.rule == "original" else [w, h] for w, h in tiling.pinpoints]
+        image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **size)
+    elif view.aspect == "pad":
+        image_processor = LlavaImageProcessorPil(do_pad=True, **size)
+    else:
+        image_processor = CLIPImageProcessorPil(**size)
+    # One more token (CLS) that "default" takes away again: N placeholders a picture in LlavaProcessor.
+    (LlavaNextProcessor if tiling else LlavaProcessor)(
+        image_processor, tokenizer, patch_size=view.patch, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default").save_pretrained(folder)
+    image_processor.save_pretrained(folder)              # preprocessor_config.json, which older readers look for
+    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(eos_ids),
+                     pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    config.save_pretrained(folder)
 
 
 def view_in(folder, config, meta):

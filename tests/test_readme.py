@@ -64,6 +64,7 @@ def test_every_tag_is_explained():
 def parsers():
     """Each script's own reading of its command line."""
     import academic
+    import convert
     import data
     import eval as eval_py
     import generate_data
@@ -74,7 +75,7 @@ def parsers():
     from records import typed_flags
     return {"train.py": train.resolve, "data.py": data.arguments, "generate_data.py": generate_data.arguments,
             "toy.py": toy.arguments, "toy_pretrain.py": toy_pretrain.arguments, "eval.py": eval_py.arguments,
-            "academic.py": academic.arguments,
+            "academic.py": academic.arguments, "convert.py": convert.arguments,
             "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
 
 
