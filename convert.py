@@ -34,7 +34,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import tiles
 from data import TEMPLATES, check_template, template_for
-from model import hf_keys, load_part, load_tokenizer, save_settings, view_in
+from checkpoint import hf_keys, load_part, load_tokenizer, save_settings, view_in
 from records import IMAGE, run_command, typed_flags
 
 

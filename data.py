@@ -31,8 +31,9 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import tiles
+from checkpoint import load_tokenizer
 from images import ABSENT, ASPECTS, load_image, picture_problem, picture_size, view_of
-from model import IGNORE, LLaVA, load_tokenizer
+from model import IGNORE, LLaVA
 from records import IMAGE, Records, form_problem, image_names, image_path
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ Dimension letters:  B samples   K images in the batch   N visual tokens per imag
 """
 import json
 import os
-import re
-import sys
 from itertools import accumulate
 
 import torch
@@ -24,46 +22,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel,
-                          DynamicCache, GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaNextConfig,
-                          LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, DynamicCache, GenerationConfig, LlavaConfig,
+                          LlavaNextConfig)
 from transformers.initialization import no_init_weights
-from transformers.utils import logging
 
 import tiles
-from images import View, view_of
+from checkpoint import PREFIX, PROJECTORS, hf_keys, load_part, load_tokenizer, save_settings, view_in
+from images import view_of
 from lora import merged_state
 from records import IMAGE
 
-logging.set_verbosity_error()    # its report of CLIP's unused text tower; what is missing is our own error (`load_part`)
-if not sys.stderr.isatty():
-    logging.disable_progress_bar()
-
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
-
-# Our modules <-> the key prefixes of the llava-hf checkpoints (`LlavaForConditionalGeneration` on the hub).
-PREFIX = {"g.": "vision_tower.vision_model.", "f_phi.": "language_model.", "newline": "image_newline"}
-PROJECTORS = {          # W: what `projector_hidden_act` says of it, and the key prefixes of its layers
-    "linear": ("linear", {"W.": "multi_modal_projector.linear_1."}),
-    "mlp2x_gelu": ("gelu", {"W.0.": "multi_modal_projector.linear_1.", "W.2.": "multi_modal_projector.linear_2."})}
-
-
-HF_5 = {r"^model\.language_model\.": "language_model.model.", r"^lm_head\.": "language_model.lm_head.",
-        r"^(model\.)?vision_tower\.(vision_model\.)?": "vision_tower.vision_model.",
-        r"^model\.(multi_modal_projector\.|image_newline$)": r"\1"}
-
-
-def hf_keys(state):
-    """{name: anything} under the names of the hub's llava-hf files, from these or from what transformers 5 calls its modules.
-
-    ValueError if both kinds of names are mixed, so that two weights would be one.
-    """
-    def old(name):
-        return next((re.sub(new, to, name) for new, to in HF_5.items() if re.match(new, name)), name)
-    renamed = {old(name): value for name, value in state.items()}
-    if len(renamed) < len(state):
-        raise ValueError(f"{len(state)} weights have {len(renamed)} names: old and new llava-hf names are mixed")
-    return renamed
 
 
 class LLaVA(nn.Module):
@@ -395,42 +364,6 @@ class LLaVA(nn.Module):
         return self.f_phi.get_input_embeddings().weight is self.f_phi.get_output_embeddings().weight
 
 
-def save_settings(folder, config, tokenizer, view, eos_ids):
-    """All of a checkpoint folder but the weights; config.json last, for a folder with one is whole."""
-    size = {"size": {"shortest_edge": view.size}, "crop_size": {"height": view.size, "width": view.size}}
-    if tiling := view.tiling:                            # transformers reads (height, width): the same canvases, in our order
-        config.image_grid_pinpoints = [[h, w] if tiling.rule == "original" else [w, h] for w, h in tiling.pinpoints]
-        image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **size)
-    elif view.aspect == "pad":
-        image_processor = LlavaImageProcessorPil(do_pad=True, **size)
-    else:
-        image_processor = CLIPImageProcessorPil(**size)
-    # One more token (CLS) that "default" takes away again: N placeholders a picture in LlavaProcessor.
-    (LlavaNextProcessor if tiling else LlavaProcessor)(
-        image_processor, tokenizer, patch_size=view.patch, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default").save_pretrained(folder)
-    image_processor.save_pretrained(folder)              # preprocessor_config.json, which older readers look for
-    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(eos_ids),
-                     pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-    config.save_pretrained(folder)
-
-
-def view_in(folder, config, meta):
-    """The `View` of a checkpoint folder: as we wrote it down, or as its processor's files say."""
-    size, patch = config.vision_config.image_size, config.vision_config.patch_size
-    if "aspect" in meta:
-        if (config.model_type == "llava_next") != ("tiling" in meta):
-            raise ValueError(f"{folder}: config.json has model_type {config.model_type!r}, and looks at pictures by aspect "
-                             f"{meta['aspect']!r}; 'llava_next' belongs to tiles, and only to them")
-        return View(meta["aspect"], size, patch, tiles.Tiling(**meta["tiling"]) if "tiling" in meta else None)
-    if config.model_type == "llava_next":                # not ours: as transformers runs it
-        return View("anyres", size, patch, tiles.NEXT._replace(pinpoints=config.image_grid_pinpoints, tile=size, patch=patch,
-                                                               rule="hf"))
-    processor = os.path.join(folder, "preprocessor_config.json")
-    pads = os.path.isfile(processor) and json.load(open(processor)).get("do_pad", False)
-    return view_of("pad" if pads else "crop", size, patch)
-
-
 def sample_id(logits, temperature, top_p, generator=None):
     """One id per row of logits (B, V): the argmax at temperature 0, else a draw from the top_p nucleus."""
     if temperature < 0 or not 0 <= top_p <= 1:
@@ -440,32 +373,6 @@ def sample_id(logits, temperature, top_p, generator=None):
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
     p[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = 0     # keep ids until their mass reaches top_p; the first always
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]   # (B,)
-
-
-def load_tokenizer(llm):
-    """A language model's tokenizer, from a hub id or a folder, with `<image>` as one reserved id."""
-    if os.path.isdir(llm) and not os.path.isfile(os.path.join(llm, "tokenizer_config.json")):
-        raise ValueError(f"--llm {llm}: no tokenizer_config.json; without it <s> and blanks would be guessed")
-    tokenizer = AutoTokenizer.from_pretrained(llm)
-    if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    if tokenizer.pad_token is None:                      # OFFICIAL: pad = unk; lengths, not ids, tell padding here
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def load_part(cls, name, flag, dtype):
-    """`cls.from_pretrained(name)`, but a weight that the files lack is an error, never a random number."""
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise FileNotFoundError(f"--{flag} {name}: the folder has no config.json")
-    try:
-        part, info = cls.from_pretrained(name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError) as error:               # no such folder or hub id; a model of another kind
-        raise ValueError(f"--{flag} {name}: cannot be loaded as {cls.__name__}: {str(error)[:300]}") from error
-    if bad := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
-        raise ValueError(f"--{flag} {name}: {len(bad)} weights of {cls.__name__} are not in its files, or of another "
-                         f"shape, e.g. {bad[:5]}; is it another kind of model?")
-    return part
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

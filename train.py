@@ -28,11 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from checkpoint import PROJECTORS
 from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, report_sources,
                   template_for, use_color)
 from images import ASPECTS, view_of
 from lora import add_adapters, dropout_on, save_adapter
-from model import DTYPES, IGNORE, PROJECTORS, LLaVA, choose_device, choose_dtype
+from model import DTYPES, IGNORE, LLaVA, choose_device, choose_dtype
 from records import Records, brief_instructions, typed_flags, whole_lines
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from transformers import (AddedToken, AutoImageProcessor, AutoTokenizer, LlavaCo
 import convert
 import train
 from conftest import FORKS, lines, run_script, tiny_clip, tiny_llm
-from convert import hf_keys
+from checkpoint import hf_keys
 from data import TEMPLATES
 from model import LLaVA
 from records import IMAGE

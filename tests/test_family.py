@@ -141,7 +141,7 @@ def test_their_checkpoints_load_here(kind, names, tmp_path):
     if names != "as saved":
         from safetensors.torch import save_file
 
-        from model import hf_keys
+        from checkpoint import hf_keys
         state = {k: v.contiguous() for k, v in theirs.state_dict().items()}
         assert all(k.startswith(("model.", "lm_head.")) for k in state), "these are the names of the modules"
         save_file(hf_keys(state) if names == "old" else state, tmp_path / "model.safetensors", {"format": "pt"})
