@@ -15,6 +15,7 @@ import base64
 import csv
 import functools
 import gc
+import io
 import itertools
 import json
 import os
@@ -61,7 +62,9 @@ PUBLISHED = {                            # benchmark: keys, {model: values}; Tab
 
 def read(path):
     """What a file holds: a JSON value, a list of JSON lines, or rows (.tsv and .xlsx as dicts, .txt as lists of cells)."""
-    if not path or not os.path.isfile(path):
+    if not path:
+        raise ValueError("--answers FILE is needed")
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     if path.endswith(".xlsx"):
         rows = openpyxl().load_workbook(path, read_only=True).active.iter_rows(values_only=True)
@@ -110,14 +113,16 @@ def answers_of(path):
     paper's ScienceQA run, {"outputs": {id: text}}."""
     rows, answers = read(path), []
     if isinstance(rows, dict):
-        rows = [{"question_id": k, "text": v} for k, v in rows["outputs"].items()] if "outputs" in rows else [rows]
-    for i, row in enumerate(rows):
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=judge.unique)
+        rows = [{"question_id": k, "text": v} for k, v in rows["outputs"].items()] if isinstance(
+            rows.get("outputs"), dict) else [rows]
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
         row = row if isinstance(row, dict) else {}
         name = next((row[k] for k in ("question_id", "questionId", "index") if k in row), None)
         text = next((row[k] for k in ("text", "prediction", "answer") if k in row), None)
         if name is None or not isinstance(text, str):
             raise ValueError(f"{path}[{i}]: question_id and text are needed, found {str(row)[:100]}")
-        answers.append((name, row.get("prompt", ""), text))
+        answers.append((name, row.get("prompt") or "", text))
     return answers
 
 
@@ -214,6 +219,8 @@ def pope(args, labels):
             [(row["image"], bare(row["text"])) for row in rows], [(key, text) for name, key, text in said if name == split],
             f"labels of {split}", "The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, 3000 "
             "adversarial labels.")
+        if not texts:
+            raise ValueError(f"{args.questions or args.answers}: nothing is of the split {split}, of which there are labels")
         scores |= yes_no(split, texts, [row["label"] for row in rows])
         if scores[f"{split}.f1"] is None:
             notes.append(f"{split}: no answer is rightly yes, so F1 is undefined")
@@ -299,6 +306,9 @@ def mmbench(args, labels):
             [*(row[k] for k in before), text, *(row[k] for k in after)] for row, text in zip(rows, texts)])
     if not rows[0].get("answer"):
         return {}, ["the TSV holds no answers: a test split, which its server scores"]
+    if torn := [row["index"] for row in rows if not row["answer"] or not str(row["index"]).isdigit()]:
+        raise ValueError(f"--labels: {len(torn)} of {len(rows)} rows have no answer or no number as index, e.g. {torn[:3]}; is "
+                         "the file whole?")
     rng, groups, pairs = random.Random(args.seed), defaultdict(list), []
     for row, text in zip(rows, texts):
         letter = option_of(text, {k: row[k] for k in "ABCD" if present(row.get(k))})
@@ -312,7 +322,9 @@ def mmbench(args, labels):
         pairs += [(row[level], circular) for level in ("l2-category", "category") if row.get(level)]
     scores = tally(pairs)
     first = ("circular", "plain", "rows", "unparsed")
-    return {key: scores[key] for key in (*first, *sorted(scores.keys() - set(first)))}, []
+    short = sum(len(group) < sum(present(group[0][2].get(k)) for k in "ABCD") for group in groups.values())
+    return {key: scores[key] for key in (*first, *sorted(scores.keys() - set(first)))}, [
+        f"{short} of {len(groups)} questions have fewer rows than options: circular is easier for them"] * bool(short)
 
 
 def mmbench_data(args):
@@ -401,7 +413,11 @@ def mmmu(args, labels):
     OFFICIAL: a choice that cannot be read is drawn at random (--official); here it is wrong and counted.
     """
     rows, rng, pairs = [row for data in labels.values() for row in data], random.Random(args.seed), []
-    listed = lambda cell: ast.literal_eval(cell) if isinstance(cell, str) and cell.startswith("[") else cell
+    def listed(cell):
+        try:
+            return ast.literal_eval(cell) if isinstance(cell, str) and cell.startswith("[") else cell
+        except (SyntaxError, ValueError):                # "[0, 5)" is an answer
+            return cell
     for row, text in zip(rows, texts_of(args, [row["id"] for row in rows])):
         truth, options, unread = listed(row["answer"]), listed(row["options"]), False
         truths = truth if isinstance(truth, list) else [truth]
@@ -469,9 +485,10 @@ def problems_of(args, labels):
 
 
 def letters_of(path, pids, missing_ok=False):
-    """{id: letter or None} of an answers file."""
+    """{id: letter, None if there is none in the text, "" if there is no text} of an answers file."""
     found = [(str(i), text) for i, _, text in answers_of(path)]
-    return {pid: letter_of(text or "") for pid, text in zip(pids, match(pids, found, path, missing_ok=missing_ok))}
+    texts = match(pids, found, path, missing_ok=missing_ok)
+    return {pid: "" if text is None else letter_of(text) for pid, text in zip(pids, texts)}
 
 
 def scienceqa(args, labels):
@@ -486,7 +503,8 @@ def scienceqa(args, labels):
 
     def index(pid, letter):
         choices = LETTERS[:len(problems[pid]["choices"])]
-        return choices.index(letter) if letter in choices else rng.randrange(len(choices)) if args.official else -1
+        drawn = args.official and letter != ""           # OFFICIAL: a problem that was not answered is wrong
+        return choices.index(letter) if letter in choices else rng.randrange(len(choices)) if drawn else -1
 
     def accuracy(picks):
         return sum(problems[pid]["answer"] in picks[pid] for pid in pids), len(pids)
@@ -497,15 +515,15 @@ def scienceqa(args, labels):
         ours = {pid: int(file["results"].get(pid, -1)) for pid in pids}
     scores = dict.fromkeys(PUBLISHED["scienceqa"][0].split())
     scores |= tally((key, ours[pid] == problems[pid]["answer"]) for pid in pids for key in columns_of(problems[pid]))
-    scores["unparsed"] = (list(letters.values()).count(None), len(pids))
-    if beyond := sum(letter not in [None, *LETTERS[:len(problems[pid]["choices"])]] for pid, letter in letters.items()):
+    scores["unparsed"] = (sum(not letter for letter in letters.values()), len(pids))
+    if beyond := sum(letter not in ["", None, *LETTERS[:len(problems[pid]["choices"])]] for pid, letter in letters.items()):
         notes.append(f"{beyond} answers name a letter that their problem does not have")
     if args.second:
         second = letters_of(args.second, pids, missing_ok=args.official)
         theirs = {pid: index(pid, letter) if letter else ours[pid] for pid, letter in second.items()}
         scores["complement"] = accuracy({pid: [theirs[pid]] for pid in pids})
         scores["upper_bound"] = accuracy({pid: [theirs[pid], ours[pid]] for pid in pids})
-        notes.append(f"second answers: {list(second.values()).count(None)} unparsed")
+        notes.append(f"second answers: {sum(not letter for letter in second.values())} unparsed")
     if args.requery:
         if not args.second:
             raise ValueError("--requery decides between --answers and --second; --second is missing")
@@ -632,12 +650,21 @@ def vqa_accuracy(text, label, official=False):
     return (0, 0.3, 0.6, 0.9, 1)[min(4, humans.count(said))]
 
 
+def rows_of(args, rows):
+    """The rows of --labels; ValueError if there are none."""
+    if args.labels and not rows:
+        raise ValueError(f"{' '.join(args.labels)}: there are no labels in it")
+    return rows
+
+
 def vqav2(args, labels):
     """VQAv2: --upload for the server, which wants all of `--questions`: those without answer are empty there, and counted.
     With --labels, the annotations of a public split: the accuracy."""
-    labels = [row for data in labels.values() for row in data["annotations"]]
+    labels = rows_of(args, [row for data in labels.values() for row in data["annotations"]])
     ids = [row["question_id"] for row in labels or (read(args.questions) if args.questions else ())]
     ids = ids or list(dict.fromkeys(i for i, _, _ in answers_of(args.answers)))
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{args.questions or args.labels}: {len(ids) - len(set(ids))} ids occur more than once")
     texts = texts_of(args, ids, missing_ok=not labels)
     write_upload(args, [{"question_id": i, "answer": normalise(text or "")} for i, text in zip(ids, texts)])
     return (tally(("accuracy", vqa_accuracy(text, row, args.official)) for text, row in zip(texts, labels)),
@@ -647,7 +674,9 @@ def vqav2(args, labels):
 def textvqa(args, labels):
     """TextVQA (validation): found by picture and question. LLaVA-1.5's prompts hold a line `Reference OCR token: ...`; without
     it, it is another setting."""
-    answers, labels = answers_of(args.answers), [row for data in labels.values() for row in data["data"]]
+    answers, labels = answers_of(args.answers), rows_of(args, [row for data in labels.values() for row in data["data"]])
+    if not any(prompt for _, prompt, _ in answers):
+        raise ValueError(f"{args.answers}: TextVQA's answers are found by picture and prompt, and none has a prompt")
     key = "question_id" if str(answers[0][0]) in {str(row["question_id"]) for row in labels} else "image_id"
     asked = [(row[key], row["question"].lower()) for row in labels] or list(dict.fromkeys((i, bare(p)) for i, p, _ in answers))
     texts = match([(str(i), bare(question).lower()) for i, question in asked],
@@ -670,10 +699,12 @@ def vizwiz(args, labels):
         asked = [{"question_id": i, "image": f"VizWiz_test_{int(i):08}.jpg", "text": prompt}
                  for i, prompt in dict.fromkeys((i, prompt) for i, prompt, _ in answers_of(args.answers))]
     texts = texts_of(args, [(q["question_id"], q["text"]) for q in asked])
-    write_upload(args, [{"image": q["image"], "answer": normalise(text)} for q, text in zip(asked, texts)])
+    upload = [{"image": q["image"], "answer": normalise(text)} for q, text in zip(asked, texts)]
     if not labels or "answers" not in labels[0]:
+        write_upload(args, upload)
         return {}, ["there are no human answers: the server scores"]
     texts = match([row["image"] for row in labels], [(q["image"], text) for q, text in zip(asked, texts)], "labels")
+    write_upload(args, upload)
     scores = tally((key, right) for text, row in zip(texts, labels) for right in [vqa_accuracy(text, row, args.official)]
                    for key in ["accuracy"] + ["unanswerable"] * (row.get("answer_type") == "unanswerable"))
     return {"accuracy": scores["accuracy"], "unanswerable": scores.get("unanswerable")}, []
@@ -681,12 +712,13 @@ def vizwiz(args, labels):
 
 def gqa(args, labels):
     """GQA: lower case and without full stops at its end, the answer equals the label; over the balanced questions."""
-    said = [(i, text.rstrip(".").lower()) for i, _, text in answers_of(args.answers)]
-    write_upload(args, [{"questionId": i, "prediction": text} for i, text in said])
+    said = [(str(i), text.rstrip(".").lower()) for i, _, text in answers_of(args.answers)]
     labels = {i: q for data in labels.values() for i, q in data.items()}
-    asked = [i for i, q in labels.items() if q["isBalanced"]]
+    asked = rows_of(args, [i for i, q in labels.items() if q["isBalanced"]])
+    match(dict.fromkeys(i for i, _ in said), said, args.answers)                             # each once
     others = labels.keys() - set(asked)
-    texts = match(asked, [(str(i), text) for i, text in said if str(i) not in others], args.answers) if labels else []
+    texts = match(asked, [(i, text) for i, text in said if i not in others], args.answers) if labels else []
+    write_upload(args, [{"questionId": i, "prediction": text} for i, text in said])
     return tally((key, text == q["answer"]) for text, q in zip(texts, map(labels.get, asked))
                  for key in ("accuracy", "open" if q["types"]["structural"] == "query" else "binary")), []
 
@@ -702,15 +734,18 @@ def write_upload(args, rows, lines=False):
 
 def write_sheet(path, rows):
     if path.endswith(".xlsx"):
-        book = openpyxl().Workbook()
+        book, control = openpyxl().Workbook(), re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
+        if n := sum(bool(control.search(cell)) for row in rows for cell in row if isinstance(cell, str)):
+            print(f"note: {n} cells hold characters that no .xlsx can hold; each of these is a ? there")
         for row in rows:
-            book.active.append(row)
+            book.active.append([control.sub("?", cell) if isinstance(cell, str) else cell for cell in row])
             for cell in book.active[book.active.max_row]:
                 cell.data_type = "n" if isinstance(cell.value, int) else "s"         # "=..." is an answer, no formula
         book.save(path)
     else:
-        with open(path, "w", encoding="utf-8", newline="") as f:
-            csv.writer(f, delimiter="\t", lineterminator="\n").writerows(rows)
+        sheet = io.StringIO(newline="")
+        csv.writer(sheet, delimiter="\t", lineterminator="\n").writerows(rows)
+        judge.write_whole(path, sheet.getvalue())
 
 
 def wilson(right, n, z=1.96):
@@ -846,7 +881,7 @@ if __name__ == "__main__":
     gc.disable()                         # millions of small objects and no garbage: looking for it would take half of the time
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; every answer and reply so far is kept: run the same command again, it goes on")

@@ -42,7 +42,8 @@ PUBLISHED = {                            # conversation, detail, complex reasoni
            "paper, Table 4: no instruction tuning": ("22.0", "24.0", "18.5", "21.5")},
     WILD: {"paper, Table 5: LLaVA": ("57.3 ± 1.9", "52.5 ± 6.3", "81.7 ± 1.8", "67.3 ± 2.0"),
            "paper, Table 5: BLIP-2": ("54.6 ± 1.4", "29.1 ± 1.2", "32.9 ± 0.7", "38.1 ± 1.0"),
-           "paper, Table 5: OpenFlamingo": ("19.3 ± 0.5", "19.0 ± 0.5", "19.1 ± 0.7", "19.1 ± 0.4")}}
+           "paper, Table 5: OpenFlamingo": ("19.3 ± 0.5", "19.0 ± 0.5", "19.1 ± 0.7", "19.1 ± 0.4"),
+           "LLaVA-1.5-7B": ("-", "-", "-", "65.4"), "LLaVA-1.5-13B": ("-", "-", "-", "72.5")}}
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 MM_VET = {"LLaVA-1.5-7B": "31.1", "LLaVA-1.5-13B": "36.1"}       # totals, Diss. Table 4.4
 
@@ -55,6 +56,13 @@ def some(items):
     return f", e.g. {', '.join(repr(i) for i in items[:3])}" if items else ""
 
 
+def unique(pairs):
+    """A JSON object, for json.loads; ValueError if a name occurs twice, of which one would silently win."""
+    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
+        raise ValueError(f"{len(twice)} names occur more than once in one object{some(twice)}")
+    return dict(pairs)
+
+
 def keyed(path, key="question_id", **kinds):
     """{id: record} of JSON records whose field `key` is the id, or (key=None) of one JSON object that is such a dict.
 
@@ -64,7 +72,7 @@ def keyed(path, key="question_id", **kinds):
         rows, kinds = list(enumerate(read_json(path))), {key: str | int, **kinds}
     else:
         try:
-            rows = list(json.loads(Path(path).read_text(encoding="utf-8-sig")).items())
+            rows = list(json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique).items())
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: one JSON object is needed ({error})") from error
     bad = [name for name, row in rows if kinds and not (
@@ -343,6 +351,8 @@ def relative_scores(files, official=False):
     if all("swapped" in row for row in rows):
         extra, said = both_orders([row for row in rows if row["tuple"][0] >= 0])
         out, text = out | extra, f"{text}\n{said}"
+    if bench:                                            # under the names that its files have, too
+        out |= {bench + key: value for key, value in out.items() if not key.startswith("all.")}
     return {**out, "failed": len(failed)}, text
 
 
@@ -413,6 +423,11 @@ def agreement(path, against):
     same = [{(i, *map(row.get, ("category", "answer1_id", "answer2_id"))): 1 for i, row in r.items()} for r in (A, B)]
     match(path, same[0], against, same[1])
     both = [i for i in A if min(A[i]["tuple"] + B[i]["tuple"]) >= 0]
+    failed = [i for i in A if i not in set(both)]
+    for name, run in ((path, A), (against, B)):
+        if (bad := [i for i, row in run.items() if min(row["tuple"]) < 0]) and len(bad) > MOST_FAILED * len(run):
+            raise ValueError(f"{name}: {len(bad)} of {len(run)} judgements failed{some(bad)}; above {MOST_FAILED:.0%} such "
+                             "reviews are not compared")
     out, lines = {}, [("", ["questions", "relative A", "relative B", "reference", "answers", "Spearman"])]
     for name in [*sorted({A[i]["category"].removeprefix(WILD) for i in both}), "all"]:
         a, b = (np.array([r[i]["tuple"] for i in both if name in ("all", A[i]["category"].removeprefix(WILD))]) for r in (A, B))
@@ -425,9 +440,10 @@ def agreement(path, against):
                 f"{name}.reference_difference": reference, f"{name}.mean_difference": answer, f"{name}.spearman": rho}
         lines.append((name, [str(len(a)), *(f"{r:.1f}" for r in relative), f"{reference:+.2f}", f"{answer:+.2f}",
                              "-" if rho is None else f"{rho:.3f}"]))
-    out["failed"] = len(A) - len(both)
+    out["failed"] = len(failed)
     return out, (f"A: {who(A.values())} ({path})\nB: {who(B.values())} ({against})\nreference, answers: mean of A's score less "
-                 f"B's, of 10; Spearman: of the answers' scores\n{layout(lines)}left out, failed with A or B: {out['failed']}")
+                 f"B's, of 10; Spearman: of the answers' scores\n{layout(lines)}left out, failed with A or B: "
+                 f"{len(failed)}{some(failed)}")
 
 
 def calibrate(args):
@@ -534,13 +550,15 @@ def mm_vet_scores(path, labels=None):
 @dataclass(frozen=True, kw_only=True)
 class MMVet:
     grades: str                          # {id: {model, content, score}}, one entry a run
-    labels: str = None                   # mm-vet.json, for the capabilities
+    labels: str = None                   # mm-vet.json or its folder, for the capabilities
+    official: bool = False               # the published arithmetic, which is the only one
     json: str = None                     # a file for the unrounded numbers
 
 
 def score_mm_vet(args):
     """Scores of a grades file."""
-    score(mm_vet_scores, args, args.grades, args.labels)
+    folder = args.labels and os.path.isdir(args.labels)
+    score(mm_vet_scores, args, args.grades, os.path.join(args.labels, "mm-vet.json") if folder else args.labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

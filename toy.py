@@ -447,9 +447,11 @@ SPLITS = ("held_out", "new_pairs", "blind", "shuffled")
 
 def score(questions_file, answers_file, part=str):
     """Percent of answers of which a part, or the whole, is exactly the truth's: all, then by kind; and the rows."""
-    said = {row["question_id"]: row["text"].strip() for row in whole_lines(answers_file)}
-    rows = whole_lines(questions_file)
+    answers, rows = whole_lines(answers_file), whole_lines(questions_file)
+    said = {row["question_id"]: row["text"].strip() for row in answers}
     missing = [row["question_id"] for row in rows if row["question_id"] not in said]
+    if not missing and len(answers) > len(rows):
+        raise ValueError(f"{answers_file}: {len(answers)} answers to the {len(rows)} questions of {questions_file}; each once")
     if missing:
         raise ValueError(f"{answers_file}: {len(missing)} of {len(rows)} questions of {questions_file} have no answer, "
                          f"e.g. {missing[0]}; run sample.py on that file again")

@@ -67,5 +67,5 @@ export -f once variants
 echo "a language model of half the layers, then nine variants a seed; logs: $OUT/*.log"
 once "$OUT/small_llm" python toy_pretrain.py --out "$OUT" --part small_llm > "$OUT/small_llm.log" 2>&1
 for seed in ${SEEDS:-0 1 2}; do echo "$seed"; done | xargs -P "${JOBS:-$(python -c "import os; print(os.cpu_count())")}" -I SEED \
-    bash -c 'variants SEED > "$OUT/seedSEED.log" 2>&1 && echo "seed SEED is done" || { tail -3 "$OUT/seedSEED.log"; exit 1; }'
+    bash -c 'bash -c "variants SEED" > "$OUT/seedSEED.log" 2>&1 && echo "seed SEED is done" || { tail -3 "$OUT/seedSEED.log"; exit 1; }'
 python toy.py ablations --out "$OUT" | tee "$OUT/tables.txt"

@@ -21,5 +21,5 @@ system() {    # system RECIPE: both stages and the answers, with a log
 }
 export -f system
 printf '%s\n' toy-next toy-hd toy-1.5 toy | xargs -P "${JOBS:-2}" -I NAME \
-    bash -c 'system NAME > "$OUT/NAME.log" 2>&1 && echo "NAME is done" || { tail -3 "$OUT/NAME.log"; exit 1; }'
+    bash -c 'bash -c "system NAME" > "$OUT/NAME.log" 2>&1 && echo "NAME is done" || { tail -3 "$OUT/NAME.log"; exit 1; }'
 python toy.py family --out "$OUT" | tee "$OUT/table.txt"

@@ -61,7 +61,7 @@ def test_scoring_loads_no_torch(tmp_path):
     ([], "score"), (["score"], "pope"), (["score", "popes"], "mathvista"), (["judges"], "answer"),
     (["score", "pope", "--answers", "a"], "--labels"), (["score", "pope", "--upload", "u", "--answers", "a"], "no server"),
     (["score", "gqa", "--answers", "gone.jsonl", "--upload", "u"], "gone.jsonl: no such file"),
-    (["score", "gqa", "--upload", "u"], "no such file"), (["score", "mme", "--labels", "."], "no .*txt"),
+    (["score", "gqa", "--upload", "u"], "--answers FILE is needed"), (["score", "mme", "--labels", "."], "no .*txt"),
     (["scienceqa_data", "--labels", "gone.json"], "gone.json"),
     (["answer", "--model", "m", "--questions", "q", "--answers", "a", "--batch_size", "0"], "--batch_size 0: a number is"),
     (["grade_mm_vet", "--labels", "l", "--answers", "a", "--grades", "g", "--workers", "0"], "--workers 0: a number is"),
@@ -859,3 +859,72 @@ def test_questions_of_one_picture_share_its_features_and_get_the_answers_they_ge
     asked = [([talker.ask(f"Is {k} so?", 1)], [pictures[k % 2]]) for k in range(5)]
     asked += [([talker.ask("Both?", 2)], pictures[1::-1])]
     assert ids(asked) == [ids([one])[0] for one in asked], "a shared picture changes an answer's ids"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What looks like a score and is none
+
+
+def test_a_torn_sheet_is_no_score(tmp_path, capsys):
+    """A last row that was cut has no answer, as an unreadable reply has no letter: None is not right. Rotations that are
+    missing make circular easier, which is said."""
+    rows = mmbench_tsv(tmp_path / "m.tsv")
+    write(tmp_path / "a.jsonl", [said(row["index"], row["answer"]) for row in rows])
+    argv = ["score", "mmbench", "--answers", str(tmp_path / "a.jsonl"), "--labels", str(tmp_path / "m.tsv")]
+    lines = (tmp_path / "m.tsv").read_text().splitlines()
+    (tmp_path / "m.tsv").write_text("\n".join([*lines[:-1], lines[-1].split("\t")[0]]) + "\n")
+    with pytest.raises(ValueError, match="1 of 14 rows have no answer"):
+        ev.main(argv)
+    (tmp_path / "m.tsv").write_text("\n".join(lines[:-1]) + "\n")
+    write(tmp_path / "a.jsonl", [said(row["index"], row["answer"]) for row in rows[:-1]])
+    ev.main(argv)
+    assert "1 of" in (shown := capsys.readouterr().out) and "fewer rows than options" in shown
+
+
+@pytest.mark.parametrize("name, labels", [
+    ("vqav2", {"annotations": []}), ("textvqa", {"data": []}),
+    ("gqa", {"1": {"isBalanced": False, "answer": "a", "types": {"structural": "query"}}})])
+def test_labels_without_labels_are_an_error(name, labels, tmp_path):
+    write(tmp_path / "l.json", labels)
+    write(tmp_path / "a.jsonl", [{"question_id": "1", "prompt": "What?", "text": "a"}])
+    with pytest.raises(ValueError, match="there are no labels in it"):
+        ev.main(["score", name, "--answers", str(tmp_path / "a.jsonl"), "--labels", str(tmp_path / "l.json")])
+
+
+def test_an_upload_holds_each_answer_once_or_is_not_written(tmp_path):
+    write(tmp_path / "a.jsonl", [said("1", "a"), said("2", "b"), said("1", "c")])
+    with pytest.raises(ValueError, match="1 are answered too often, e.g. 1"):
+        ev.main(["score", "gqa", "--answers", str(tmp_path / "a.jsonl"), "--upload", str(tmp_path / "up.json")])
+    assert not (tmp_path / "up.json").exists()
+
+
+def test_a_name_that_occurs_twice_in_one_object_is_a_doubled_answer(tmp_path):
+    """Python's reader lets the last one win; the released result files of ScienceQA are such an object."""
+    (tmp_path / "a.json").write_text('{"outputs": {"7": "A", "7": "B"}}')
+    with pytest.raises(ValueError, match="1 names occur more than once"):
+        ev.answers_of(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("content", ["5", '{"outputs": [1]}', '[{"question_id": 1}]'])
+def test_what_is_no_answers_file_is_named(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json\[0\]: question_id and text are needed"):
+        ev.answers_of(str(tmp_path / "a.json"))
+
+
+def test_an_interval_is_an_answer_of_mmmu_and_no_list(tmp_path, capsys):
+    """Open answers such as "[0, 5)" begin like a list of answers."""
+    row = {"id": "validation_Math_1", "question_type": "open", "options": "[]", "answer": "[0, 5)"}
+    (tmp_path / "l.json").write_text(json.dumps([row]))
+    write(tmp_path / "a.jsonl", [said("validation_Math_1", "The answer is [0, 5)")])
+    ev.main(["score", "mmmu", "--answers", str(tmp_path / "a.jsonl"), "--labels", str(tmp_path / "l.json")])
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_characters_that_no_sheet_can_hold_are_replaced_and_counted(tmp_path, capsys):
+    rows = mmbench_tsv(tmp_path / "m.tsv")
+    write(tmp_path / "a.jsonl", [said(row["index"], "A\x0b" if k == 0 else row["answer"]) for k, row in enumerate(rows)])
+    ev.main(["score", "mmbench", "--answers", str(tmp_path / "a.jsonl"), "--labels", str(tmp_path / "m.tsv"),
+             "--upload", str(tmp_path / "s.xlsx")])
+    assert "1 cells hold characters" in capsys.readouterr().out
+    assert ev.read(str(tmp_path / "s.xlsx"))[0]["prediction"] == "A?"

@@ -216,16 +216,19 @@ def test_calibrate_compares_two_judges_of_the_same_answers(tmp_path, capsys):
     """Mean difference and rank correlation per category; ties share their ranks."""
     a = [("conv", 8, 3), ("conv", 8, 5), ("conv", 9, 5), ("conv", 9, 8), ("detail", 5, 5), ("detail", 6, 5), ("conv", -1, -1)]
     b = [("conv", 9, 1), ("conv", 9, 2), ("conv", 9, 3), ("conv", 9, 10), ("detail", 5, 4), ("detail", 8, 6), ("conv", 8, 8)]
+    with pytest.raises(ValueError, match="a.jsonl: 1 of 7 judgements failed, e.g. 6; above 2%"):
+        judge.agreement(str(make_reviews(tmp_path / "a.jsonl", a)), str(make_reviews(tmp_path / "b.jsonl", b)))
+    a, b = (rows + [("complex", 6, 6)] * 50 for rows in (a, b))
     ours, theirs = make_reviews(tmp_path / "a.jsonl", a, judge="new judge"), make_reviews(tmp_path / "b.jsonl", b)
     out = score(tmp_path, "calibrate", "--reviews", ours, "--against", theirs)
-    assert out["failed"] == 1 and out["all.n"] == 6 and out["conv.mean_difference"] == pytest.approx(21 / 4 - 16 / 4)
+    assert out["failed"] == 1 and out["all.n"] == 56 and out["conv.mean_difference"] == pytest.approx(21 / 4 - 16 / 4)
     assert out["conv.reference_difference"] == -0.5 and out["detail.spearman"] is None, "a constant has no rank correlation"
     assert out["conv.spearman"] == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
     assert out["conv.relative"] == pytest.approx(100 * 21 / 34) and out["conv.relative_against"] == pytest.approx(100 * 16 / 36)
     assert "A: new judge" in (said := capsys.readouterr().out) and "B: judge not recorded" in said
     rows = lines(theirs)
     rows[2]["answer2_id"] = "of another model"
-    with pytest.raises(ValueError, match="1 of 7 ids.*of another model"):
+    with pytest.raises(ValueError, match="1 of 57 ids.*of another model"):
         judge.agreement(ours, str(dump(tmp_path / "c.jsonl", rows)))
     with pytest.raises(ValueError, match="different judges"):
         judge.relative_scores([ours, theirs])
