@@ -1,5 +1,7 @@
 """Low-rank adapters: the arithmetic by hand, what trains, merging, resuming, and PEFT as the oracle where it is installed."""
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -263,9 +265,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_and_unmerged_logits_agree(family, tied, tmp_path):
     """W_0 + (alpha / r) B A is a plain checkpoint: for us, from its folder, and for transformers."""
-    model, plain = with_adapters(tiny_llava(family, tied), trained=True), tiny_llava(family, tied)
+    plain = tiny_llava(family, tied)
+    for layer in plain.f_phi.modules():                   # a new Qwen2's are zero, so that losing them would not show
+        if getattr(layer, "bias", None) is not None:
+            torch.nn.init.normal_(layer.bias, std=0.2)
+    model = with_adapters(copy.deepcopy(plain), trained=True)
     plain.W.load_state_dict(model.W.state_dict())
-    unmerged, state = logits(model), merged_state(model)
+    unmerged, state = logits(model), {k: v.clone() for k, v in merged_state(model).items()}
     assert (unmerged - logits(plain)).abs().max() > 0.5, "the adapters do nothing, so that this test says nothing"
     assert torch.equal(logits(model), unmerged), "merged_state changed the model that trains on"
     merge(model.f_phi)
@@ -312,6 +318,22 @@ def test_an_adapter_on_its_base_is_the_model_that_was_saved(family, tmp_path):
     for ours, theirs in zip(adapters(model).values(), adapters(loaded).values()):
         assert (ours.alpha, ours.scale, ours.dropout) == (theirs.alpha, theirs.scale, theirs.dropout) == (8, 2, 0.05)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_names_modules_of_transformers_LLaVA(family, tmp_path):
+    """PEFT's names: base_model.model, then a module of LlavaForConditionalGeneration; its pattern finds f_phi's alone."""
+    _, base, adapter = saved_adapter(tmp_path, family)
+    config, state = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"], config["bias"]) == (str(base), 4, 8, "none")
+    modules = dict(AutoModelForImageTextToText.from_pretrained(base).named_modules())
+    targets = {name for name in modules if re.fullmatch(config["target_modules"], name)}
+    want = {f"base_model.model.{name}.lora_{x}.weight" for name in targets for x in "AB"}
+    want |= {f"base_model.model.model.multi_modal_projector.linear_{i}.{x}" for i in (1, 2) for x in ("weight", "bias")}
+    assert len(targets) == 14 and state.keys() == want
+    for name in targets:
+        A, B = (state[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert (B @ A).shape == modules[name].weight.shape, f"{name}: an adapter of another shape"
 
 
 def message_of(error, *words):
