@@ -148,7 +148,7 @@ def load_adapter(model, folder):
         raise ValueError(f"{folder}: an adapter of another model; pass its base, {config['base_model_name_or_path']!r}. Of its "
                          f"weights {len(theirs - ours)} do not fit and {len(ours - theirs)} are missing, e.g. {differ[:2]}")
     W = {k.removeprefix(PEFT): state.pop(k) for k in list(state) if "multi_modal_projector" in k}
-    model.load_state_dict(model.from_hf_keys(model.to_hf_keys() | W, folder), strict=False)       # B is still 0: W_0 stays
+    model.load_state_dict(model.from_hf_keys(model.to_hf_keys() | W, folder))
     for key, value in state.items():
         mine[key].copy_(value)                           # mine are the parameters' own storage
     return model

@@ -318,7 +318,8 @@ class LLaVA(nn.Module):
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):
             os.remove(last)                              # until the folder is whole again
-        state = {k: v.to(dtype) for k, v in self.to_hf_keys().items()}
+        mine = merged_state(self)                        # adapters, if there are any, are part of the weights (lora.py)
+        state = {k: v.to(dtype) for k, v in self.to_hf_keys(mine).items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
         save_settings(folder, config, self.tokenizer, self.view, self.eos_ids)
 
@@ -327,9 +328,9 @@ class LLaVA(nn.Module):
         """Our key prefixes and llava-hf's."""
         return PREFIX | PROJECTORS[self.projector][1]
 
-    def to_hf_keys(self):
-        """Our state dict under llava-hf names. A linear W is `linear_1 = W`, identity, `linear_2 = I`."""
-        state, mine = {}, merged_state(self)             # adapters, if there are any, are part of the weights (lora.py)
+    def to_hf_keys(self, mine=None):
+        """Our state dict, or `mine`, under llava-hf names. A linear W is `linear_1 = W`, identity, `linear_2 = I`."""
+        state, mine = {}, mine or self.state_dict()
         for ours, theirs in self.prefix.items():
             state |= {theirs + k[len(ours):]: v for k, v in mine.items() if k.startswith(ours)}
         if self.tied:
