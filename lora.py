@@ -111,7 +111,7 @@ def save_adapter(model, folder, base):
         raise ValueError(f"an adapter needs its base, and {base!r} is no checkpoint folder: --init out/stage1")
     layers = adapters(model.f_phi.base_model)
     names, one = "|".join(sorted({name.split(".")[-1] for name in layers})), next(iter(layers.values()))
-    config = CONFIG | {"base_model_name_or_path": base, "r": len(one.lora_A), "lora_alpha": one.alpha,
+    config = CONFIG | {"base_model_name_or_path": os.path.abspath(base), "r": len(one.lora_A), "lora_alpha": one.alpha,
                        "lora_dropout": one.dropout, "inference_mode": True,
                        "target_modules": rf"model\.language_model\..*\.({names})"}    # names alone would match CLIP's layers
     os.makedirs(folder, exist_ok=True)

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, DynamicCache, GenerationConfig, LlavaConfig,
                           LlavaNextConfig)
@@ -293,7 +294,10 @@ class LLaVA(nn.Module):
             model = cls(g, f_phi, tokenizer, config.vision_feature_layer, meta, projectors[config.projector_hidden_act])
             model.look(view_in(folder, config, meta))
         files = sorted(f for f in os.listdir(folder) if f.endswith(".safetensors"))
-        state = {k: v for f in files for k, v in load_file(os.path.join(folder, f)).items()}
+        try:
+            state = {k: v for f in files for k, v in load_file(os.path.join(folder, f)).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: not all of {', '.join(files)} are whole files ({error}); copy them again") from error
         for p in model.parameters():                     # not model.to(dtype): it would round the rotary frequencies too
             p.data = p.data.to(dtype)
         model.load_state_dict(model.from_hf_keys(hf_keys(state), folder), strict=True)

@@ -94,7 +94,7 @@ RECIPES = {
     "llava-1.5-7b-lora": {**on(V1_5, "lmsys/vicuna-7b-v1.5"), 2: dict(V1_5[2], lr=2e-4, lr_W=2e-5, lora_rank=128)},
     "llava-1.5-13b-lora": {**on(V1_5, "lmsys/vicuna-13b-v1.5"), 2: dict(V1_5[2], lr=2e-4, lr_W=2e-5, lora_rank=128)},
     # OURS: neither its code nor its weights were released; stage 1 is 1.5's at 224 pixels.
-    "llava-1.5-hd-13b": {**on(V1_5, "lmsys/vicuna-13b-v1.5", vision=CLIP), 2: dict(V1_5[2], aspect="hd")},
+    "llava-1.5-hd-13b": {**on(V1_5, "lmsys/vicuna-13b-v1.5", vision=CLIP), 2: dict(V1_5[2], aspect="hd", max_length=4096)},
     "llava-next-vicuna-7b": on(NEXT, "lmsys/vicuna-7b-v1.5"),
     "llava-next-vicuna-13b": on(NEXT, "lmsys/vicuna-13b-v1.5"),
     "llava-next-mistral-7b": on(NEXT, "mistralai/Mistral-7B-Instruct-v0.2", template="mistral_instruct"),
@@ -241,6 +241,8 @@ def build_model(config, machine):
     if config.lora_rank:
         if config.stage == 1 or config.init == "none":
             raise ValueError("--lora_rank is for stage 2, on a checkpoint that the adapter belongs to: --init out/stage1")
+        if config.lr_g is not None or model.view.tiling:
+            raise ValueError("--lora_rank keeps W and adapters alone: neither --lr_g nor an aspect in tiles goes with it yet")
         add_adapters(model.f_phi, config.lora_rank, config.lora_alpha, config.lora_dropout)
         theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in model.parameters():
@@ -306,6 +308,9 @@ def theta_table(model, theta):
         trains = sum(p.numel() for name, p in parameters.items() if name in theta)
         said = "frozen" if not trains else "yes" if trains == n else f"{trains:,} of them"
         lines.append(f"  {part:<12}{n:>18,}   {said:<7}  {str(kind)[6:]}")
+    if model.newline is not None:
+        said = "yes" if "newline" in theta else "frozen"
+        lines.append(f"  {'newline':<12}{model.newline.numel():>18,}   {said:<7}  {str(model.newline.dtype)[6:]}")
     return lines
 
 

@@ -277,3 +277,12 @@ def test_the_command_draws_how_a_picture_is_tiled(tmp_path, capsys):
     for wrong in (["check"], ["show", "--aspect", "pad"]):
         with pytest.raises(ValueError, match="--tiles draws"):
             data.main([*wrong, "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "x.png")])
+
+
+def test_a_torn_file_of_weights_is_a_plain_error(tmp_path):
+    """A download that broke off is no traceback."""
+    tiny("pad").save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="not all of model.safetensors are whole"):
+        LLaVA.from_pretrained(tmp_path)

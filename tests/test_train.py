@@ -771,6 +771,9 @@ def test_adapters_leave_a_merged_checkpoint_and_an_adapter(flags, straight, tmp_
     for more in (["--stage", 1], ["--stage", 2, "--init", "none"]):
         with pytest.raises(ValueError, match="--lora_rank is for stage 2"):
             train.main(flags(tmp_path / "wrong", *more, "--lora_rank", 4))
+    for more in (["--lr_g", "1e-4"], ["--aspect", "anyres"]):
+        with pytest.raises(ValueError, match="--lora_rank keeps W and adapters alone"):
+            train.main(flags(tmp_path / "wrong", *STAGE[2], "--init", straight(1), "--lora_rank", 4, *more))
 
 
 def test_a_checkpoint_with_another_projector_is_refused(flags, straight, tmp_path):
