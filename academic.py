@@ -13,7 +13,6 @@ that spoils the longer answers. What a file is shows in its form and fields (KIN
     {"image": "a.jpg", "question": "What is it?", "answer": "a dog", "choices": ["a dog", "a cat"]}       choices or none
     {"image": "a.jpg", "phrase": "the dog on the left", "box": [x, y, width, height]}                     in pixels of a.jpg
 """
-import functools
 import gc
 import json
 import os
@@ -25,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import BY_LETTER, read
-from records import IMAGE, image_path, run_command, typed_flags
+from judge import write_whole
+from records import IMAGE, header_size, image_path, run_command, typed_flags
 
 # OFFICIAL: in the released mixture `short` ends the first question of a conversation only, and holds for all of it; BY_LETTER
 # ends every question, behind its options.
@@ -155,14 +155,6 @@ def records_of(args):
                      + "; ".join(f"{name} ({', '.join(fields)})" for name, (_, fields, _, _) in KINDS.items()))
 
 
-@functools.lru_cache(maxsize=4096)
-def size_of(path):
-    """(width, height) of a picture, upright; only its head is read."""
-    from PIL import Image
-    with Image.open(path) as image:
-        return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size      # EXIF: lying on its side
-
-
 def region(record, args, place):
     """A box asked for its phrase, or a phrase for its box (Diss. Sec. 4.2).
 
@@ -170,7 +162,7 @@ def region(record, args, place):
     """
     if "width" not in record and not args.images:
         raise ValueError("the picture's width and height are needed: in the record, or by --images DIR")
-    size = (record["width"], record["height"]) if "width" in record else size_of(image_path(args.images, record["image"]))
+    size = (record["width"], record["height"]) if "width" in record else header_size(image_path(args.images, record["image"]))
     box, phrase = record["box"], record["phrase"].strip().rstrip(".")
     if not phrase:
         raise ValueError(f"phrase {record['phrase']!r}: words are needed")
@@ -256,7 +248,7 @@ def convert(args):
             name_of = Path(image).stem + f"_{pieces[image]}" * (pieces[image] > 0)
             made.append({"id": name_of, "image": image, "conversations": conversation(pairs[at:at + most], how)})
             pieces[image] += 1
-    Path(args.out).write_text(json.dumps(made, indent=1) + "\n")
+    write_whole(args.out, json.dumps(made, indent=1) + "\n")
     print(f"{name}: {len(records):,} records, {len(problems):,} bad and left out" + f":\n{shown}" * bool(problems))
     print(f"{args.out}: {len(pieces):,} pictures, {len(made):,} conversations, {sum(ways.values()):,} answers ("
           + ", ".join(f"{way} {n:,}" for way, n in ways.items()) + ")")

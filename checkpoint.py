@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 from transformers import (AddedToken, AutoTokenizer, CLIPImageProcessorPil, GenerationConfig, LlavaImageProcessorPil,
                           LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
@@ -81,7 +82,7 @@ def view_in(folder, config, meta):
         return View("anyres", size, patch, tiles.NEXT._replace(pinpoints=config.image_grid_pinpoints, tile=size, patch=patch,
                                                                rule="hf"))
     processor = os.path.join(folder, "preprocessor_config.json")
-    pads = os.path.isfile(processor) and json.load(open(processor)).get("do_pad", False)
+    pads = os.path.isfile(processor) and json.loads(Path(processor).read_text()).get("do_pad", False)
     return view_of("pad" if pads else "crop", size, patch)
 
 

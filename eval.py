@@ -413,11 +413,13 @@ def mmmu(args, labels):
     OFFICIAL: a choice that cannot be read is drawn at random (--official); here it is wrong and counted.
     """
     rows, rng, pairs = [row for data in labels.values() for row in data], random.Random(args.seed), []
+
     def listed(cell):
         try:
             return ast.literal_eval(cell) if isinstance(cell, str) and cell.startswith("[") else cell
         except (SyntaxError, ValueError):                # "[0, 5)" is an answer
             return cell
+
     for row, text in zip(rows, texts_of(args, [row["id"] for row in rows])):
         truth, options, unread = listed(row["answer"]), listed(row["options"]), False
         truths = truth if isinstance(truth, list) else [truth]

@@ -8,7 +8,6 @@ What a picture is to the model: read, cut to squares of CLIP's size, normalised 
     anyres    in tiles, and squeezed into one square            LLaVA-NeXT: tiles.py
     hd        in tiles, and padded to one square                LLaVA-1.5-HD: tiles.py
 """
-import functools
 import struct
 import warnings
 from typing import NamedTuple
@@ -18,12 +17,11 @@ import torch
 from PIL import Image, ImageOps
 
 import tiles
-from records import image_path
+from records import header_size, image_path
 
 ASPECTS = ("crop", "pad", "anyres", "hd")
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-MEAN_COLOUR = (122, 116, 104)      # OFFICIAL: int(255 x CLIP_MEAN), around a padded picture: nearly 0 once it is normalised
 MAX_RESIZED = 2 ** 26      # pixels; beyond it only the part that the crop keeps is resized
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice Pillow's limit (179 megapixels) is an error
 
@@ -64,13 +62,11 @@ def picture_problem(folder, name):
         return f"image {name!r}: {error}"
     return None
 
-@functools.lru_cache(2 ** 20)
+
 def picture_size(path):
-    """(width, height) of a picture as `load_image` shows it, upright, from its header."""
+    """(width, height) of a picture as `load_image` shows it, from its header. ValueError for what is no picture."""
     try:
-        with Image.open(path) as image:
-            w, h = image.size
-            return (h, w) if image.getexif().get(0x0112, 1) >= 5 else (w, h)        # orientations 5 to 8 lie on their side
+        return header_size(path)
     except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable picture ({error})") from error
 
@@ -126,7 +122,7 @@ class View(NamedTuple):
             return tiles.cut(picture, self.tiling)
         if self.aspect == "pad":
             side = max(picture.size) if max(picture.size) ** 2 <= MAX_RESIZED else self.size
-            return [tiles.fit(picture, (side, side), MEAN_COLOUR)]
+            return [tiles.fit(picture, (side, side), tiles.MEAN_COLOUR)]
         return [picture]
 
     def X_v(self, pictures):

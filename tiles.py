@@ -50,6 +50,8 @@ class Tiling(NamedTuple):
         return self._replace(pinpoints=pinpoints, tile=tile, patch=patch)
 
 
+MEAN_COLOUR = (122, 116, 104)            # OFFICIAL: int(255 x CLIP's mean), around what is padded: nearly 0 once normalised
+
 # Diss. Sec. 4.7 has 2x2, 1x{2,3,4} and {2,3,4}x1 tiles. OFFICIAL: the released checkpoints' list, which we follow, ends at
 # three tiles in a row. OFFICIAL: the global picture is squeezed into a square, and padding is black.
 NEXT = Tiling(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), tile=336, patch=14,
@@ -59,7 +61,7 @@ NEXT = Tiling(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 
 # HD._replace(global_picture=None)). Neither code nor weights were released. OURS: all grids of up to six tiles, chosen,
 # unpadded and merged as in NeXT; the padding has CLIP's mean colour, as in LLaVA-1.5.
 HD = Tiling(pinpoints=tuple((224 * w, 224 * h) for w in range(1, 7) for h in range(1, 7) if w * h <= 6), tile=224, patch=14,
-            background=(122, 116, 104), global_picture="padded", rule="original")
+            background=MEAN_COLOUR, global_picture="padded", rule="original")
 
 
 def anyres_plan(width, height, pinpoints, tile=336, patch=14, rule="original", global_picture=True):

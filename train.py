@@ -302,15 +302,14 @@ def build_data(config, machine, model, template):
 def theta_table(model, theta):
     """What is frozen, what trains, and how many parameters each has."""
     lines = [f"theta (stage {model.meta['stage']})      parameters   trains   dtype"]
-    for part in ("g", "W", "f_phi"):
-        parameters = dict(getattr(model, part).named_parameters(prefix=part))
+    for part in ("g", "W", "f_phi", "newline"):
+        parameters = {name: p for name, p in model.named_parameters() if name.split(".")[0] == part}
+        if not parameters:               # only tiles have a newline
+            continue
         n, kind = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).dtype
         trains = sum(p.numel() for name, p in parameters.items() if name in theta)
         said = "frozen" if not trains else "yes" if trains == n else f"{trains:,} of them"
         lines.append(f"  {part:<12}{n:>18,}   {said:<7}  {str(kind)[6:]}")
-    if model.newline is not None:
-        said = "yes" if "newline" in theta else "frozen"
-        lines.append(f"  {'newline':<12}{model.newline.numel():>18,}   {said:<7}  {str(model.newline.dtype)[6:]}")
     return lines
 
 
