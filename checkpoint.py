@@ -6,7 +6,8 @@ A checkpoint folder in the layout of llava-hf, but for the weights themselves: w
     tokenizer.json, ...      with `<image>`, and the template as chat template
     generation_config.json   what ends an answer
 
-`LLaVA.from_pretrained` and `save_pretrained` (model.py) read and write the whole.
+`LLaVA.from_pretrained` and `save_pretrained` (model.py) read and write the whole; an adapter's folder (lora.py) has the
+middle two.
 """
 import json
 import os
@@ -14,12 +15,13 @@ import re
 import sys
 from pathlib import Path
 
-from transformers import (AddedToken, AutoTokenizer, CLIPImageProcessorPil, GenerationConfig, LlavaImageProcessorPil,
-                          LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
+from transformers import (AddedToken, AutoTokenizer, CLIPImageProcessorPil, GenerationConfig, LlavaConfig,
+                          LlavaImageProcessorPil, LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextProcessor,
+                          LlavaProcessor)
 from transformers.utils import logging
 
 import tiles
-from images import View, view_of
+from images import ASPECTS, View
 from records import IMAGE
 
 logging.set_verbosity_error()    # its report of CLIP's unused text tower; what is missing is our own error (`load_part`)
@@ -35,27 +37,30 @@ PROJECTORS = {          # W: what `projector_hidden_act` says of it, and the key
 HF_5 = {r"^model\.language_model\.": "language_model.model.", r"^lm_head\.": "language_model.lm_head.",
         r"^(model\.)?vision_tower\.(vision_model\.)?": "vision_tower.vision_model.",
         r"^model\.(multi_modal_projector\.|image_newline$)": r"\1"}
+COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")     # no weights, but in old files
 
 
 def hf_keys(state):
-    """{name: anything} under the names of the hub's llava-hf files, from these or from what transformers 5 calls its modules.
+    """{name: anything} under the names of the hub's llava-hf files, from these or from what transformers 5 calls its modules;
+    without what is no weight.
 
     ValueError if both kinds of names are mixed, so that two weights would be one.
     """
     def old(name):
         return next((re.sub(new, to, name) for new, to in HF_5.items() if re.match(new, name)), name)
+    state = {name: value for name, value in state.items() if not COMPUTED.search(name)}
     renamed = {old(name): value for name, value in state.items()}
     if len(renamed) < len(state):
         raise ValueError(f"{len(state)} weights have {len(renamed)} names: old and new llava-hf names are mixed")
     return renamed
 
 
-def save_settings(folder, config, tokenizer, view, eos_ids):
+def save_settings(folder, tokenizer, view, eos_ids, config=None):
     """All of a checkpoint folder but the weights; config.json last, for a folder with one is whole."""
     size = {"size": {"shortest_edge": view.size}, "crop_size": {"height": view.size, "width": view.size}}
     if tiling := view.tiling:                            # transformers reads (height, width): the same canvases, in our order
-        config.image_grid_pinpoints = [[h, w] if tiling.rule == "original" else [w, h] for w, h in tiling.pinpoints]
-        image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **size)
+        pinpoints = [[h, w] if tiling.rule == "original" else [w, h] for w, h in tiling.pinpoints]
+        image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **size)
     elif view.aspect == "pad":
         image_processor = LlavaImageProcessorPil(do_pad=True, **size)
     else:
@@ -67,23 +72,62 @@ def save_settings(folder, config, tokenizer, view, eos_ids):
     image_processor.save_pretrained(folder)              # preprocessor_config.json, which older readers look for
     GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(eos_ids),
                      pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-    config.save_pretrained(folder)
+    if config:                                           # an adapter has none
+        if tiling:
+            config.image_grid_pinpoints = pinpoints
+        config.save_pretrained(folder)
 
 
-def view_in(folder, config, meta):
-    """The `View` of a checkpoint folder: as we wrote it down, or as its processor's files say."""
-    size, patch = config.vision_config.image_size, config.vision_config.patch_size
-    if "aspect" in meta:
-        if (config.model_type == "llava_next") != ("tiling" in meta):
-            raise ValueError(f"{folder}: config.json has model_type {config.model_type!r}, and looks at pictures by aspect "
-                             f"{meta['aspect']!r}; 'llava_next' belongs to tiles, and only to them")
-        return View(meta["aspect"], size, patch, tiles.Tiling(**meta["tiling"]) if "tiling" in meta else None)
-    if config.model_type == "llava_next":                # not ours: as transformers runs it
-        return View("anyres", size, patch, tiles.NEXT._replace(pinpoints=config.image_grid_pinpoints, tile=size, patch=patch,
-                                                               rule="hf"))
-    processor = os.path.join(folder, "preprocessor_config.json")
-    pads = os.path.isfile(processor) and json.loads(Path(processor).read_text()).get("do_pad", False)
-    return view_of("pad" if pads else "crop", size, patch)
+def load_settings(folder):
+    """(transformers' config, what we added to it, the `View`, the projector) of a checkpoint folder.
+
+    FileNotFoundError for what is no checkpoint, ValueError for what this model is not.
+    """
+    there = lambda file: os.path.isfile(os.path.join(folder, file))
+    if not there("config.json"):
+        raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a finished train.py" + (
+            "; this one holds an adapter, which belongs to the merged checkpoint beside it" * there("adapter_config.json")))
+    kind = LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+    if kind not in ("llava", "llava_next"):
+        raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava' or 'llava_next'; "
+                         "convert.py makes one of a folder of the original project")
+    config = (LlavaConfig if kind == "llava" else LlavaNextConfig).from_pretrained(folder, local_files_only=True)
+    projectors = {act: name for name, (act, _) in PROJECTORS.items()}
+    for name, allowed in (("projector_hidden_act", list(projectors)), ("vision_feature_select_strategy", ["default"]),
+                          ("vision_feature_layer", range(-config.vision_config.num_hidden_layers - 1, 0))):
+        if (found := getattr(config, name)) not in allowed:
+            raise ValueError(f"{folder}: {name} in config.json is {found!r}; this model has {allowed}")
+    meta = getattr(config, "minllava", None) or {}
+    size, patch, ours = config.vision_config.image_size, config.vision_config.patch_size, meta
+    if "aspect" not in meta and kind == "llava_next":    # not ours: as transformers runs it
+        tiling = tiles.NEXT._replace(pinpoints=config.image_grid_pinpoints, tile=size, patch=patch, rule="hf")
+        ours = {"aspect": "anyres", "tiling": tiling._asdict()}
+    elif "aspect" not in meta:
+        processor = Path(folder, "preprocessor_config.json")
+        pads = there(processor.name) and json.loads(processor.read_text()).get("do_pad", False)
+        ours = {"aspect": "pad" if pads else "crop"}
+    view = view_from(ours, size, patch, folder)
+    if (kind == "llava_next") != bool(view.tiling):
+        raise ValueError(f"{folder}: config.json has model_type {kind!r}, and looks at pictures by aspect {view.aspect!r}; "
+                         "'llava_next' belongs to tiles, and only to them")
+    return config, meta, view, projectors[config.projector_hidden_act]
+
+
+def view_from(meta, size, patch, folder):
+    """The `View` that a model's "minllava" describes, for a g of that size. ValueError names `folder`."""
+    aspect, tiling = meta["aspect"], meta.get("tiling")
+    if aspect not in ASPECTS or (aspect in ("anyres", "hd")) != bool(tiling):
+        raise ValueError(f"{folder}: aspect {aspect!r} {'with' if tiling else 'without'} tiling; anyres and hd have one, crop "
+                         "and pad none")
+    try:
+        view = View(aspect, size, patch, tiles.Tiling(**tiling) if tiling else None)
+        view.tokens(size, size)                          # plans a picture: what does not fit is said here, and once
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its tiling cannot be used: {error}") from error
+    if tiling and (view.tiling.tile, view.tiling.patch) != (size, patch):
+        raise ValueError(f"{folder}: tiles of {view.tiling.tile} pixels in patches of {view.tiling.patch}, for a vision tower "
+                         f"of {size} and {patch}")
+    return view
 
 
 def load_tokenizer(llm):

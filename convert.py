@@ -34,7 +34,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import tiles
 from data import TEMPLATES, check_template, template_for
-from checkpoint import hf_keys, load_part, load_tokenizer, save_settings, view_in
+from checkpoint import COMPUTED, hf_keys, load_part, load_tokenizer, save_settings, view_from
 from records import IMAGE, run_command, typed_flags
 
 
@@ -58,7 +58,6 @@ TOWER = {"vision_tower.": "model.vision_tower.vision_tower."}
 MLP = {"multi_modal_projector.linear_1.": "model.mm_projector.0.", "multi_modal_projector.linear_2.": "model.mm_projector.2."}
 LINEAR = {"multi_modal_projector.linear_1.": "model.mm_projector."}              # linear_2 is the identity, see model.py
 PEFT = re.compile(r"^(base_model\.model\.|model\.(?=model\.))")                  # what training with LoRA puts before a name
-COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")     # no weights, but in old files
 
 
 def original_names(names, mlp, tower):
@@ -286,7 +285,7 @@ def our_config(raw, vision_config, mlp, dtype, where):
     meta, patch = {"aspect": ASPECTS[ratio]}, vision_config.patch_size
     if anyres:                                           # (width, height), as the original reads them
         rule = raw.get("minllava", {}).get("tiling", {}).get("rule", "original")             # of a model that was ours
-        pairs = [list(pair) for pair in zip(pinpoints[::2], pinpoints[1::2])]
+        pairs = [list(pair) if rule == "original" else list(pair)[::-1] for pair in zip(pinpoints[::2], pinpoints[1::2])]
         meta["tiling"] = tiles.NEXT._replace(pinpoints=pairs, tile=size, patch=patch, rule=rule)._asdict()
     return (LlavaNextConfig if anyres else LlavaConfig)(
         vision_config=vision_config.to_dict() | {"dtype": dtype}, text_config=text.to_dict() | {"dtype": dtype}, dtype=dtype,
@@ -334,6 +333,7 @@ def to_ours(args):
     chat = old.get("chat", args.template)
     if chat == "auto":                                  # OURS: by the vocabulary; only v0 added [PAD]
         chat = "llava_v0" if "[PAD]" in tokenizer.get_vocab() else template_for(config.text_config, tokenizer).name
+        print(f"template {chat}, guessed from the tokenizer; the folder does not say, and --template would")
     meta = {"template": "plain" if stage == 1 else chat, "chat": chat, "stage": stage, "recipe": None} | old | config.minllava
     meta |= {"init": args.model, "vision": vision, "vision_inside": inside, "llm": args.model if llm == folder else args.llm,
              "vocab_size": rows}
@@ -346,7 +346,7 @@ def to_ours(args):
     write(ours, Path(args.out), args.shard)
     end = config.text_config.eos_token_id
     end = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    save_settings(args.out, config, tokenizer, view_in(folder, config, meta), end)
+    save_settings(args.out, tokenizer, view_from(meta, vision_config.image_size, vision_config.patch_size, folder), end, config)
     print(f"{args.out}: {len(ours)} weights, {meta}")
 
 
@@ -395,8 +395,10 @@ def to_original(args):
         "image_aspect_ratio": {ours: theirs for theirs, ours in ASPECTS.items()}[   # without our word: 1.5, with its MLP, pads
             meta.get("aspect", "anyres" if anyres else "pad" if mlp else "crop")], "minllava": meta}
     if anyres:
-        original |= {"image_grid_pinpoints": meta.get("tiling", {}).get("pinpoints", config.image_grid_pinpoints),
-                     "mm_patch_merge_type": "spatial_unpad"}
+        # In ours and the original's they are (width, height), in transformers' files and for rule "hf" (height, width).
+        tiling = meta.get("tiling", {"pinpoints": config.image_grid_pinpoints, "rule": "hf"})
+        original |= {"image_grid_pinpoints": [list(p) if tiling["rule"] == "original" else list(p)[::-1]
+                                              for p in tiling["pinpoints"]], "mm_patch_merge_type": "spatial_unpad"}
     write({theirs: table[ours] for ours, theirs in names.items()}, Path(args.out), args.shard)
     for path in [*(llm / file for file in TOKENIZER_FILES), folder / "generation_config.json"]:
         if path.is_file():

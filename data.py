@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import tiles
-from checkpoint import load_tokenizer
+from checkpoint import load_settings, load_tokenizer
 from images import ABSENT, ASPECTS, load_image, picture_problem, picture_size, view_of
 from model import IGNORE, LLaVA
 from records import IMAGE, Records, form_problem, image_names, image_path
@@ -509,10 +509,14 @@ def quantiles(values):
     return "min {:.0f}   median {:.0f}   95% {:.0f}   max {:.0f}".format(*np.quantile(values, [0, 0.5, 0.95, 1]))
 
 
+SIZES = {"crop": 224, "pad": 336, "anyres": 336, "hd": 224}                 # of the recipes' CLIPs, in pixels
+
+
 def open_data(args):
     """The data set as the command line describes it; without --model or --llm, one that is not tokenised."""
     records, tokenizer, template = Records(args.files, args.fraction, args.seed), None, None
-    view = view_of(args.aspect, args.image_size, 14)
+    aspect = args.aspect or "crop"
+    view = view_of(aspect, args.image_size or SIZES[aspect], 14)
     if args.model:
         model = LLaVA.from_pretrained(args.model)
         tokenizer, view = model.tokenizer, model.view
@@ -544,12 +548,14 @@ def print_stats(data, problems, table):
 
 
 def show_tiles(args):
-    """python data.py show --tiles PICTURE out.png: how LLaVA-NeXT (or, with --aspect hd, LLaVA-1.5-HD) sees a picture."""
-    aspect = "anyres" if args.aspect == "crop" else args.aspect
-    size = 224 if aspect == "hd" else 336
-    if args.command != "show" or aspect == "pad":
-        raise ValueError(f"--tiles draws, so the command is show, and the aspect anyres or hd; not {args.command} and {aspect}")
-    print(tiles.draw(load_image(args.tiles), view_of(aspect, size, 14).tiling, args.files[0]))
+    """python data.py show --tiles PICTURE out.png: how LLaVA-NeXT (with --aspect hd, LLaVA-1.5-HD; with --model, that one) sees
+    a picture."""
+    aspect = args.aspect or "anyres"
+    view = load_settings(args.model)[2] if args.model else view_of(aspect, args.image_size or SIZES[aspect], 14)
+    if args.command != "show" or not view.tiling:
+        raise ValueError("--tiles draws, so the command is show, and the aspect anyres or hd; not "
+                         f"{args.command} and {view.aspect}")
+    print(tiles.draw(load_image(args.tiles), view.tiling, args.files[0]))
     print(f"wrote {args.files[0]}")
     return 0
 
@@ -565,8 +571,8 @@ def arguments(argv):
     parser.add_argument("--llm", metavar="DIR|ID", help="language model whose tokenizer to use")
     parser.add_argument("--template", choices=TEMPLATES)
     parser.add_argument("--image_position", choices=["random", "first", "as_written"], default="random")
-    parser.add_argument("--aspect", choices=ASPECTS, default="crop", help="how pictures are looked at (with --llm)")
-    parser.add_argument("--image_size", type=int, default=224, help="of CLIP, in pixels (with --llm)")
+    parser.add_argument("--aspect", choices=ASPECTS, help="how pictures are looked at: crop, or --model's own")
+    parser.add_argument("--image_size", type=int, help=f"of CLIP, in pixels: {SIZES}, by the aspect, or --model's own")
     parser.add_argument("--tiles", metavar="PICTURE", help="draw how a picture is tiled (show --aspect anyres|hd) into FILE")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--index", type=int, default=0, help="which sample to show")
@@ -576,6 +582,8 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
+    if args.model and (typed := [f"--{f}" for f in ("llm", "aspect", "image_size") if getattr(args, f)]):
+        raise ValueError(f"--model brings its own {', '.join(typed)}; leave it out")
     if args.tiles:
         return show_tiles(args)
     data = open_data(args)

@@ -110,6 +110,12 @@ class View(NamedTuple):
         return self.tiling.plan(width, height).tokens if self.tiling else self.N
 
     @property
+    def flags(self):
+        """What `view_of` takes, beside the sizes, to make such a view."""
+        anyres, whole = (self.tiling.rule, self.tiling.global_picture is not None) if self.tiling else ("original", True)
+        return {"aspect": self.aspect, "anyres": anyres, "global_picture": whole}
+
+    @property
     def said(self):
         """What a picture costs, for people."""
         if not self.tiling:
@@ -131,14 +137,16 @@ class View(NamedTuple):
         return torch.stack(squares) if squares else torch.zeros(0, 3, self.size, self.size)
 
 
-def view_of(aspect, size, patch, rule="original", global_picture=True):
-    """The `View` of an aspect for a g of that size. `rule`: of anyres (tiles.py); without `global_picture`: hd's ablation."""
+def view_of(aspect, size, patch, anyres="original", global_picture=True):
+    """The `View` of an aspect for a g of that size. `anyres`: its rule (tiles.py); without `global_picture`: hd's ablation."""
     if aspect not in ASPECTS:
         raise ValueError(f"aspect {aspect!r}: it is one of {', '.join(ASPECTS)}")
     if not global_picture and aspect != "hd":
         raise ValueError(f"--no-global_picture leaves the global picture of aspect hd out; the aspect is {aspect}")
+    if anyres != "original" and aspect != "anyres":
+        raise ValueError(f"--anyres {anyres} is a rule of aspect anyres; the aspect is {aspect}")
     if aspect == "anyres":
-        return View(aspect, size, patch, tiles.NEXT.at(size, patch)._replace(rule=rule))
+        return View(aspect, size, patch, tiles.NEXT.at(size, patch)._replace(rule=anyres))
     if aspect == "hd":
         tiling = tiles.HD.at(size, patch)
         return View(aspect, size, patch, tiling if global_picture else tiling._replace(global_picture=None))

@@ -16,6 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from checkpoint import save_settings, view_from
 
 PEFT = "base_model.model.model."     # PEFT's own prefix, then that of the parts of LlavaForConditionalGeneration
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "use_rslora": False, "use_dora": False,
@@ -105,10 +108,11 @@ def save_adapter(model, folder, base):
     """Write adapters and W as a folder for `PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base),
     folder)`. vLLM takes no adapter that brings modules of its own, such as W: it needs the merged checkpoint.
 
-    `base` is the checkpoint folder that training started from; ValueError if it is none.
+    Its processor, tokenizer and template are in it, too: those of `base`, a stage 1, know neither how pictures are looked at
+    now nor any turns. `base` is the checkpoint folder that training started from; ValueError if it is none.
     """
     if not os.path.isfile(os.path.join(base, "config.json")):
-        raise ValueError(f"an adapter needs its base, and {base!r} is no checkpoint folder: --init out/stage1")
+        raise ValueError(f"an adapter needs its base, and {base!r} is no whole checkpoint folder: --init out/stage1")
     layers = adapters(model.f_phi.base_model)
     names, one = "|".join(sorted({name.split(".")[-1] for name in layers})), next(iter(layers.values()))
     config = CONFIG | {"base_model_name_or_path": os.path.abspath(base), "r": len(one.lora_A), "lora_alpha": one.alpha,
@@ -116,8 +120,16 @@ def save_adapter(model, folder, base):
                        "target_modules": rf"model\.language_model\..*\.({names})"}    # names alone would match CLIP's layers
     os.makedirs(folder, exist_ok=True)
     save_file(peft_state(model), os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "adapter_config.json"), "w") as f:        # last: a folder with it is whole
-        json.dump(config, f, indent=2)
+    save_settings(folder, model.tokenizer, model.view, model.eos_ids)
+    for file, content in (("minllava.json", model.meta), ("adapter_config.json", config)):   # that last: with it, it is whole
+        with open(os.path.join(folder, file), "w") as f:
+            json.dump(content, f, indent=2)
+
+
+def is_adapter(folder):
+    """Whether a folder holds an adapter alone."""
+    there = lambda file: os.path.isfile(os.path.join(folder, file))
+    return there("adapter_config.json") and not there("config.json")
 
 
 def base_of(folder):
@@ -133,16 +145,18 @@ def base_of(folder):
 
 
 def load_adapter(model, folder):
-    """Put a saved adapter on `model`, its base; W becomes the adapter's. Returns the model.
+    """Put a saved adapter on `model`, its base; W, tokenizer and the way of looking become the adapter's. Returns the model.
 
-    ValueError for an adapter of another kind, or of another model.
+    ValueError for an adapter of another kind, or of another model; FileNotFoundError where its weights are not there.
     """
     with open(path := os.path.join(folder, "adapter_config.json")) as f:
         config = json.load(f)
     if differ := [f"{k} {config[k]!r} instead of {v!r}" for k, v in CONFIG.items() if config.get(k, v) != v]:
         raise ValueError(f"{path}: an adapter of another kind, {', '.join(differ)}; merge it with PEFT and pass that folder")
+    if not os.path.isfile(weights := os.path.join(folder, "adapter_model.safetensors")):
+        raise FileNotFoundError(f"{weights}: no such file; copy the adapter's folder again, or pass a merged checkpoint")
     add_adapters(model.f_phi, config["r"], config["lora_alpha"], config["lora_dropout"])
-    state, mine = load_file(os.path.join(folder, "adapter_model.safetensors")), peft_state(model)
+    state, mine = load_file(weights), peft_state(model)
     theirs, ours = ({(k, tuple(v.shape)) for k, v in tensors.items()} for tensors in (state, mine))
     if differ := sorted(theirs ^ ours):
         raise ValueError(f"{folder}: an adapter of another model; pass its base, {config['base_model_name_or_path']!r}. Of its "
@@ -151,4 +165,9 @@ def load_adapter(model, folder):
     model.load_state_dict(model.from_hf_keys(model.to_hf_keys() | W, folder))
     for key, value in state.items():
         mine[key].copy_(value)                           # mine are the parameters' own storage
+    if os.path.isfile(path := os.path.join(folder, "minllava.json")):        # PEFT alone writes none
+        with open(path) as f:
+            model.meta = json.load(f)
+        model.look(view_from(model.meta, model.view.size, model.view.patch, folder))
+        model.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model

@@ -27,10 +27,10 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, 
                           LlavaNextConfig)
 from transformers.initialization import no_init_weights
 
+import lora
 import tiles
-from checkpoint import PREFIX, PROJECTORS, hf_keys, load_part, load_tokenizer, save_settings, view_in
+from checkpoint import PREFIX, PROJECTORS, hf_keys, load_part, load_settings, load_tokenizer, save_settings
 from images import view_of
-from lora import merged_state
 from records import IMAGE
 
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
@@ -269,30 +269,25 @@ class LLaVA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
-        """Load one checkpoint folder in llava-hf layout: strict, offline, whatever the folder is called.
+        """Load one checkpoint folder in llava-hf layout: strict, offline, whatever the folder is called. An adapter's folder
+        (lora.py) is loaded as its base with the adapter merged.
 
         Raises FileNotFoundError for what is no checkpoint, ValueError for keys that are missing or left over.
         """
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a finished train.py")
-        kind = LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-        if kind not in ("llava", "llava_next"):
-            raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava' or 'llava_next'")
-        config = (LlavaConfig if kind == "llava" else LlavaNextConfig).from_pretrained(folder, local_files_only=True)
+        if lora.is_adapter(folder):
+            model = lora.load_adapter(cls.from_pretrained(lora.base_of(folder), dtype), folder)
+            lora.merge(model.f_phi)
+            return model
+        config, meta, view, projector = load_settings(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        projectors = {act: name for name, (act, _) in PROJECTORS.items()}
-        for name, allowed in (("projector_hidden_act", list(projectors)), ("vision_feature_select_strategy", ["default"]),
-                              ("vision_feature_layer", range(-config.vision_config.num_hidden_layers - 1, 0)),
-                              ("image_token_index", [tokenizer.convert_tokens_to_ids(IMAGE)])):
-            if (found := getattr(config, name)) not in allowed:
-                raise ValueError(f"{folder}: {name} in config.json is {found!r}; this model has {allowed}")
+        if (found := config.image_token_index) != (image_id := tokenizer.convert_tokens_to_ids(IMAGE)):
+            raise ValueError(f"{folder}: image_token_index in config.json is {found}; in its tokenizer {IMAGE} is {image_id}")
         with no_init_weights():                          # every weight is about to be overwritten
             g = CLIPVisionModel(config.vision_config)
             f_phi = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
             f_phi.tie_weights()
-            meta = getattr(config, "minllava", None) or {}
-            model = cls(g, f_phi, tokenizer, config.vision_feature_layer, meta, projectors[config.projector_hidden_act])
-            model.look(view_in(folder, config, meta))
+            model = cls(g, f_phi, tokenizer, config.vision_feature_layer, meta, projector)
+            model.look(view)
         files = sorted(f for f in os.listdir(folder) if f.endswith(".safetensors"))
         try:
             state = {k: v for f in files for k, v in load_file(os.path.join(folder, f)).items()}
@@ -322,10 +317,10 @@ class LLaVA(nn.Module):
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):
             os.remove(last)                              # until the folder is whole again
-        mine = merged_state(self)                        # adapters, if there are any, are part of the weights (lora.py)
+        mine = lora.merged_state(self)                   # adapters, if there are any, are part of the weights
         state = {k: v.to(dtype) for k, v in self.to_hf_keys(mine).items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
-        save_settings(folder, config, self.tokenizer, self.view, self.eos_ids)
+        save_settings(folder, self.tokenizer, self.view, self.eos_ids, config)
 
     @property
     def prefix(self):
@@ -347,13 +342,13 @@ class LLaVA(nn.Module):
 
     def from_hf_keys(self, state, folder):
         """llava-hf names to ours; ValueError if the file's keys are not exactly those we would write."""
-        want = self.to_hf_keys()
+        want, whole = self.to_hf_keys(), "pass a whole checkpoint folder, whose config.json is of the same model"
         if missing := sorted(want.keys() - state.keys()):
-            raise ValueError(f"{folder}: {len(missing)} weights are missing, e.g. {missing[:5]}")
+            raise ValueError(f"{folder}: {len(missing)} weights are missing, e.g. {missing[:5]}; {whole}")
         if extra := sorted(state.keys() - want.keys()):
-            raise ValueError(f"{folder}: {len(extra)} weights that this model does not have, e.g. {extra[:5]}")
+            raise ValueError(f"{folder}: {len(extra)} weights that this model does not have, e.g. {extra[:5]}; {whole}")
         if wrong := [f"{k} {(*v.shape,)} instead of {(*want[k].shape,)}" for k, v in state.items() if v.shape != want[k].shape]:
-            raise ValueError(f"{folder}: {len(wrong)} weights do not have the shape of config.json, e.g. {wrong[:5]}")
+            raise ValueError(f"{folder}: {len(wrong)} weights do not have the shape of config.json, e.g. {wrong[:5]}; {whole}")
         if self.projector == "linear":
             eye, zero = (state.pop(f"multi_modal_projector.linear_2.{k}").float() for k in ("weight", "bias"))
             if not (torch.equal(eye, torch.eye(len(eye))) and not zero.any()):

@@ -42,6 +42,8 @@ class Tiling(NamedTuple):
 
     def plan(self, width, height):
         """The `Plan` of a picture of width x height pixels."""
+        if self.global_picture not in ("stretched", "padded", None):
+            raise ValueError(f"global_picture {self.global_picture!r}: pass 'stretched', 'padded' or None")
         return anyres_plan(width, height, self.pinpoints, self.tile, self.patch, self.rule, self.global_picture is not None)
 
     def at(self, tile, patch=14):
@@ -152,8 +154,6 @@ def cut(image, tiling):
     With rule "hf" and CLIP's normalisation, bit-equal to transformers' LlavaNextImageProcessorPil (tested).
     """
     plan, side = tiling.plan(*image.size), (tiling.tile, tiling.tile)
-    if tiling.global_picture not in ("stretched", "padded", None):
-        raise ValueError(f"global_picture {tiling.global_picture!r}: pass 'stretched', 'padded' or None")
     pictures = []
     if tiling.global_picture == "stretched":
         pictures.append(image.resize(side, Image.Resampling.BICUBIC))

@@ -425,7 +425,7 @@ def world(args):
     """Draw the world: pictures, COCO's two files, image-caption pairs, and four sets of questions with their answers."""
     out, rng = Path(args.out), random.Random(args.seed)
     train = save_coco(out, "train", [sample_scene(rng, side=args.side) for _ in range(args.pictures)], 1, rng)
-    write_lines(out / "pairs.jsonl", [{"image": f"{i:012d}.png", "caption": caption(s, rng)} for i, s in train.items()])
+    pairs = [{"image": f"{i:012d}.png", "caption": caption(s, rng)} for i, s in train.items()]
     first_id = args.pictures + 1
     for split in ("held_out", "new_pairs"):
         scenes, asked = exam(rng, args.questions, split == "new_pairs", args.side)
@@ -438,6 +438,10 @@ def world(args):
             write_lines(out / "questions_blind.jsonl", [{k: v for k, v in r.items() if k != "image"} for r in rows])
             moved = rows[len(rows) // 2:] + rows[:len(rows) // 2]
             write_lines(out / "questions_shuffled.jsonl", [{**r, "image": m["image"]} for r, m in zip(rows, moved)])
+    if args.side > SIDE:                 # what tiles will show, W has to know from stage 1, which looks at squares: things near
+        near = save_coco(out, "near", [sample_scene(rng) for _ in range(args.pictures)], first_id, rng)
+        pairs += [{"image": f"{i:012d}.png", "caption": caption(s, rng)} for i, s in near.items()]
+    write_lines(out / "pairs.jsonl", pairs)
     print(f"{out}: {len(train)} pictures to train on, {args.questions * len(KINDS)} questions each: held_out, new_pairs, "
           "blind, shuffled.")
 
@@ -597,7 +601,8 @@ def arguments(argv):
         if command == "world":
             sub.add_argument("--seed", type=int, default=0)
             sub.add_argument("--side", type=int, default=SIDE, choices=[SIDE, 2 * SIDE],
-                             help="of the pictures in pixels; things keep their size, and are details of the larger ones")
+                             help="of the pictures in pixels; things keep their size, and are details of larger ones. Their "
+                                  "pairs come with those of as many smaller pictures")
             sub.add_argument("--pictures", type=int, default=8000, help="pictures to train on")
             sub.add_argument("--questions", type=int, default=120, help="questions of each kind in each set")
     return parser.parse_args(argv)

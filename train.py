@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from checkpoint import PROJECTORS
+from checkpoint import PROJECTORS, load_settings
 from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, report_sources,
                   template_for, use_color)
 from images import ASPECTS, view_of
@@ -75,7 +75,7 @@ TOY = {
     2: dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=5e-4, global_batch_size=32),
 }
 # Two layers want a smaller rate in stage 1, as in LLaVA-1.5: at 1e-2 toy-1.5 answers 41% of the details, at 3e-3 56%.
-TOY_1_5 = {"both": dict(TOY["both"], projector="mlp2x_gelu"), 1: dict(TOY[1], lr=3e-3), 2: TOY[2]}
+TOY_1_5 = {"both": dict(TOY["both"], projector="mlp2x_gelu"), 1: dict(TOY[1], lr=3e-3), 2: dict(TOY[2], aspect="pad")}
 
 
 def on(base, llm, **more):
@@ -100,9 +100,9 @@ RECIPES = {
     "llava-next-mistral-7b": on(NEXT, "mistralai/Mistral-7B-Instruct-v0.2", template="mistral_instruct"),
     "llava-next-yi-34b": on(NEXT, "NousResearch/Nous-Hermes-2-Yi-34B", template="chatml_direct"),
     "toy": TOY,
-    "toy-1.5": on(TOY_1_5, "toy_parts/llm", aspect="pad"),
-    "toy-hd": on(TOY_1_5, "toy_parts/llm", aspect="hd"),
-    "toy-next": {**on(TOY_1_5, "toy_parts/llm", aspect="anyres"), 2: dict(TOY[2], lr_g=5e-5)},
+    "toy-1.5": TOY_1_5,
+    "toy-hd": {**TOY_1_5, 2: dict(TOY[2], aspect="hd")},
+    "toy-next": {**TOY_1_5, 2: dict(TOY[2], aspect="anyres", lr_g=5e-5)},
 }
 
 
@@ -160,15 +160,39 @@ def resolve(argv):
     stage = typed.get("stage", Config.stage)
     recipe = RECIPES[typed.get("recipe", Config.recipe)]
     recipe = {**recipe["both"], **recipe[stage]}
-    if "llm" in typed or typed.get("init", "none") != "none":
+    init = typed.get("init", "none") != "none"
+    if "llm" in typed or init:
         recipe["template"] = "auto"      # the recipe's template belongs to the recipe's language model
+    if init:
+        recipe |= {"vision": None, "llm": None}
     recipe["out"] = f"out/stage{stage}"
     config = Config(**{**recipe, **typed})
     origin = {f.name: "command line" if f.name in typed else "recipe" if f.name in recipe else "default"
               for f in dataclasses.fields(Config)}
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1, or --init none for a new W (Table 8)")
+    for flags, useless, why in ((("lr_g", "lora_rank"), stage == 1, "in stage 1"),
+                                (("lora_alpha", "lora_dropout"), not config.lora_rank, "without --lora_rank"),
+                                (("vision", "llm"), init, "with --init, which brings its own")):
+        for flag in flags:
+            if useless and flag in typed:
+                raise ValueError(f"--{flag} does nothing {why}")
     return config, origin
+
+
+def brought(config, origin):
+    """The same with what a model from stage 2 (--init) brings along: a recipe's ways of looking are for one that is new, or
+    fresh from stage 1. Typed flags win here, too."""
+    if config.init in (None, "none"):
+        return config, origin
+    theirs, meta, view, projector = load_settings(config.init)
+    if meta.get("stage") == 1:
+        return config, origin
+    own = {"feature_layer": theirs.vision_feature_layer, "projector": projector}
+    if origin["aspect"] != "command line" or config.aspect == view.aspect:   # another aspect: none of the old one's details
+        own |= view.flags
+    own = {flag: value for flag, value in own.items() if origin[flag] != "command line"}
+    return dataclasses.replace(config, **own), origin | dict.fromkeys(own, "checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,13 +260,18 @@ def build_model(config, machine):
         for flag in ("feature_layer", "projector"):
             if (found := getattr(model, flag)) != (wanted := getattr(config, flag)):
                 raise ValueError(f"--init {config.init} has {flag} {found}, not {wanted}; take --{flag} {found}")
-    model.look(view_of(config.aspect, model.view.size, model.view.patch, config.anyres, config.global_picture))
+    view, had_newline = {flag: getattr(config, flag) for flag in model.view.flags}, model.newline is not None
+    if view != model.view.flags:                          # else a checkpoint keeps its own canvases
+        model.look(view_of(size=model.view.size, patch=model.view.patch, **view))
     theta = model.set_stage(config.stage, train_g=config.lr_g is not None)
     if config.lora_rank:
-        if config.stage == 1 or config.init == "none":
-            raise ValueError("--lora_rank is for stage 2, on a checkpoint that the adapter belongs to: --init out/stage1")
-        if config.lr_g is not None or model.view.tiling:
-            raise ValueError("--lora_rank keeps W and adapters alone: neither --lr_g nor an aspect in tiles goes with it yet")
+        if config.init == "none":
+            raise ValueError("--lora_rank is for a checkpoint that the adapter belongs to: --init out/stage1")
+        if config.lr_g is not None or model.view.tiling and not had_newline:
+            raise ValueError("--lora_rank keeps W and adapters alone: --lr_g does not go with it, and an aspect in tiles only "
+                             "on a checkpoint that was trained in tiles, whose row ends then stay as they are")
+        if model.newline is not None:
+            model.newline.requires_grad_(False)
         add_adapters(model.f_phi, config.lora_rank, config.lora_alpha, config.lora_dropout)
         theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in model.parameters():
@@ -511,7 +540,7 @@ def plot_losses(folder):
 
 
 def main(argv=None):
-    config, origin = resolve(argv)
+    config, origin = brought(*resolve(argv))
     machine = start(config)
     say = print if machine.rank == 0 else lambda *_, **__: None
     micro_batch_size, steps_accumulated = accumulation(config, machine.world_size)

@@ -9,17 +9,21 @@ python toy.py world --out "$W" --seed "$SEED" --pictures 4000 --side 128
 python generate_data.py expand --pairs "$W/pairs.jsonl" --out "$OUT/stage1.json" --seed "$SEED"
 python generate_data.py instruct --captions "$W/annotations/captions_train.json" --teacher script --out "$OUT/instruct" \
     --instances "$W/annotations/instances_train.json" --mix conversation=8 detail_description=1 complex_reasoning=2 --seed "$SEED"
-system() {    # system RECIPE: both stages and the answers, with a log
-    set -euo pipefail
-    local recipe=$1
-    python train.py --recipe "$recipe" --stage 1 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/$recipe-stage1" \
-        --seed "$SEED"
-    python train.py --recipe "$recipe" --stage 2 --data "$OUT/instruct/instruct.json" --images "$W/images" \
-        --init "$OUT/$recipe-stage1" --out "$OUT/$recipe" --seed "$SEED"
-    python eval.py answer --model "$OUT/$recipe" --questions "$W/questions_held_out.jsonl" --images "$W/images" \
-        --answers "$OUT/held_out_$recipe.jsonl" --max_new_tokens 32 --batch_size 120
+stage_1() {
+    python train.py --recipe "$1" --stage 1 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/$1-stage1" --seed "$SEED"
 }
-export -f system
-printf '%s\n' toy-next toy-hd toy-1.5 toy | xargs -P "${JOBS:-2}" -I NAME \
-    bash -c 'bash -c "system NAME" > "$OUT/NAME.log" 2>&1 && echo "NAME is done" || { tail -3 "$OUT/NAME.log"; exit 1; }'
+stage_2() {    # and the answers. Stage 1 sees squares, so toy-1.5's is that of the systems with tiles, too
+    [ "$1" = toy ] && init=toy || init=toy-1.5
+    python train.py --recipe "$1" --stage 2 --data "$OUT/instruct/instruct.json" --images "$W/images" \
+        --init "$OUT/$init-stage1" --out "$OUT/$1" --seed "$SEED"
+    python eval.py answer --model "$OUT/$1" --questions "$W/questions_held_out.jsonl" --images "$W/images" \
+        --answers "$OUT/held_out_$1.jsonl" --max_new_tokens 32 --batch_size 120
+}
+export -f stage_1 stage_2
+all() {    # all STAGE RECIPE...: two at a time, each with a log
+    printf '%s\n' "${@:2}" | xargs -P "${JOBS:-2}" -I NAME bash -c 'bash -ec "stage_'$1' NAME" > "$OUT/NAME-'$1'.log" 2>&1 \
+        && echo "NAME: stage '$1' is done" || { tail -3 "$OUT/NAME-'$1'.log"; exit 1; }'
+}
+all 1 toy-1.5 toy
+all 2 toy-next toy-hd toy-1.5 toy
 python toy.py family --out "$OUT" | tee "$OUT/table.txt"

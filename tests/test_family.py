@@ -29,7 +29,7 @@ def picture(size, seed=0):
 def tiny(aspect, rule="hf"):
     """A tiny LLaVA-1.5 (crop, pad) or LLaVA-NeXT (anyres) with a chat template."""
     model = tiny_llava(projector="mlp2x_gelu")
-    model.look(view_of(aspect, 28, 14, rule))
+    model.look(view_of(aspect, 28, 14, *[rule] * (aspect == "anyres")))
     model.tokenizer.chat_template = TEMPLATES["vicuna_v1"].jinja()
     model.meta["template"] = "vicuna_v1"
     return model
@@ -144,7 +144,10 @@ def test_their_checkpoints_load_here(kind, names, tmp_path):
         from checkpoint import hf_keys
         state = {k: v.contiguous() for k, v in theirs.state_dict().items()}
         assert all(k.startswith(("model.", "lm_head.")) for k in state), "these are the names of the modules"
-        save_file(hf_keys(state) if names == "old" else state, tmp_path / "model.safetensors", {"format": "pt"})
+        if names == "old":                               # files of transformers 4 hold what is computed, too
+            state = hf_keys(state) | {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
+                                      "vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]}
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     ours = LLaVA.from_pretrained(tmp_path)
     assert ours.view.aspect == ("crop" if kind == "llava" else "anyres") and ours.projector == "mlp2x_gelu"
     batch, pictures = training_batch(ours)
@@ -230,14 +233,35 @@ def test_newline_stays_where_the_next_stage_looks_in_tiles_too():
     assert model.newline is None and "tiling" not in model.meta
 
 
-def test_a_config_that_contradicts_itself_is_refused(tmp_path):
-    """model_type and what we wrote beside it must be one model."""
+def without(d, key):
+    return {k: v for k, v in d.items() if k != key}
+
+
+def tiled(**change):
+    return lambda meta: meta | {"tiling": meta["tiling"] | change}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda meta: without(meta, "tiling"), "aspect 'anyres' without tiling"),
+    (lambda meta: without(meta, "tiling") | {"aspect": "pad"}, "'llava_next' belongs to tiles"),
+    (lambda meta: meta | {"aspect": "crop"}, "aspect 'crop' with tiling"),
+    (lambda meta: without(meta, "tiling") | {"aspect": "square"}, "anyres and hd have one"),
+    (tiled(pinpoints=[[28, 50]]), r"pinpoint \[28, 50\] does not fit tiles of 28 pixels; pass"),
+    (tiled(pinpoints=[]), "no pinpoints; pass"),
+    (tiled(tile=14, pinpoints=[[14, 28]]), "tiles of 14 pixels in patches of 14, for a vision tower of 28 and 14"),
+    (tiled(patch=7), "tiles of 28 pixels in patches of 7"), (tiled(rule="theirs"), "rule 'theirs': pass 'original'"),
+    (tiled(global_picture="cut"), "global_picture 'cut': pass"), (tiled(colour=3), "its tiling cannot be used: .*colour")])
+def test_a_config_that_contradicts_itself_is_refused(change, words, tmp_path):
+    """model_type, vision tower and what we wrote beside them must be one model; one line says what is not."""
     model = tiny("anyres")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["minllava"]["tiling"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'llava_next' belongs to tiles"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"minllava": change(config["minllava"])}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{words}") as error:
+        LLaVA.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(without(config, "minllava") | {"image_grid_pinpoints": [[30, 28]]}))
+    with pytest.raises(ValueError, match=r"pinpoint \[30, 28\] does not fit"):
         LLaVA.from_pretrained(tmp_path)
 
 
@@ -274,7 +298,12 @@ def test_the_command_draws_how_a_picture_is_tiled(tmp_path, capsys):
     assert "2,340 tokens" in capsys.readouterr().out and Image.open(tmp_path / "next.png").size[0] > 400
     data.main(["show", "--aspect", "hd", "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "hd.png")])
     assert "tiles of 224" in capsys.readouterr().out
-    for wrong in (["check"], ["show", "--aspect", "pad"]):
+    tiny("anyres").save_pretrained(tmp_path / "model")
+    data.main(["show", "--model", str(tmp_path / "model"), "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "own.png")])
+    assert "tiles of 28" in capsys.readouterr().out, "a model's own tiles"
+    with pytest.raises(ValueError, match="--model brings its own --aspect"):
+        data.main(["show", "--model", str(tmp_path / "model"), "--aspect", "hd", "--tiles", "photo.png", "x.png"])
+    for wrong in (["check"], ["show", "--aspect", "pad"], ["show", "--aspect", "crop"]):
         with pytest.raises(ValueError, match="--tiles draws"):
             data.main([*wrong, "--tiles", str(tmp_path / "photo.png"), str(tmp_path / "x.png")])
 

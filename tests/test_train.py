@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import data as data_module
+import sample
 import train
 from conftest import ROOT, run_script, save_parts, scripted_llm, start_script, tiny_llm
 from lora import base_of, load_adapter
@@ -33,8 +34,9 @@ def flags(parts, chats):
     """flags(out, ...): a command line that trains on `chats` in steps of 4 samples, 10 full ones and one of a single
     sample an epoch; what is given after `out` is appended, so it wins."""
     def command(out, *more):
-        paths = ["--data", chats / "chat.json", "--images", chats / "images", "--vision", parts / "clip",
-                 "--llm", parts / "llm", "--out", out]
+        paths = ["--data", chats / "chat.json", "--images", chats / "images", "--out", out]
+        if dict(zip(more, more[1:])).get("--init", "none") == "none":        # the last one wins
+            paths += ["--vision", parts / "clip", "--llm", parts / "llm"]
         rest = ["--template", "llava_v0", "--global_batch_size", 4, "--epochs", 2, "--max_steps", 20, "--workers", 0]
         return [str(x) for x in [*paths, *rest, *more]]
     return command
@@ -55,7 +57,7 @@ def straight(flags, tmp_path_factory):
 
 def build(argv, world_size=1):
     """Everything that `main` builds before its loop: config, machine, model, theta, Conversations, one Steps per rank."""
-    config, _ = train.resolve(argv)
+    config, _ = train.brought(*train.resolve(argv))
     machine = train.start(config)
     model, theta, template = train.build_model(config, machine)
     data, lengths, train_on, held_out, _ = train.build_data(config, machine, model, template)
@@ -768,9 +770,8 @@ def test_adapters_leave_a_merged_checkpoint_and_an_adapter(flags, straight, tmp_
     batch = {"input_ids": torch.randint(3, 250, (2, 12)), "labels": torch.randint(3, 250, (2, 12)),
              "X_v": torch.zeros(0, 3, 28, 28)}
     torch.testing.assert_close(adapted.answer_logits(**batch)[0], merged.answer_logits(**batch)[0], atol=1e-5, rtol=1e-5)
-    for more in (["--stage", 1], ["--stage", 2, "--init", "none"]):
-        with pytest.raises(ValueError, match="--lora_rank is for stage 2"):
-            train.main(flags(tmp_path / "wrong", *more, "--lora_rank", 4))
+    with pytest.raises(ValueError, match="--lora_rank is for a checkpoint"):
+        train.main(flags(tmp_path / "wrong", *STAGE[2], "--lora_rank", 4))
     for more in (["--lr_g", "1e-4"], ["--aspect", "anyres"]):
         with pytest.raises(ValueError, match="--lora_rank keeps W and adapters alone"):
             train.main(flags(tmp_path / "wrong", *STAGE[2], "--init", straight(1), "--lora_rank", 4, *more))
@@ -782,7 +783,73 @@ def test_a_checkpoint_with_another_projector_is_refused(flags, straight, tmp_pat
         train.main(flags(tmp_path / "out", "--stage", 2, "--init", straight(1), *MLP))
 
 
-@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if not name.startswith("toy")])
+def test_an_adapters_folder_is_a_model_for_every_command(flags, straight, chats, tmp_path, capsys):
+    """It has the processor and template of its own stage, not of its base, a stage 1: transformers' users and ours see the
+    whole picture. Trained in tiles before, a model keeps its row ends."""
+    init = [*STAGE[2], "--max_steps", 2, "--init"]
+    train.main(flags(tmp_path / "pad", *init, straight(1), "--aspect", "pad", *FAMILY["LoRA"]))
+    train.main(flags(tmp_path / "tiles", *STAGE[2], "--max_steps", 2, "--aspect", "anyres"))
+    train.main(flags(tmp_path / "anyres", *init, tmp_path / "tiles", *FAMILY["LoRA"]))
+    for aspect in ("pad", "anyres"):
+        folder = tmp_path / aspect / "adapter"
+        merged, adapted = LLaVA.from_pretrained(tmp_path / aspect), LLaVA.from_pretrained(folder)
+        assert adapted.meta == merged.meta and adapted.view == merged.view
+        assert adapted.tokenizer.chat_template == merged.tokenizer.chat_template
+        for (name, p), q in zip(merged.named_parameters(), adapted.parameters()):
+            torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-6, msg=lambda m: f"{aspect}, {name}: {m}")
+        processor = AutoProcessor.from_pretrained(folder).image_processor
+        picture = Image.new("RGB", (60, 30), (200, 0, 0))
+        theirs = processor(picture, return_tensors="pt")["pixel_values"]
+        assert torch.equal(theirs.reshape(-1, 3, 28, 28), merged.view.X_v([picture]))
+    ends = [LLaVA.from_pretrained(tmp_path / name).newline for name in ("tiles", "anyres", "anyres/adapter")]
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    capsys.readouterr()
+    sample.main(["--model", str(folder), "--image", str(next((chats / "images").iterdir())), "--question", "What?",
+                 "--max_new_tokens", "2", "--temperature", "0"])
+    with pytest.raises(FileNotFoundError, match="holds an adapter, which belongs to the merged checkpoint"):
+        train.main(flags(tmp_path / "again", *init, folder))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: no such file; copy"):
+        LLaVA.from_pretrained(folder)
+
+
+def test_a_finished_checkpoint_brings_its_own_ways(flags, straight, tmp_path, capsys):
+    """Fine-tuning goes on in the checkpoint's tiles, with its own canvases, whatever the recipe says of a new model; what is
+    typed wins. A recipe's stage 2 applies to a stage 1."""
+    argv = [*STAGE[2], *MLP, "--max_steps", 1]
+    train.main(flags(tmp_path / "next", *argv, "--aspect", "anyres", "--anyres", "hf"))
+    config = json.loads((path := tmp_path / "next" / "config.json").read_text())
+    config["minllava"]["tiling"]["pinpoints"] = [[28, 84]]
+    path.write_text(json.dumps(config))
+    start = [*STAGE[2], "--max_steps", 1, "--init", tmp_path / "next"]
+    capsys.readouterr()
+    train.main(flags(tmp_path / "own", *start, "--recipe", "toy", "--max_length", 2048, "--val_samples", 2))
+    out = capsys.readouterr().out
+    assert re.search(r"aspect +anyres +checkpoint", out) and re.search(r"projector +mlp2x_gelu +checkpoint", out)
+    model, before = (LLaVA.from_pretrained(tmp_path / name) for name in ("own", "next"))
+    assert model.view == before.view and model.view.tiling.pinpoints == [[28, 84]] and model.view.tiling.rule == "hf"
+    model = build(flags(tmp_path / "pad", *start, "--aspect", "pad"))[2]
+    assert model.view.aspect == "pad" and model.newline is None
+    with pytest.raises(ValueError, match="has projector mlp2x_gelu, not linear"):
+        train.main(flags(tmp_path / "wrong", *start, "--projector", "linear"))
+    model = build(flags(tmp_path / "hd", "--stage", 2, "--init", straight(1), "--aspect", "hd"))[2]
+    assert model.view.aspect == "hd" and model.newline is not None
+    argv = ["--recipe", "toy-hd", "--stage", "2", "--init", str(straight(1))]
+    assert train.brought(*train.resolve(argv))[0].aspect == "hd", "a stage 1 does not say how stage 2 looks"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--lr_g", "1e-4"], "--lr_g does nothing in stage 1"), (["--lora_rank", "4"], "--lora_rank does nothing in stage 1"),
+    ([*STAGE[2], "--lora_alpha", "4"], "--lora_alpha does nothing without --lora_rank"),
+    (["--stage", "2", "--init", "INIT", "--llm", "x"], "--llm does nothing with --init"),
+    ([*STAGE[2], "--anyres", "hf"], "--anyres hf is a rule of aspect anyres; the aspect is crop")])
+def test_a_flag_without_effect_is_refused(argv, words, flags, straight, tmp_path):
+    """A typed flag that nothing reads is a mistake."""
+    with pytest.raises(ValueError, match=words):
+        train.main(flags(tmp_path / "out", *(straight(1) if a == "INIT" else a for a in argv)))
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
 def test_every_recipe_resolves_in_both_stages(recipe):
     """A row of the table is a whole configuration; W has one shape through both stages."""
     one, _ = train.resolve(["--recipe", recipe, "--stage", "1"])
