@@ -289,8 +289,11 @@ def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_does_not(serve, tmp
                            "--out", tmp_path / "out", "--base_url", url, "--workers", 4, "--keep_duplicates")
     while not (log.exists() and len(lines(log)) >= 5):       # one is kept, others are under way
         time.sleep(0.01)
-    for seconds in (0.0, 0.3)[:times]:
-        time.sleep(seconds)
+    os.kill(process.pid, signal.SIGINT)
+    while times == 2 and "stopping: waiting for" not in (tmp_path / "output").read_text():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    if times == 2:
         os.kill(process.pid, signal.SIGINT)
     stopped = time.monotonic()
     process.join(20)

@@ -27,6 +27,7 @@ from records import brief_instructions, image_names
 # Learning rates at which 20 steps visibly move what trains. AdamW's first steps are nearly lr * sign(gradient), which
 # would blow up rounding where a gradient is about 0; measured at these rates, orders of summation differ by 2e-6 at most.
 STAGE = {1: ["--stage", "1", "--lr", "2e-2"], 2: ["--stage", "2", "--init", "none", "--lr", "1e-3"]}
+STAGE["NeXT"] = [*STAGE[2], "--projector", "mlp2x_gelu", "--aspect", "anyres", "--lr_g", "1e-4"]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_accumulation_does_not_change_training(stage, micro_batch_size, flags, s
     assert_equal_runs(tmp_path / "out", straight(stage), 1e-5, f"stage {stage}, micro-batches of {micro_batch_size}")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, "NeXT"])
 def test_two_processes_train_as_one(stage, flags, straight, tmp_path):
     """`torchrun` over 2 real processes, with accumulation, equals one process in loss and weights: also where one rank
     has pictures and the other only text, and at the short last batch of the epoch. Both processes end."""
