@@ -6,8 +6,8 @@ A checkpoint folder in the layout of llava-hf, but for the weights themselves: w
     tokenizer.json, ...      with `<image>`, and the template as chat template
     generation_config.json   what ends an answer
 
-`LLaVA.from_pretrained` and `save_pretrained` (model.py) read and write the whole; an adapter's folder (lora.py) has the
-middle two.
+`LLaVA.from_pretrained` and `save_pretrained` (model.py) read and write the whole; an adapter's folder (lora.py) has all but
+config.json.
 """
 import json
 import os
@@ -87,10 +87,13 @@ def load_settings(folder):
     if not there("config.json"):
         raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a finished train.py" + (
             "; this one holds an adapter, which belongs to the merged checkpoint beside it" * there("adapter_config.json")))
-    kind = LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-    if kind not in ("llava", "llava_next"):
-        raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a LLaVA checkpoint has 'llava' or 'llava_next'; "
-                         "convert.py makes one of a folder of the original project")
+    try:
+        raw, _ = LlavaConfig.get_config_dict(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: config.json is no whole JSON file; copy it again") from error
+    if (kind := raw.get("model_type")) not in ("llava", "llava_next") or "text_config" not in raw:
+        raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a checkpoint in llava-hf's layout has 'llava' or "
+                         "'llava_next', and a text_config; convert.py makes one of a folder of the original project")
     config = (LlavaConfig if kind == "llava" else LlavaNextConfig).from_pretrained(folder, local_files_only=True)
     projectors = {act: name for name, (act, _) in PROJECTORS.items()}
     for name, allowed in (("projector_hidden_act", list(projectors)), ("vision_feature_select_strategy", ["default"]),
@@ -103,8 +106,9 @@ def load_settings(folder):
         tiling = tiles.NEXT._replace(pinpoints=config.image_grid_pinpoints, tile=size, patch=patch, rule="hf")
         ours = {"aspect": "anyres", "tiling": tiling._asdict()}
     elif "aspect" not in meta:
-        processor = Path(folder, "preprocessor_config.json")
-        pads = there(processor.name) and json.loads(processor.read_text()).get("do_pad", False)
+        files = filter(there, ("processor_config.json", "preprocessor_config.json"))     # transformers 5 writes the first
+        found = [json.loads(Path(folder, file).read_text()) for file in files]
+        pads = any(processor.get("image_processor", processor).get("do_pad", False) for processor in found)
         ours = {"aspect": "pad" if pads else "crop"}
     view = view_from(ours, size, patch, folder)
     if (kind == "llava_next") != bool(view.tiling):

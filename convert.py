@@ -34,7 +34,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import tiles
 from data import TEMPLATES, check_template, template_for
-from checkpoint import COMPUTED, hf_keys, load_part, load_tokenizer, save_settings, view_from
+from checkpoint import COMPUTED, hf_keys, load_part, load_settings, load_tokenizer, save_settings, view_from
 from records import IMAGE, run_command, typed_flags
 
 
@@ -330,6 +330,7 @@ def to_ours(args):
     config.image_token_index, config.pad_token_id = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id
 
     old = raw.get("minllava", {}) if args.template == "auto" else {}                    # what to_original left
+    old = {k: v for k, v in old.items() if k not in ("aspect", "tiling")}               # config.json itself says these
     chat = old.get("chat", args.template)
     if chat == "auto":                                  # OURS: by the vocabulary; only v0 added [PAD]
         chat = "llava_v0" if "[PAD]" in tokenizer.get_vocab() else template_for(config.text_config, tokenizer).name
@@ -343,19 +344,18 @@ def to_ours(args):
     config.minllava, template = meta, TEMPLATES[meta["template"]]
     check_template(template, tokenizer)
     tokenizer.chat_template = template.jinja()
+    view = view_from(meta, vision_config.image_size, vision_config.patch_size, folder)
     write(ours, Path(args.out), args.shard)
     end = config.text_config.eos_token_id
     end = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    save_settings(args.out, tokenizer, view_from(meta, vision_config.image_size, vision_config.patch_size, folder), end, config)
+    save_settings(args.out, tokenizer, view, end, config)
     print(f"{args.out}: {len(ours)} weights, {meta}")
 
 
 def to_original(args):
     folder = folder_of(args.model, "model")
-    raw = json.loads((folder / "config.json").read_text())
-    if raw.get("model_type") not in ("llava", "llava_next") or "text_config" not in raw:
-        raise ValueError(f"{folder}: config.json is not of the llava-hf layout, from which --to_original starts")
-    config, meta, anyres = AutoConfig.from_pretrained(folder), raw.get("minllava", {}), raw["model_type"] == "llava_next"
+    config, meta, view, _ = load_settings(folder)
+    anyres = bool(view.tiling)
     text, mlp = config.text_config, config.projector_hidden_act == "gelu"
     for key, found, allowed in (("projector_hidden_act", config.projector_hidden_act, ["linear", "gelu"]),
                                 ("text_config.model_type", text.model_type, [*KINDS]),
@@ -396,9 +396,9 @@ def to_original(args):
             meta.get("aspect", "anyres" if anyres else "pad" if mlp else "crop")], "minllava": meta}
     if anyres:
         # In ours and the original's they are (width, height), in transformers' files and for rule "hf" (height, width).
-        tiling = meta.get("tiling", {"pinpoints": config.image_grid_pinpoints, "rule": "hf"})
-        original |= {"image_grid_pinpoints": [list(p) if tiling["rule"] == "original" else list(p)[::-1]
-                                              for p in tiling["pinpoints"]], "mm_patch_merge_type": "spatial_unpad"}
+        step = 1 if view.tiling.rule == "original" else -1
+        original |= {"image_grid_pinpoints": [list(p)[::step] for p in view.tiling.pinpoints],
+                     "mm_patch_merge_type": "spatial_unpad"}
     write({theirs: table[ours] for ours, theirs in names.items()}, Path(args.out), args.shard)
     for path in [*(llm / file for file in TOKENIZER_FILES), folder / "generation_config.json"]:
         if path.is_file():

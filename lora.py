@@ -105,14 +105,12 @@ def peft_state(model):
 
 
 def save_adapter(model, folder, base):
-    """Write adapters and W as a folder for `PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base),
+    """Write adapters and W as a folder for `PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base),
     folder)`. vLLM takes no adapter that brings modules of its own, such as W: it needs the merged checkpoint.
 
     Its processor, tokenizer and template are in it, too: those of `base`, a stage 1, know neither how pictures are looked at
-    now nor any turns. `base` is the checkpoint folder that training started from; ValueError if it is none.
+    now nor any turns. `base` is the checkpoint folder that training started from.
     """
-    if not os.path.isfile(os.path.join(base, "config.json")):
-        raise ValueError(f"an adapter needs its base, and {base!r} is no whole checkpoint folder: --init out/stage1")
     layers = adapters(model.f_phi.base_model)
     names, one = "|".join(sorted({name.split(".")[-1] for name in layers})), next(iter(layers.values()))
     config = CONFIG | {"base_model_name_or_path": os.path.abspath(base), "r": len(one.lora_A), "lora_alpha": one.alpha,

@@ -163,7 +163,10 @@ def resolve(argv):
     if "llm" in typed or init:
         recipe["template"] = "auto"      # the recipe's template belongs to the recipe's language model
     if init:
-        recipe |= {"vision": None, "llm": None}
+        del recipe["vision"]
+        recipe.pop("llm", None)
+    if typed.get("lora_rank"):
+        recipe.pop("lr_g", None)         # adapters instead
     recipe["out"] = f"out/stage{stage}"
     config = Config(**{**recipe, **typed})
     origin = {f.name: "command line" if f.name in typed else "recipe" if f.name in recipe else "default"
@@ -171,6 +174,7 @@ def resolve(argv):
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1, or --init none for a new W (Table 8)")
     for flags, useless, why in ((("lr_g", "lora_rank"), stage == 1, "in stage 1"),
+                                (("stage1_question",), stage == 2, "in stage 2"),
                                 (("lora_alpha", "lora_dropout"), not config.lora_rank, "without --lora_rank"),
                                 (("vision", "llm"), init, "with --init, which brings its own")):
         for flag in flags:
@@ -259,16 +263,20 @@ def build_model(config, machine):
         for flag in ("feature_layer", "projector"):
             if (found := getattr(model, flag)) != (wanted := getattr(config, flag)):
                 raise ValueError(f"--init {config.init} has {flag} {found}, not {wanted}; take --{flag} {found}")
-    view, had_newline = {flag: getattr(config, flag) for flag in model.view.flags}, model.newline is not None
-    if view != model.view.flags:                          # else a checkpoint keeps its own canvases
-        model.look(view_of(size=model.view.size, patch=model.view.patch, **view))
+    old, view = model.view, {flag: getattr(config, flag) for flag in model.view.flags}
+    if view != old.flags:                                 # else a checkpoint keeps its own canvases
+        if view["aspect"] == old.aspect and old != view_of(size=old.size, patch=old.patch, **old.flags):
+            raise ValueError(f"--init {config.init} has canvases of its own, {list(old.tiling.pinpoints)}, for {old.flags}; "
+                             "leave --anyres and --no-global_picture out")
+        model.look(view_of(size=old.size, patch=old.patch, **view))
     theta = model.set_stage(config.stage, train_g=config.lr_g is not None)
     if config.lora_rank:
         if config.init == "none":
             raise ValueError("--lora_rank is for a checkpoint that the adapter belongs to: --init out/stage1")
-        if config.lr_g is not None or model.view.tiling and not had_newline:
-            raise ValueError("--lora_rank keeps W and adapters alone: --lr_g does not go with it, and an aspect in tiles only "
-                             "on a checkpoint that was trained in tiles, whose row ends then stay as they are")
+        tiled = bool(old.tiling) and model.meta.get("stage") != 1            # with row ends that were trained, and stay
+        if config.lr_g is not None or bool(model.view.tiling) != tiled:
+            raise ValueError("--lora_rank keeps W and adapters alone: --lr_g does not go with it, and an aspect in tiles does "
+                             "on a checkpoint whose stage 2 was in tiles, and only there")
         if model.newline is not None:
             model.newline.requires_grad_(False)
         add_adapters(model.f_phi, config.lora_rank, config.lora_alpha, config.lora_dropout)

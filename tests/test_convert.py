@@ -361,6 +361,29 @@ def test_a_llava_hf_folder_goes_to_the_original(tmp_path, kind):
     assert config["image_aspect_ratio"] == {"1.5": "pad", "1.6": "anyres"}[kind] and config["unfreeze_mm_vision_tower"]
 
 
+@pytest.mark.parametrize("rule", ["original", "hf", "theirs"])
+def test_canvases_that_are_not_symmetric_keep_their_sides(tmp_path, rule):
+    """The original reads (width, height), transformers (height, width): a wide canvas stays a wide one, there and back."""
+    parts = Parts(tmp_path, "1.6")
+    parts.configure(image_grid_pinpoints=[[28, 84], [56, 28]])
+    out = converted(tmp_path / "out", "--model", parts.dir)
+    config = json.loads((out / "config.json").read_text())
+    if rule == "theirs":                                 # llava-hf's own folder, without our word
+        del config["minllava"]
+    elif rule == "hf":
+        config["minllava"]["tiling"] |= {"rule": "hf", "pinpoints": [[84, 28], [28, 56]]}
+    (out / "config.json").write_text(json.dumps(config))
+    from checkpoint import load_settings
+    ours = load_settings(out)[2].tiling
+    sizes = [(10, 40), (90, 30), (30, 90), (200, 20), (64, 64)]
+    assert {ours.plan(*size).canvas for size in sizes} == {(28, 84), (56, 28)}
+    back = converted(tmp_path / "back", "--model", out, "--to_original", "--vision", parts.clip_dir, "--llm", parts.base())
+    assert json.loads((back / "config.json").read_text())["image_grid_pinpoints"] == [[28, 84], [56, 28]]
+    again = load_settings(converted(tmp_path / "again", "--model", back))[2].tiling
+    assert [again.plan(*size).canvas for size in sizes] == [ours.plan(*size).canvas for size in sizes]
+    assert again == ours or rule == "theirs"
+
+
 @pytest.mark.parametrize("kind", [LlavaForConditionalGeneration, LlavaNextForConditionalGeneration])
 def test_old_and_new_llava_hf_names_are_one(tmp_path, kind):
     """transformers 5's modules, the files it saves, and the hub's files: with and without vision_model."""

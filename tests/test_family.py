@@ -160,6 +160,22 @@ def test_their_checkpoints_load_here(kind, names, tmp_path):
     torch.testing.assert_close(logits, out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("file", ["processor_config.json", "preprocessor_config.json"])
+def test_a_folder_of_theirs_that_pads_is_padded_here(file, tmp_path):
+    """Without our word on it, the processor's file decides: transformers 5's own, or the older one."""
+    tiny("pad").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "minllava"}))
+    for other in {"processor_config.json", "preprocessor_config.json"} - {file}:
+        (tmp_path / other).unlink()
+    assert LLaVA.from_pretrained(tmp_path).view.aspect == "pad"
+    (tmp_path / file).unlink()
+    assert LLaVA.from_pretrained(tmp_path).view.aspect == "crop"
+    (tmp_path / "config.json").write_text(json.dumps(config)[:300])
+    with pytest.raises(ValueError, match="config.json is no whole JSON file; copy it again"):
+        LLaVA.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_a_checkpoint_remembers_how_it_looks_at_pictures(aspect, tmp_path):
     """Behaviour is in the folder, never in its name: projector, aspect, tiling, newline; saved again, it is the same."""

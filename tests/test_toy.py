@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 import generate_data
@@ -60,6 +61,15 @@ def test_a_larger_picture_has_the_same_things_as_details():
         boxes = [(t, [round(v / 128, 3) for v in (t.box[0], t.box[1], t.box[0] + t.box[2], t.box[1] + t.box[3])])
                  for t in scene.things]
         assert toy.scene_of("\n".join(f"{t.name}: {box}" for t, box in boxes)).things == scene.things
+
+
+def test_larger_pictures_come_with_as_many_near_ones_for_stage_1(tmp_path):
+    """What tiles will show, W has to know from squares: half of the pairs show things near; none a held-out pair."""
+    toy.main(["world", "--out", str(tmp_path), "--seed", "1", "--pictures", "20", "--questions", "120", "--side", "128"])
+    pairs = whole_lines(tmp_path / "pairs.jsonl")
+    sizes = [Image.open(tmp_path / "images" / pair["image"]).size[0] for pair in pairs]
+    assert sizes == [128] * 20 + [64] * 20 and len({pair["image"] for pair in pairs}) == 40
+    assert not any(f"{colour} {shape}" in pair["caption"] for pair in pairs for colour, shape in HELD_OUT)
 
 
 def test_answers_agree_with_the_boxes():

@@ -773,7 +773,8 @@ def test_adapters_leave_a_merged_checkpoint_and_an_adapter(flags, straight, tmp_
     torch.testing.assert_close(adapted.answer_logits(**batch)[0], merged.answer_logits(**batch)[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="--lora_rank is for a checkpoint"):
         train.main(flags(tmp_path / "wrong", *STAGE[2], "--lora_rank", 4))
-    for more in (["--lr_g", "1e-4"], ["--aspect", "anyres"]):
+    train.main(flags(tmp_path / "tiles", *STAGE[1], "--aspect", "anyres", "--max_steps", 1))
+    for more in (["--lr_g", "1e-4"], ["--aspect", "anyres"], ["--init", tmp_path / "tiles", "--aspect", "anyres"]):
         with pytest.raises(ValueError, match="--lora_rank keeps W and adapters alone"):
             train.main(flags(tmp_path / "wrong", *STAGE[2], "--init", straight(1), "--lora_rank", 4, *more))
 
@@ -791,6 +792,9 @@ def test_an_adapters_folder_is_a_model_for_every_command(flags, straight, chats,
     train.main(flags(tmp_path / "pad", *init, straight(1), "--aspect", "pad", *FAMILY["LoRA"]))
     train.main(flags(tmp_path / "tiles", *STAGE[2], "--max_steps", 2, "--aspect", "anyres"))
     train.main(flags(tmp_path / "anyres", *init, tmp_path / "tiles", *FAMILY["LoRA"]))
+    with pytest.raises(ValueError, match="on a checkpoint whose stage 2 was in tiles, and only there"):
+        train.main(flags(tmp_path / "wrong", *init, tmp_path / "tiles", *FAMILY["LoRA"], "--aspect", "pad"))
+    assert train.resolve(["--recipe", "toy-next", *map(str, init), "x", "--lora_rank", "4"])[0].lr_g is None
     for aspect in ("pad", "anyres"):
         folder = tmp_path / aspect / "adapter"
         merged, adapted = LLaVA.from_pretrained(tmp_path / aspect), LLaVA.from_pretrained(folder)
@@ -817,7 +821,7 @@ def test_an_adapters_folder_is_a_model_for_every_command(flags, straight, chats,
 def test_a_finished_checkpoint_brings_its_own_ways(flags, straight, tmp_path, capsys):
     """Fine-tuning goes on in the checkpoint's tiles, with its own canvases, whatever the recipe says of a new model; what is
     typed wins. A recipe's stage 2 applies to a stage 1."""
-    argv = [*STAGE[2], *MLP, "--max_steps", 1]
+    argv = [*STAGE[2], *MLP, "--max_steps", 1, "--feature_layer", -1]
     train.main(flags(tmp_path / "next", *argv, "--aspect", "anyres", "--anyres", "hf"))
     config = json.loads((path := tmp_path / "next" / "config.json").read_text())
     config["minllava"]["tiling"]["pinpoints"] = [[28, 84]]
@@ -827,10 +831,15 @@ def test_a_finished_checkpoint_brings_its_own_ways(flags, straight, tmp_path, ca
     train.main(flags(tmp_path / "own", *start, "--recipe", "toy", "--max_length", 2048, "--val_samples", 2))
     out = capsys.readouterr().out
     assert re.search(r"aspect +anyres +checkpoint", out) and re.search(r"projector +mlp2x_gelu +checkpoint", out)
+    assert re.search(r"feature_layer +-1 +checkpoint", out)
     model, before = (LLaVA.from_pretrained(tmp_path / name) for name in ("own", "next"))
     assert model.view == before.view and model.view.tiling.pinpoints == [[28, 84]] and model.view.tiling.rule == "hf"
     model = build(flags(tmp_path / "pad", *start, "--aspect", "pad"))[2]
     assert model.view.aspect == "pad" and model.newline is None
+    model = build(flags(tmp_path / "typed", *start, "--aspect", "anyres"))[2]
+    assert model.view == before.view, "the aspect was typed as it is, and its canvases were lost"
+    with pytest.raises(ValueError, match=r"canvases of its own, \[\[28, 84\]\], .*leave --anyres"):
+        train.main(flags(tmp_path / "wrong", *start, "--anyres", "original"))
     with pytest.raises(ValueError, match="has projector mlp2x_gelu, not linear"):
         train.main(flags(tmp_path / "wrong", *start, "--projector", "linear"))
     model = build(flags(tmp_path / "hd", "--stage", 2, "--init", straight(1), "--aspect", "hd"))[2]
@@ -841,6 +850,7 @@ def test_a_finished_checkpoint_brings_its_own_ways(flags, straight, tmp_path, ca
 
 @pytest.mark.parametrize("argv, words", [
     (["--lr_g", "1e-4"], "--lr_g does nothing in stage 1"), (["--lora_rank", "4"], "--lora_rank does nothing in stage 1"),
+    ([*STAGE[2], "--no-stage1_question"], "--stage1_question does nothing in stage 2"),
     ([*STAGE[2], "--lora_alpha", "4"], "--lora_alpha does nothing without --lora_rank"),
     (["--stage", "2", "--init", "INIT", "--llm", "x"], "--llm does nothing with --init"),
     ([*STAGE[2], "--anyres", "hf"], "--anyres hf is a rule of aspect anyres; the aspect is crop")])
