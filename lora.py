@@ -40,9 +40,9 @@ class LoRA(nn.Linear):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))     # (..., r)    A dropout(x)
         return super().forward(x) + F.linear(self.scale * low, self.lora_B.to(x.dtype))        # (..., out)
 
-    def merged(self):
+    def merged(self, W_0, A, B):
         """W_0 + (alpha / r) B A (out, in), summed in fp32, rounded once."""
-        return (self.weight + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+        return (W_0 + self.scale * B @ A).to(W_0.dtype)
 
 
 def adapters(module):
@@ -83,28 +83,28 @@ def merge(f_phi):
     for name, layer in adapters(f_phi.base_model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
-        plain.weight.copy_(layer.merged())                                   # in place: no second f_phi in memory
+        plain.weight.copy_(layer.merged(layer.weight, layer.lora_A, layer.lora_B))   # in place: no second f_phi in memory
         f_phi.base_model.set_submodule(name, plain.eval())
 
 
 @torch.no_grad()
-def merged_state(model):
-    """`model.state_dict()` as it would be after `merge`, for a model that trains on; what is merged lies on the CPU."""
-    state = model.state_dict()
+def merged_state(model, state):
+    """The model's `state` dict as it would be after `merge`, for a model that trains on; what is merged lies on the CPU."""
+    state = dict(state)
     for name, layer in adapters(model).items():
-        state[f"{name}.weight"] = layer.merged().cpu()
-        del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+        W_0, A, B = (state.pop(f"{name}.{x}") for x in ("weight", "lora_A", "lora_B"))
+        state[f"{name}.weight"] = layer.merged(W_0, A, B).cpu()
     return state
 
 
-def peft_state(model):
-    """{PEFT's name: tensor} of what LoRA trains: A and B of each layer, and all of W."""
-    state = {f"{PEFT}language_model.{name}.{x}.weight": getattr(layer, x).detach()
-             for name, layer in adapters(model.f_phi.base_model).items() for x in ("lora_A", "lora_B")}
-    return state | {PEFT + k: v for k, v in model.to_hf_keys().items() if k.startswith("multi_modal_projector.")}
+def peft_state(model, state):
+    """{PEFT's name: tensor} of what LoRA trains, from the model's `state` dict: A and B of each layer, and all of W."""
+    mine = {f"{PEFT}language_model.{name}.{x}.weight": state[f"f_phi.{model.f_phi.base_model_prefix}.{name}.{x}"]
+            for name in adapters(model.f_phi.base_model) for x in ("lora_A", "lora_B")}
+    return mine | {PEFT + k: v for k, v in model.to_hf_keys(state).items() if k.startswith("multi_modal_projector.")}
 
 
-def save_adapter(model, folder, base):
+def save_adapter(model, folder, base, state=None):
     """Write adapters and W as a folder for `PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base),
     folder)`. vLLM takes no adapter that brings modules of its own, such as W: it needs the merged checkpoint.
 
@@ -117,7 +117,8 @@ def save_adapter(model, folder, base):
                        "lora_dropout": one.dropout, "inference_mode": True,
                        "target_modules": rf"model\.language_model\..*\.({names})"}    # names alone would match CLIP's layers
     os.makedirs(folder, exist_ok=True)
-    save_file(peft_state(model), os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    weights = peft_state(model, state or model.state_dict())
+    save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     save_settings(folder, model.tokenizer, model.view, model.eos_ids)
     for file, content in (("minllava.json", model.meta), ("adapter_config.json", config)):   # that last: with it, it is whole
         with open(os.path.join(folder, file), "w") as f:
@@ -154,7 +155,7 @@ def load_adapter(model, folder):
     if not os.path.isfile(weights := os.path.join(folder, "adapter_model.safetensors")):
         raise FileNotFoundError(f"{weights}: no such file; copy the adapter's folder again, or pass a merged checkpoint")
     add_adapters(model.f_phi, config["r"], config["lora_alpha"], config["lora_dropout"])
-    state, mine = load_file(weights), peft_state(model)
+    state, mine = load_file(weights), peft_state(model, model.state_dict())
     theirs, ours = ({(k, tuple(v.shape)) for k, v in tensors.items()} for tensors in (state, mine))
     if differ := sorted(theirs ^ ours):
         raise ValueError(f"{folder}: an adapter of another model; pass its base, {config['base_model_name_or_path']!r}. Of its "

@@ -191,7 +191,7 @@ class LLaVA(nn.Module):
 
     # ------------------------------------------------------------------ generation
 
-    @torch.inference_mode()
+    @torch.no_grad()                                     # not inference_mode: a sharded model gathers its weights meanwhile
     def stream(self, input_ids, attention_mask, X_v, sizes=None, shown=None, max_new_tokens=512, temperature=0.0, top_p=1.0,
                stop=(), generator=None):
         """Yield each step's next ids (a list of B, None where a row has ended), with a KV cache.
@@ -300,10 +300,11 @@ class LLaVA(nn.Module):
             f_phi.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         return model.eval()
 
-    def save_pretrained(self, folder, dtype=None):
+    def save_pretrained(self, folder, dtype=None, state=None):
         """Write the checkpoint folder that `transformers`, vLLM, SGLang and llama.cpp's converter read.
 
-        `dtype` casts the weights. The chat template is the tokenizer's; what we add lies under "minllava".
+        `dtype` casts the weights; `state` is the state dict, where it was gathered already. The chat template is the
+        tokenizer's; what we add lies under "minllava".
         """
         dtype, tiling = dtype or next(self.W.parameters()).dtype, self.view.tiling
         config = (LlavaNextConfig if tiling else LlavaConfig)(           # copies: it writes into the configs that it is given
@@ -317,7 +318,7 @@ class LLaVA(nn.Module):
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):
             os.remove(last)                              # until the folder is whole again
-        mine = lora.merged_state(self)                   # adapters, if there are any, are part of the weights
+        mine = lora.merged_state(self, state or self.state_dict())         # adapters, if there are any, are part of the weights
         state = {k: v.to(dtype) for k, v in self.to_hf_keys(mine).items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
         save_settings(folder, self.tokenizer, self.view, self.eos_ids, config)

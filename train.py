@@ -9,9 +9,11 @@ the resolved configuration is printed with where each value came from.
 """
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -24,7 +26,8 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -35,6 +38,7 @@ from images import ASPECTS, view_of
 from lora import add_adapters, dropout_on, save_adapter
 from model import DTYPES, IGNORE, LLaVA, choose_device, choose_dtype
 from records import Records, brief_instructions, typed_flags, whole_lines
+from sharding import own, read_state, recompute, saved_steps, shard, whole_state, write_state
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes: what is published, one row a stage (Sec. 4.2, "Training")
@@ -143,8 +147,13 @@ class Config:
     eval_every: int = 200               # steps
     save_every: int = 500               # steps
     workers: int = 4                    # processes that decode pictures, per rank
+    keep: int = 1                       # states to go on from that are kept in out/train_state
     device: str = "auto"                # cuda, mps or cpu
     dtype: str = "auto"                 # bf16, fp16 or fp32 compute; what trains is kept in fp32
+    shard: bool = False                 # weights, gradients and moments over all ranks (sharding.py)
+    offload: bool = False               # with --shard: they lie in the CPU's memory, where AdamW runs
+    checkpoint_activations: str = "none"    # or all, every_2, every_3, ...: of the decoder layers; less memory, more time
+    compile: bool = False               # decoder layers by torch.compile, whose dropout masks are others
 
 
 CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
@@ -224,13 +233,27 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
 
+def restarts():
+    """How often `torchrun --max-restarts` has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def start(config):
     """Join the other processes of `torchrun`, if any, and choose device and dtype."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return Machine(rank, world_size, device, *choose_dtype(config.dtype, device))
+    if (world_size > 1 or config.shard) and not dist.is_initialized():
+        store = dist.HashStore()
+        if world_size > 1:               # a restart by torchrun finds the old store, with the addresses of ranks that are gone
+            store = dist.PrefixStore(f"restart_{restarts()}", next(rendezvous("env://"))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                store=store, rank=rank, world_size=world_size)
+    machine = Machine(rank, world_size, device, *choose_dtype(config.dtype, device))
+    if config.shard and (device.type == "mps" or machine.dtype == torch.float16):
+        raise ValueError(f"--shard goes with cuda or cpu and bf16 or fp32, not with {device.type} and {str(machine.dtype)[6:]}")
+    if config.offload and (device.type != "cuda" or not config.shard):
+        raise ValueError("--offload keeps a GPU's shards in the CPU's memory: it needs cuda and --shard")
+    return machine
 
 
 def accumulation(config, world_size):
@@ -250,6 +273,26 @@ def accumulation(config, world_size):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and data
+
+
+def every_of(checkpoint_activations):
+    """--checkpoint_activations as a number: 0 for none, 1 for all, 2 for every_2."""
+    if not (found := re.fullmatch(r"none|all|every_([1-9]\d*)", checkpoint_activations)):
+        raise ValueError(f"--checkpoint_activations {checkpoint_activations!r}: none, all, every_2, every_3, ...")
+    return int(found[1] or checkpoint_activations == "all")
+
+
+def compile_layers(model, machine):
+    """torch.compile of the decoder layers, one by one, for lengths of any kind; all share what is compiled for the first. Where
+    there is no compiler, a line says so, and the model runs as it is."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=machine.device))
+    except Exception as error:                            # many kinds: no C++ compiler, no Triton, a system unknown to it
+        if machine.rank == 0:
+            print(f"--compile is not possible here, going on without: {str(error).splitlines()[0][:200]}")
+        return
+    for layer in model.f_phi.base_model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def build_model(config, machine):
@@ -283,7 +326,16 @@ def build_model(config, machine):
         theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
-    model.eval().to(machine.device)                       # eval: CLIP and LLaMA-like models have no dropout to switch on
+    model.eval()                                          # CLIP and LLaMA-like models have no dropout to switch on
+    if config.compile:
+        compile_layers(model, machine)
+    if every := every_of(config.checkpoint_activations):
+        recompute(model, every)
+    if config.shard:
+        shard(model, machine.device, machine.dtype, config.offload)
+        theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    else:
+        model.to(machine.device)
     if config.template != "auto":
         chat = TEMPLATES[config.template]
     elif "chat" in model.meta:                            # what stage 1 was meant to go on with
@@ -353,35 +405,19 @@ def theta_table(model, theta):
 # Saving and resuming. A state is train_state/step_N: theta, AdamW's moments, and the step. Everything random (the order
 # of the data, the image's place, W's start) is a function of seed, epoch and index, so the step number is the position.
 
-NOT_COMPARED = {"resume", "save_every", "eval_every", "workers", "device", "micro_batch_size"}
+NOT_COMPARED = {"out", "resume", "save_every", "eval_every", "workers", "device", "micro_batch_size", "keep", "shard",
+                "offload", "checkpoint_activations"}
 
 
 def save_state(folder, step, config, theta, optimizer, scaler, checksum):
-    """Write the state under a temporary name, rename it, then drop older ones: a kill at any moment leaves a whole one."""
-    os.makedirs(folder, exist_ok=True)
-    writing, done = os.path.join(folder, "writing"), os.path.join(folder, f"step_{step:08d}")
-    shutil.rmtree(writing, ignore_errors=True)
-    os.makedirs(writing)
-    moments = {f"{key}/{name}": value for name, p in theta.items() for key, value in optimizer.state[p].items()}
-    save_file({name: p.detach() for name, p in theta.items()}, os.path.join(writing, "theta.safetensors"))
-    save_file(moments, os.path.join(writing, "optimizer.safetensors"))
-    with open(os.path.join(writing, "state.json"), "w") as f:
-        json.dump({"step": step, "config": dataclasses.asdict(config), "scaler": scaler.state_dict(),
-                   "data": checksum}, f)
-    for name in os.listdir(writing):
-        with open(os.path.join(writing, name), "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(done, ignore_errors=True)
-    os.rename(writing, done)
-    for name in os.listdir(folder):
-        if name != os.path.basename(done):
-            shutil.rmtree(os.path.join(folder, name))
+    """Write a state, on all ranks at once; the `--keep` newest stay."""
+    facts = {"config": dataclasses.asdict(config), "scaler": scaler.state_dict(), "data": checksum}
+    write_state(folder, step, facts, theta, optimizer, config.keep)
 
 
 def load_state(folder, config, theta, optimizer, scaler, checksum):
     """Restore the newest state in place and return its step; 0 if there is none yet."""
-    steps = sorted(n for n in os.listdir(folder) if n.startswith("step_")) if os.path.isdir(folder) else []
-    if not steps:
+    if not (steps := saved_steps(folder)):
         return 0
     path = os.path.join(folder, steps[-1])
     with open(os.path.join(path, "state.json")) as f:
@@ -391,30 +427,29 @@ def load_state(folder, config, theta, optimizer, scaler, checksum):
         raise ValueError(f"--resume: {path} was written by a run with other flags: {', '.join(differ)}")
     if state["data"] != checksum:
         raise ValueError(f"--resume: the data are not those that {path} was written with")
-    with torch.no_grad():
-        for name, value in load_file(os.path.join(path, "theta.safetensors")).items():
-            theta[name].copy_(value)
-    for key, value in load_file(os.path.join(path, "optimizer.safetensors")).items():
-        key, name = key.split("/", 1)
-        optimizer.state[theta[name]][key].copy_(value)
+    read_state(path, theta, optimizer)
     scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
-def save(config, model, folder, dtype):
-    """The checkpoint; with adapters, also these alone, for PEFT, beside the merged weights."""
-    model.save_pretrained(folder, dtype=dtype)
-    if config.lora_rank:
-        save_adapter(model, os.path.join(folder, "adapter"), config.init)
+def save(config, machine, model, folder):
+    """The checkpoint; with adapters, also these alone, for PEFT, beside the merged weights. Gathered on all ranks, written by
+    rank 0, whose memory then holds all weights as they train (7B in fp32: 27 GB)."""
+    state = whole_state(model)
+    if machine.rank == 0:
+        model.save_pretrained(folder, machine.dtype, state)
+        if config.lora_rank:
+            save_adapter(model, os.path.join(folder, "adapter"), config.init, state)
 
 
 def rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum):
     """Save and load everything once before step 0: a full disk or an unwritable model is better met now."""
+    folder = os.path.join(config.out, "rehearsal")
+    save(config, machine, model, folder)
     if machine.rank == 0:
-        folder = os.path.join(config.out, "rehearsal")
-        save(config, model, folder, machine.dtype)
         LLaVA.from_pretrained(folder, machine.dtype)
-        save_state(os.path.join(folder, "train_state"), 0, config, theta, optimizer, scaler, checksum)
+    save_state(os.path.join(folder, "train_state"), 0, config, theta, optimizer, scaler, checksum)
+    if machine.rank == 0:
         shutil.rmtree(folder)
 
 
@@ -428,7 +463,7 @@ def fingerprints(model):
     The second sum is of squares: in a sum, as many moves of +lr as of -lr would cancel.
     """
     bits = {2: torch.int16, 4: torch.int32}
-    views = {name: p.detach().view(bits[p.element_size()]) for name, p in model.named_parameters()}
+    views = {name: own(p.detach()).view(bits[p.element_size()]) for name, p in model.named_parameters()}
     return {name: (b.sum(dtype=torch.int64).item(), (b % 32749).square().sum(dtype=torch.int64).item())
             for name, b in views.items()}
 
@@ -439,7 +474,7 @@ def check_first_step(before, model, theta, lr=math.inf):
     after = fingerprints(model)
     thawed = [n for n in before if n not in theta and after[n] != before[n]]
     stuck = [n for n, p in theta.items() if after[n] == before[n] and p.grad is not None
-             and (p.grad.abs() > 1e-6)[p.abs() < lr / torch.finfo(p.dtype).eps].any()]
+             and (own(p.grad).abs() > 1e-6)[own(p).abs() < lr / torch.finfo(p.dtype).eps].any()]
     unused = [n for n, p in theta.items() if p.grad is None]
     assert not thawed, f"frozen parameters changed in the first step: {thawed[:5]}"
     assert not stuck, f"trained parameters with a gradient did not move in the first step: {stuck[:5]}"
@@ -490,29 +525,32 @@ def backward(model, micro, theta, optimizer, scaler, machine, n_answer):
     total = 0.0
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
-        with contextlib.nullcontext() if last or machine.world_size == 1 else model.no_sync(), machine.autocast():
+        waits = hasattr(model, "no_sync") and not last   # DistributedDataParallel; shards are summed at once, for their memory
+        with model.no_sync() if waits else contextlib.nullcontext(), machine.autocast():
             loss, _ = model(**to_device(batch, machine.device))
             scaler.scale(loss * (machine.world_size / n_answer)).backward()
         total += loss.item()
     scaler.unscale_(optimizer)
     # OFFICIAL: no clipping (DeepSpeed's default in the released runs); the norm is only watched.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in theta.values() if p.grad is not None]).item()
-    return machine.sum(total)[0] / n_answer, norm
+    norm = torch.nn.utils.get_total_norm([p.grad for p in theta.values() if p.grad is not None])
+    return machine.sum(total)[0] / n_answer, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @torch.no_grad()
 def evaluate(model, data, held_out, micro, machine, step):
     """Validation loss over the held-out samples, and answers to the questions of three of them, as a log record."""
     total = n = 0
-    mine = held_out[machine.rank::machine.world_size]
+    keys = [(0, int(i), True) for i in held_out]
+    keys += [(0, keys[0][1], False)] * (-len(keys) % machine.world_size)     # as many on every rank: none waits for another
+    mine = keys[machine.rank::machine.world_size]
     for at in range(0, len(mine), micro):
-        batch = collate([data[0, int(i), True] for i in mine[at:at + micro]])
+        batch = collate([data[key] for key in mine[at:at + micro]])
         with machine.autocast():
             loss, count = model(**to_device(batch, machine.device))
         total, n = total + loss.item(), n + count
     total, n = machine.sum(total, n)
     record = {"step": step, "val_loss": total / n, "answers": []}
-    if machine.rank == 0:
+    if machine.rank == 0 or isinstance(next(iter(model.W.parameters())), DTensor):       # shards: all ranks have a part in it
         prompts, truths = zip(*(data.question(int(i)) for i in held_out[:3]))
         batch = collate(prompts, side="left")
         with machine.autocast():
@@ -546,15 +584,33 @@ def plot_losses(folder):
     plt.close(fig)
 
 
+def ignore_sigterm(worker):
+    """A scheduler's SIGTERM reaches all processes; those that load data go on, for the step that is finished and saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def only_run_in(folder):
+    """A lock on an output folder, for as long as what is returned is open; ValueError while another run has it."""
+    lock = open(os.path.join(folder, "lock"), "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                     # of this process; its data workers do not have it
+    except OSError as error:
+        raise ValueError(f"{folder}: another run writes there; wait for its end, or take another --out") from error
+    return lock
+
+
 def main(argv=None):
     config, origin = brought(*resolve(argv))
     machine = start(config)
     say = print if machine.rank == 0 else lambda *_, **__: None
     micro_batch_size, steps_accumulated = accumulation(config, machine.world_size)
     log_path, state_folder = os.path.join(config.out, "log.jsonl"), os.path.join(config.out, "train_state")
+    if restarts():                                       # it is this run
+        config, origin = dataclasses.replace(config, resume=True), origin | {"resume": "torchrun"}
     if os.path.exists(log_path) and not config.resume:
         raise ValueError(f"{config.out} holds a run already: --resume to go on with it, or another --out")
     os.makedirs(config.out, exist_ok=True)
+    alone = only_run_in(config.out) if machine.rank == 0 else None           # as long as it is open
 
     # ---- the banner: what a reader should see before step 0
     say("\n".join(f"{name:<18} {value!s:<50} {origin[name]}" for name, value in vars(config).items()))
@@ -584,13 +640,14 @@ def main(argv=None):
     checksum = zlib.crc32(data.records.blob, zlib.crc32(lengths.tobytes()))
     rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum)
     first = load_state(state_folder, config, theta, optimizer, scaler, checksum) if config.resume else 0
-    wrapped = model if machine.world_size == 1 else DistributedDataParallel(model)     # the one place that wraps
+    wrapped = model if machine.world_size == 1 or config.shard else DistributedDataParallel(model)   # the one place that wraps
     loader = DataLoader(steps, sampler=range(first, total), batch_size=None, num_workers=config.workers,
-                        pin_memory=machine.device.type == "cuda")
+                        worker_init_fn=ignore_sigterm, pin_memory=machine.device.type == "cuda")
     before = fingerprints(model) if first == 0 else None
 
-    stopping = []                                        # Ctrl-C asks; the step is finished and saved first
-    signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
+    stopping = []                                        # Ctrl-C or a scheduler asks; the step is finished and saved first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopping.append(number))
     if machine.rank == 0:
         whole_lines(log_path, repair=True)               # a kill may have torn the last one
     log = open(log_path, "a") if machine.rank == 0 else None
@@ -614,8 +671,12 @@ def main(argv=None):
         stop_on(n_answer == 0, machine, step, f"0 of {real:.0f} tokens are scored", micro, data)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, config, group["peak"])
-        with dropout_on(model.f_phi, config.seed, step, machine.rank):       # of adapters, if there are any
-            loss, norm = backward(wrapped, micro, theta, optimizer, scaler, machine, n_answer)
+        try:
+            with dropout_on(model.f_phi, config.seed, step, machine.rank):   # of adapters, if there are any
+                loss, norm = backward(wrapped, micro, theta, optimizer, scaler, machine, n_answer)
+        except Exception:
+            print(f"rank {machine.rank}, step {step}: samples {[i for batch in micro for i in batch['ids']]}", file=sys.stderr)
+            raise
         stop_on(not math.isfinite(loss) or loss == 0, machine, step, f"the loss is {loss}", micro, data)
         bad_norm = not math.isfinite(norm) and scaler.get_scale() <= 1      # fp16: the scaler skips the step and tries lower
         stop_on(bad_norm, machine, step, f"the gradient's norm is {norm}", micro, data)
@@ -634,7 +695,7 @@ def main(argv=None):
                 f"{real / seconds:8.0f} tok/s | {n_images / seconds:6.1f} img/s | wait {100 * waited / seconds:4.1f}% | "
                 f"pad {100 * (1 - real / padded):4.1f}% | {peak_memory(machine.device) / 1e9:5.1f} GB | eta {eta}", flush=True)
         done = step + 1
-        if (done % config.save_every == 0 or done == total or stop) and machine.rank == 0:
+        if done % config.save_every == 0 or done == total or stop:
             save_state(state_folder, done, config, theta, optimizer, scaler, checksum)
         if len(held_out) and (done % config.eval_every == 0 or done == total):
             record = evaluate(model, data, held_out, micro_batch_size, machine, done)
@@ -643,17 +704,18 @@ def main(argv=None):
                 f"    {e['id']}: {e['answer']!r}, truth {e['truth']!r}" for e in record["answers"]), flush=True)
         if stop and done < total:
             say(f"stopped after step {step}; the same command with --resume goes on from here")
-            return 130
+            return 128 + max(stopping, default=signal.SIGINT)
         ended = time.time()
 
     # ---- the result
+    model.meta["steps"] = total
+    save(config, machine, model, config.out)
     if machine.rank == 0:
-        model.meta["steps"] = total
-        save(config, model, config.out, machine.dtype)
         plot_losses(config.out)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        alone.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")
-    if machine.world_size > 1:
+    if dist.is_initialized():
         dist.barrier()
         del wrapped                                      # else its destructor joins gloo's threads while it holds the GIL
         dist.destroy_process_group()

@@ -6,4 +6,4 @@
 source "$(dirname "$0")/env.sh"
 RECIPE=${1:-llava-1.5-7b} GPUS=${GPUS:-8}
 torchrun --nproc_per_node="$GPUS" train.py --recipe "$RECIPE" --stage 1 --out "out/$RECIPE-stage1"
-torchrun --nproc_per_node="$GPUS" train.py --recipe "$RECIPE" --stage 2 --init "out/$RECIPE-stage1" --out "out/$RECIPE"
+torchrun --nproc_per_node="$GPUS" train.py --recipe "$RECIPE" --stage 2 --init "out/$RECIPE-stage1" --out "out/$RECIPE" --shard

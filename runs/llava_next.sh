@@ -6,4 +6,4 @@
 source "$(dirname "$0")/env.sh"
 RECIPE=${1:-llava-next-vicuna-7b} DATA=${2:-data/llava_next.json} GPUS=${GPUS:-8}
 torchrun --nproc_per_node="$GPUS" train.py --recipe "$RECIPE" --stage 1 --out "out/$RECIPE-stage1"
-torchrun --nproc_per_node="$GPUS" train.py --recipe "$RECIPE" --stage 2 --data "$DATA" --init "out/$RECIPE-stage1" --out "out/$RECIPE"
+torchrun --nproc_per_node="$GPUS" train.py --recipe "$RECIPE" --stage 2 --data "$DATA" --init "out/$RECIPE-stage1" --out "out/$RECIPE" --shard

@@ -16,7 +16,7 @@ python eval.py scienceqa_data --labels $D --split test --format $FORMAT --no-ima
 
 # The recipe: 12 epochs at batch 32, as the paper; the picture in front, where sample.py has it, too.
 [ -f "$OUT/model/config.json" ] || torchrun --nproc_per_node="$GPUS" train.py --recipe "${RECIPE:-scienceqa-13b}" --stage 2 \
-    --init "$INIT" --data "$OUT/train.json" --out "$OUT/model" "${@:3}"
+    --init "$INIT" --data "$OUT/train.json" --out "$OUT/model" --shard "${@:3}"
 python eval.py answer --model $OUT/model --questions $OUT/questions.jsonl --images $D/images/test --answers $OUT/answers.jsonl
 if [ -z "${SECOND:-}" ]; then
     python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --json $OUT/scores.json
