@@ -26,6 +26,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -282,6 +283,12 @@ def every_of(checkpoint_activations):
     return int(found[1] or checkpoint_activations == "all")
 
 
+def compiled_in_training(forward):
+    """A layer's forward, compiled where gradients are wanted: generation, with its cache, would be compiled again and again."""
+    compiled = torch.compile(forward, dynamic=True)
+    return lambda *args, **more: (compiled if torch.is_grad_enabled() else forward)(*args, **more)
+
+
 def compile_layers(model, machine):
     """torch.compile of the decoder layers, one by one, for lengths of any kind; all share what is compiled for the first. Where
     there is no compiler, a line says so, and the model runs as it is."""
@@ -292,7 +299,7 @@ def compile_layers(model, machine):
             print(f"--compile is not possible here, going on without: {str(error).splitlines()[0][:200]}")
         return
     for layer in model.f_phi.base_model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = compiled_in_training(layer.forward)
 
 
 def build_model(config, machine):
@@ -550,7 +557,7 @@ def evaluate(model, data, held_out, micro, machine, step):
         total, n = total + loss.item(), n + count
     total, n = machine.sum(total, n)
     record = {"step": step, "val_loss": total / n, "answers": []}
-    if machine.rank == 0 or isinstance(next(iter(model.W.parameters())), DTensor):       # shards: all ranks have a part in it
+    if machine.rank == 0 or isinstance(model, FSDPModule):                   # shards: every rank has a part in it
         prompts, truths = zip(*(data.question(int(i)) for i in held_out[:3]))
         batch = collate(prompts, side="left")
         with machine.autocast():

@@ -28,7 +28,8 @@ from records import brief_instructions, image_names
 # Learning rates at which 20 steps visibly move what trains. AdamW's first steps are nearly lr * sign(gradient), which
 # would blow up rounding where a gradient is about 0; measured at these rates, orders of summation differ by 2e-6 at most.
 STAGE = {1: ["--stage", "1", "--lr", "2e-2"], 2: ["--stage", "2", "--init", "none", "--lr", "1e-3"]}
-STAGE["NeXT"] = [*STAGE[2], "--projector", "mlp2x_gelu", "--aspect", "anyres", "--lr_g", "1e-4"]
+STAGE["NeXT"] = [*STAGE[2], "--projector", "mlp2x_gelu", "--aspect", "anyres", "--lr_g", "1e-4", "--val_samples", "4",
+                 "--eval_every", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +261,12 @@ def test_two_processes_train_as_one(stage, flags, straight, tmp_path):
 def test_shards_train_as_one_and_go_on_under_any_number(flags, straight, tmp_path):
     """FSDP2 over 4 processes, g in shards, too, equals one process that holds everything; its state of step 10 goes on under
     one process without shards, and under two with them, whose layers run again in the backward pass."""
-    argv = flags(tmp_path / "four", *STAGE["NeXT"], "--save_every", 10, "--keep", 2, "--val_samples", 0)
+    argv = flags(tmp_path / "four", *STAGE["NeXT"], "--save_every", 10, "--keep", 2)
     torchrun(4, [*argv, "--shard"])
     assert_equal_runs(tmp_path / "four", straight("NeXT"), 1e-5, "4 sharded processes")
+    got, want = ([r for r in records(out) if "val_loss" in r] for out in (tmp_path / "four", straight("NeXT")))
+    assert [r["answers"] for r in got] == [r["answers"] for r in want] and len(got) == 2
+    assert [r["val_loss"] for r in got] == pytest.approx([r["val_loss"] for r in want], abs=1e-5)
     states = tmp_path / "four" / "train_state"
     assert sorted(os.listdir(states)) == ["step_00000010", "step_00000020"]
     for out in ("one", "two"):
