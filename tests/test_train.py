@@ -24,6 +24,7 @@ from conftest import ROOT, run_script, save_parts, scripted_llm, start_script, t
 from lora import base_of, load_adapter
 from model import IGNORE, LLaVA
 from records import brief_instructions, image_names
+from sharding import read_state, write_state
 
 # Learning rates at which 20 steps visibly move what trains. AdamW's first steps are nearly lr * sign(gradient), which
 # would blow up rounding where a gradient is about 0; measured at these rates, orders of summation differ by 2e-6 at most.
@@ -632,6 +633,19 @@ def test_an_output_that_cannot_be_written_ends_the_run_before_step_0(limit, what
     assert "File too large" in shown, f"the reason is not shown: {shown[-500:]}"
     assert "step      0" not in shown, f"the run trained although {what} cannot be written"
     assert train.main(argv) == 0, "the same command fails when there is room again"
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    """A disk that is full or closed in the middle of a run: one line says so, and what is kept; here a file is in the way."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p])
+    write_state(tmp_path, 1, {}, {"p": p}, optimizer)
+    (tmp_path / "writing").touch()
+    with pytest.raises(ValueError, match="step_00000002 cannot be written .*; kept is step_00000001: make room, then --resume"):
+        write_state(tmp_path, 2, {}, {"p": p}, optimizer)
+    (tmp_path / "writing").unlink()
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    read_state(tmp_path / "step_00000001", {"p": p}, optimizer)
 
 
 def test_a_tokenizer_that_cannot_be_saved_ends_the_run_before_step_0(flags, tmp_path):
