@@ -79,6 +79,11 @@ class LLaVA(nn.Module):
         return self.view.N
 
     @property
+    def used_layers(self):
+        """How many layers of g there are before Z_v: with feature_layer -2 all but the last."""
+        return len(self.g.encoder.layers) + self.feature_layer + 1
+
+    @property
     def device(self):
         return next(self.W.parameters()).device
 
@@ -93,8 +98,10 @@ class LLaVA(nn.Module):
             return X_v.new_zeros(0, self.N, self.g.config.hidden_size)
         some = X_v if len(X_v) else X_v.new_zeros(1, *X_v.shape[1:])         # no rank waits for g's gradients: they are 0
         with torch.set_grad_enabled(self.train_g and torch.is_grad_enabled()):
-            layers = self.g(some, output_hidden_states=True).hidden_states
-        Z_v = layers[self.feature_layer][:len(X_v), 1:]  # (K, N, D_v)  grid features; CLS dropped
+            h = self.g.pre_layrnorm(self.g.embeddings(some))                 # (K, 1 + N, D_v)
+            for layer in self.g.encoder.layers[:self.used_layers]:           # the layers behind Z_v would run for nothing
+                h = layer(h, attention_mask=None)
+        Z_v = h[:len(X_v), 1:]                           # (K, N, D_v)  grid features; CLS dropped
         return Z_v
 
     def encode_images(self, X_v, sizes=None):
@@ -181,7 +188,7 @@ class LLaVA(nn.Module):
             raise ValueError(f"stage {stage!r}: the paper has stage 1 (theta = W) and stage 2 (theta = W, phi)")
         self.train_g = train_g and stage == 2
         self.g.requires_grad_(self.train_g)
-        for unused in (*self.g.encoder.layers[len(self.g.encoder.layers) + self.feature_layer + 1:], self.g.post_layernorm):
+        for unused in (*self.g.encoder.layers[self.used_layers:], self.g.post_layernorm):
             unused.requires_grad_(False)
         self.W.requires_grad_(True)
         self.f_phi.requires_grad_(stage == 2)
