@@ -848,7 +848,7 @@ def test_questions_of_one_picture_share_its_features_and_get_the_answers_they_ge
     config = sample.Config(model=str(folder), questions=str(tmp_path / "q.jsonl"), images=str(chats / "images"),
                            answers=str(tmp_path / "counted.jsonl"), temperature=0.0, max_new_tokens=10, batch_size=6)
     talker, encoded = sample.Talker(config), []
-    talker.model.g.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    talker.model.g.embeddings.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     sample.answer_file(talker, config)
     assert encoded == [2, 2, 2], f"batches of 6 questions about 3 pictures, 4 each, were encoded as {encoded} pictures"
 
