@@ -52,12 +52,17 @@ def own(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def writes():
+    """Whether this process is the one that writes: rank 0, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def whole(tensor):
     """A tensor on the CPU, gathered: every rank calls this, rank 0 gets it, the others None."""
     tensor = tensor.detach()
     sharded = isinstance(tensor, DTensor)
     full = tensor.full_tensor() if sharded else tensor
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if writes():
         return full.to("cpu", copy=sharded)              # what is gathered may be a view of something larger
 
 
@@ -91,18 +96,17 @@ def write_state(folder, step, facts, theta, optimizer, keep=1):
     """Write the state under a temporary name, rename it, then drop all but the `keep` newest: a kill at any moment leaves a
     whole one. Every rank calls it, rank 0 writes. ValueError where it cannot, with what is kept."""
     writing, done = os.path.join(folder, "writing"), os.path.join(folder, f"step_{step:08d}")
-    writer = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        if writer:
+        if writes():
             os.makedirs(folder, exist_ok=True)
             shutil.rmtree(writing, ignore_errors=True)
             os.makedirs(writing)
         for k, names in enumerate(parts(theta)):
             tensors = {f"theta/{name}": whole(theta[name]) for name in names}
             tensors |= {f"{key}/{name}": whole(value) for name in names for key, value in optimizer.state[theta[name]].items()}
-            if writer:
+            if writes():
                 save_file(tensors, os.path.join(writing, f"part_{k:05d}.safetensors"))
-        if not writer:
+        if not writes():
             return
         with open(os.path.join(writing, "state.json"), "w") as f:
             json.dump({"step": step, **facts}, f)

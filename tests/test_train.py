@@ -876,7 +876,7 @@ def test_a_checkpoint_with_another_projector_is_refused(flags, straight, tmp_pat
         train.main(flags(tmp_path / "out", "--stage", 2, "--init", straight(1), *MLP))
 
 
-def test_an_adapters_folder_is_a_model_for_every_command(flags, straight, chats, tmp_path, capsys):
+def test_an_adapters_folder_is_a_model_to_talk_to(flags, straight, chats, tmp_path, capsys):
     """It has the processor and template of its own stage, not of its base, a stage 1: transformers' users and ours see the
     whole picture. Trained in tiles before, a model keeps its row ends."""
     init = [*STAGE[2], "--max_steps", 2, "--init"]
