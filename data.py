@@ -311,7 +311,7 @@ class Conversations(Dataset):
             raise ValueError(f"{self.records.where(i)}: {error}") from error
         labels = labels if scored else [IGNORE] * len(ids)
         return {"where": self.records.where(i), "input_ids": ids, "labels": labels, "X_v": X_v,
-                "sizes": [p.size for p in pictures]}
+                "sizes": [p.size for p in pictures], "pictures": names}
 
     def measure(self, i):
         """(problem or None, tokens, scored tokens, images, turns kept, turns dropped) of sample i."""
@@ -455,11 +455,24 @@ class Steps(Dataset):
             self.plan = plan_epoch(self.lengths[self.indices], self.global_batch_size, self.data.seed, epoch)
             self.epoch = epoch
         batch = self.indices[self.plan[position]]
-        return [collate([self.data[key] for key in keys]) for keys in micro_batches(batch, self.lengths, epoch, *self.micro)]
+        parts = micro_batches(batch, self.lengths, epoch, *self.micro)
+        return [each_once(collate([self.data[key] for key in keys]), self.data.view) for keys in parts]
+
+
+def each_once(batch, view):
+    """A batch whose pictures are all different: one that several samples show goes through g once. `shown`: which one stands
+    at each place (`LLaVA.splice`)."""
+    names = list(dict.fromkeys(batch["pictures"]))
+    if len(names) == len(batch["pictures"]):
+        return batch
+    squares = batch["X_v"].split([view.tiling.plan(*size).pictures if view.tiling else 1 for size in batch["sizes"]])
+    kept = [batch["pictures"].index(name) for name in names]
+    return batch | {"X_v": torch.cat([squares[i] for i in kept]), "sizes": [batch["sizes"][i] for i in kept],
+                    "shown": [names.index(name) for name in batch["pictures"]]}
 
 
 def collate(samples, pad_id=0, side="right"):
-    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), sizes, ids.
+    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), sizes, pictures, ids.
 
     Training pads on the right, where causal attention never looks; generation on the left.
     """
@@ -476,7 +489,7 @@ def collate(samples, pad_id=0, side="right"):
         attention_mask[row, span] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
             "X_v": torch.cat([s["X_v"] for s in samples]), "sizes": [size for s in samples for size in s["sizes"]],
-            "ids": [s["where"] for s in samples]}
+            "pictures": [name for s in samples for name in s.get("pictures", ())], "ids": [s["where"] for s in samples]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

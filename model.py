@@ -13,6 +13,7 @@ looked at in tiles (`self.view`; images.py, tiles.py), and g may train, too (LLa
 Dimension letters:  B samples   K images in the batch   N visual tokens per image   T sequence
                     D_v vision width   D model width   V vocabulary   A answer tokens in the batch
 """
+import functools
 import json
 import os
 from itertools import accumulate
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, DynamicCache, GenerationConfig, LlavaConfig,
                           LlavaNextConfig)
 from transformers.initialization import no_init_weights
@@ -34,6 +36,7 @@ from images import view_of
 from records import IMAGE
 
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
+CHUNK = 1024         # answer tokens whose logits are in memory at once: 0.13 GB at 32,000 words in fp32
 
 
 class LLaVA(nn.Module):
@@ -141,28 +144,34 @@ class LLaVA(nn.Module):
         H = H_q.masked_scatter(is_image[..., None], H_v.to(H_q.dtype))       # (B, T, D)  H_v where placeholders stood
         return H
 
-    def answer_logits(self, input_ids, labels, X_v, ids=None, sizes=None):
-        """Logits at the positions that predict an answer token, and only there.
+    def answer_states(self, input_ids, labels, X_v, ids=None, sizes=None, shown=None):
+        """What predicts the answer tokens: f_phi's last hidden states h (A, D), before its head, and the tokens, targets (A,).
 
         input_ids, labels (B, T), padded on the RIGHT: causal attention never looks there, so no mask is needed.
-        Returns logits (A, V) and targets (A,). The (B, T, V) tensor is never built.
         """
-        H = self.splice(input_ids, X_v, ids, sizes)                          # (B, T, D)
+        H = self.splice(input_ids, X_v, ids, sizes, shown)                   # (B, T, D)
         h = self.f_phi.base_model(inputs_embeds=H, use_cache=False).last_hidden_state   # (B, T, D)
         scored = labels[:, 1:] != IGNORE                 # (B, T-1)  position t predicts token t+1
-        logits = self.f_phi.get_output_embeddings()(h[:, :-1][scored])       # (A, V)
+        h = h[:, :-1][scored]                            # (A, D)
         targets = labels[:, 1:][scored]                  # (A,)
-        return logits, targets
+        return h, targets
 
-    def forward(self, input_ids, labels, X_v, ids=None, sizes=None):
+    def answer_nll(self, h, targets):
+        """-log p of each answer token, (A,) float32. The (B, T, V) logits are never built: only answers reach the vocabulary."""
+        logits = self.f_phi.get_output_embeddings()(h)   # (A, V)
+        return F.cross_entropy(logits.float(), targets, reduction="none")    # (A,)
+
+    def forward(self, input_ids, labels, X_v, ids=None, sizes=None, shown=None):
         """-log p(X_a | X_v, X_instruct) = -sum_i log p_theta(x_i | X_v, X_instruct,<i, X_a,<i), Eq. (3).
 
         Returns (sum over the batch's A answer tokens, A). The caller divides by the answer tokens of the
         whole global batch: the loss then depends neither on accumulation nor on the number of ranks.
         OFFICIAL: the mean within each micro-batch, averaged; batches with few answer tokens weigh more there.
         """
-        logits, targets = self.answer_logits(input_ids, labels, X_v, ids, sizes)             # (A, V), (A,)
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")     # ()  Eq. (3)
+        h, targets = self.answer_states(input_ids, labels, X_v, ids, sizes, shown)           # (A, D), (A,)
+        one = self.answer_nll if len(targets) <= CHUNK else functools.partial(checkpoint, self.answer_nll, use_reentrant=False)
+        nll = [one(*part) for part in zip(h.split(CHUNK), targets.split(CHUNK))]    # of many, the logits of a part at a time
+        loss = torch.cat(nll).sum()                      # ()  Eq. (3)
         return loss, len(targets)
 
     @torch.inference_mode()
@@ -171,8 +180,7 @@ class LLaVA(nn.Module):
 
         Takes what `forward` takes; returns (B,) float32. To rank answers, render each behind the same prompt.
         """
-        logits, targets = self.answer_logits(input_ids, labels, X_v, ids, sizes)             # (A, V), (A,)
-        log_p = -F.cross_entropy(logits.float(), targets, reduction="none")  # (A,)
+        log_p = -self.answer_nll(*self.answer_states(input_ids, labels, X_v, ids, sizes))    # (A,)
         row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # (A,)  which sample a token belongs to
         if len(row.unique()) < len(labels):
             raise ValueError("score: a row without an answer has no likelihood")

@@ -303,7 +303,7 @@ def compile_layers(model, machine):
 
 
 def build_model(config, machine):
-    """The model of a configuration, on its device: what trains in fp32, what is frozen in the compute dtype."""
+    """The model of a configuration, placed, with what trains of it, and its template."""
     torch.manual_seed(config.seed)                        # W's initial values
     dtype = torch.float32 if config.stage == 2 and not config.lora_rank else machine.dtype
     if config.init in (None, "none"):
@@ -319,7 +319,7 @@ def build_model(config, machine):
             raise ValueError(f"--init {config.init} has canvases of its own, {list(old.tiling.pinpoints)}, for {old.flags}; "
                              "leave --anyres and --no-global_picture out")
         model.look(view_of(size=old.size, patch=old.patch, **view))
-    theta = model.set_stage(config.stage, train_g=config.lr_g is not None)
+    model.set_stage(config.stage, train_g=config.lr_g is not None)
     if config.lora_rank:
         if config.init == "none":
             raise ValueError("--lora_rank is for a checkpoint that the adapter belongs to: --init out/stage1")
@@ -330,19 +330,7 @@ def build_model(config, machine):
         if model.newline is not None:
             model.newline.requires_grad_(False)
         add_adapters(model.f_phi, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
-    model.eval()                                          # CLIP and LLaMA-like models have no dropout to switch on
-    if config.compile:
-        compile_layers(model, machine)
-    if every := every_of(config.checkpoint_activations):
-        recompute(model, every)
-    if config.shard:
-        shard(model, machine.device, machine.dtype, config.offload)
-        theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    else:
-        model.to(machine.device)
+    theta = place(model, config, machine)
     if config.template != "auto":
         chat = TEMPLATES[config.template]
     elif "chat" in model.meta:                            # what stage 1 was meant to go on with
@@ -356,6 +344,37 @@ def build_model(config, machine):
                    "init": config.init, "data": list(config.data), "fraction": config.fraction,
                    "seed": config.seed}
     return model, theta, template
+
+
+def place(model, config, machine):
+    """A model whose stage is set, on its device: what trains in fp32, what is frozen in the compute dtype; compiled, recomputed,
+    sharded as the flags say. Returns theta, as {name: parameter}."""
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
+    model.eval()                                          # CLIP and LLaMA-like models have no dropout to switch on
+    if config.compile:
+        compile_layers(model, machine)
+    if every := every_of(config.checkpoint_activations):
+        recompute(model, every)
+    if config.shard:
+        shard(model, machine.device, machine.dtype, config.offload)
+    else:
+        model.to(machine.device)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(theta, config, machine):
+    """AdamW without weight decay, a group for each part of the model with its own peak rate."""
+    groups = {"g": [], "W": [], "f_phi": [], "newline": []}
+    for name, p in theta.items():
+        groups[name.split(".")[0]].append(p)
+    peaks = {"g": config.lr_g, "W": config.lr if config.lr_W is None else config.lr_W, "f_phi": config.lr, "newline": config.lr}
+    optimizer = torch.optim.AdamW([{"params": some, "peak": peaks[name]} for name, some in groups.items() if some],
+                                  weight_decay=0.0, fused=machine.device.type in ("cuda", "cpu"))
+    for p in theta.values():                             # AdamW's own start, now: a disk or GPU too small for it shows here
+        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if machine.device.type == "cuda" else "cpu"),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def build_data(config, machine, model, template):
@@ -519,7 +538,7 @@ def lr_at(step, total, config, peak=None):
 
 def to_device(batch, device):
     tensors = {k: batch[k].to(device, non_blocking=True) for k in ("input_ids", "labels", "X_v")}
-    return tensors | {k: batch[k] for k in ("ids", "sizes")}
+    return tensors | {"ids": batch["ids"], "sizes": batch["sizes"], "shown": batch.get("shown")}
 
 
 def backward(model, micro, theta, optimizer, scaler, machine, n_answer):
@@ -634,16 +653,8 @@ def main(argv=None):
     say(f"\none sample, template {template.name}, scored in {'green' if use_color() else '«»'}:\n"
         + colored(example["input_ids"], example["labels"], data.tokenizer, use_color()) + "\n")
 
-    groups = {"g": [], "W": [], "f_phi": [], "newline": []}
-    for name, p in theta.items():
-        groups[name.split(".")[0]].append(p)
-    peaks = {"g": config.lr_g, "W": config.lr if config.lr_W is None else config.lr_W, "f_phi": config.lr, "newline": config.lr}
-    optimizer = torch.optim.AdamW([{"params": some, "peak": peaks[name]} for name, some in groups.items() if some],
-                                  weight_decay=0.0, fused=machine.device.type == "cuda")
+    optimizer = adamw(theta, config, machine)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    for p in theta.values():                             # AdamW's own start, now: a disk or GPU too small for it shows here
-        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if machine.device.type == "cuda" else "cpu"),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     checksum = zlib.crc32(data.records.blob, zlib.crc32(lengths.tobytes()))
     rehearse_saving(config, machine, model, theta, optimizer, scaler, checksum)
     first = load_state(state_folder, config, theta, optimizer, scaler, checksum) if config.resume else 0
@@ -674,7 +685,7 @@ def main(argv=None):
         padded = sum(batch["attention_mask"].numel() for batch in micro)
         n_answer, real, padded, n_images, stop = machine.sum(
             sum((batch["labels"][:, 1:] != IGNORE).sum().item() for batch in micro), real, padded,
-            sum(len(batch["sizes"]) for batch in micro), len(stopping))
+            sum(len(batch["pictures"]) for batch in micro), len(stopping))
         stop_on(n_answer == 0, machine, step, f"0 of {real:.0f} tokens are scored", micro, data)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, config, group["peak"])

@@ -67,6 +67,12 @@ def tiny_llava(family="llama", tied=False, **more):
     return model.eval()
 
 
+def answer_logits(model, **batch):
+    """Logits (A, V) at the positions that predict an answer token, and the tokens (A,)."""
+    h, targets = model.answer_states(**batch)
+    return model.f_phi.get_output_embeddings()(h), targets
+
+
 @pytest.fixture
 def llava():
     return tiny_llava()

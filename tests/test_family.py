@@ -11,7 +11,7 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPVision
 import data
 import sample
 import tiles
-from conftest import byte_tokenizer, tiny_llava
+from conftest import answer_logits, byte_tokenizer, tiny_llava
 from data import TEMPLATES, collate, encode, prompt, render
 from images import ASPECTS, View, view_of
 from model import IGNORE, LLaVA
@@ -70,7 +70,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(aspect, tmp_path)
     pixels = AutoProcessor.from_pretrained(tmp_path).image_processor(pictures, return_tensors="pt")["pixel_values"]
     out = theirs(**theirs_of(ours, batch, pictures), pixel_values=pixels)
     inputs = {k: batch[k] for k in ("input_ids", "labels", "X_v", "sizes")}
-    logits, _ = ours.answer_logits(**inputs)
+    logits, _ = answer_logits(ours, **inputs)
     scored = batch["labels"][:, 1:] != IGNORE
     torch.testing.assert_close(logits, out.logits[:, :-1][scored], atol=1e-5, rtol=1e-5)
     total, count = ours(**inputs)
@@ -152,7 +152,7 @@ def test_their_checkpoints_load_here(kind, names, tmp_path):
     assert ours.view.aspect == ("crop" if kind == "llava" else "anyres") and ours.projector == "mlp2x_gelu"
     batch, pictures = training_batch(ours)
     inputs = {k: batch[k] for k in ("input_ids", "labels", "X_v", "sizes")}
-    logits, _ = ours.answer_logits(**inputs)
+    logits, _ = answer_logits(ours, **inputs)
     from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil
     size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     processor = LlavaNextImageProcessorPil(**size, **more) if more else CLIPImageProcessorPil(**size)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 import train
-from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from lora import LoRA, adapters, add_adapters, base_of, dropout_on, load_adapter, merge, merged_state, save_adapter
 from model import LLaVA
 
@@ -28,7 +28,7 @@ def batch(rows=3, T=24, seed=0):
 
 
 def logits(model):
-    return model.answer_logits(**batch())[0]
+    return answer_logits(model, **batch())[0]
 
 
 def theta_of(model):
@@ -119,8 +119,8 @@ def test_adapters_change_nothing_at_the_start(family, dtype):
     """B = 0: step 0 of LoRA is the base, bit for bit."""
     model = tiny_llava(family).to(dtype)
     inputs = batch() | {"X_v": batch()["X_v"].to(dtype)}
-    before = model.answer_logits(**inputs)[0]
-    after = with_adapters(model).answer_logits(**inputs)[0]
+    before = answer_logits(model, **inputs)[0]
+    after = answer_logits(with_adapters(model), **inputs)[0]
     assert torch.equal(before, after), f"off by {(before - after).abs().max()}: training would not start from the base"
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import model as model_py
-from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from data import TEMPLATES, collate, encode, render
 from model import IGNORE, LLaVA, sample_id
 from records import IMAGE
@@ -63,7 +63,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(pair):
     batch, attention_mask = training_batch(ours)
     assert not attention_mask.all(), "the batch must be ragged, or padding is not tested"
     out = theirs(input_ids=batch["input_ids"], attention_mask=attention_mask, pixel_values=batch["X_v"], labels=batch["labels"])
-    logits, targets = ours.answer_logits(**batch)
+    logits, targets = answer_logits(ours, **batch)
     scored = batch["labels"][:, 1:] != IGNORE
     assert torch.equal(targets, batch["labels"][:, 1:][scored])
     torch.testing.assert_close(logits, out.logits[:, :-1][scored], atol=1e-5, rtol=1e-5,

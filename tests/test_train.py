@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import data as data_module
 import sample
 import train
-from conftest import ROOT, run_script, save_parts, scripted_llm, start_script, tiny_llm
+from conftest import ROOT, answer_logits, run_script, save_parts, scripted_llm, start_script, tiny_llm
 from lora import base_of, load_adapter
 from model import IGNORE, LLaVA
 from records import brief_instructions, image_names
@@ -861,7 +861,7 @@ def test_adapters_leave_a_merged_checkpoint_and_an_adapter(flags, straight, tmp_
     adapted = load_adapter(base, tmp_path / "out" / "adapter")
     batch = {"input_ids": torch.randint(3, 250, (2, 12)), "labels": torch.randint(3, 250, (2, 12)),
              "X_v": torch.zeros(0, 3, 28, 28)}
-    torch.testing.assert_close(adapted.answer_logits(**batch)[0], merged.answer_logits(**batch)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer_logits(adapted, **batch)[0], answer_logits(merged, **batch)[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="--lora_rank is for a checkpoint"):
         train.main(flags(tmp_path / "wrong", *STAGE[2], "--lora_rank", 4))
     train.main(flags(tmp_path / "tiles", *STAGE[1], "--aspect", "anyres", "--max_steps", 1))

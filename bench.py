@@ -1,0 +1,534 @@
+"""
+How fast, and in how much memory: this code beside what one would run otherwise, from the same weights and samples.
+
+    python bench.py train --size 135m --stage 2      seconds a step, each contestant in turn; equal losses are asserted first
+    python bench.py memory --size 135m --stage 2     peak memory, each contestant in a process of its own
+    python bench.py generate --size 135m             tokens a second of greedy answers; equal tokens are asserted
+    python bench.py data                             pictures a second; padding of bucketed, packed and random batches
+    python bench.py scale                            cost with length, pictures and batch, and the hours of each recipe
+
+The peers: transformers' LlavaForConditionalGeneration in the loop that a careful user would write (padded batches in random
+order, labels, AdamW), the same model in HF Trainer (where `accelerate` is installed), and nanoVLM (--peer, a checkout of it).
+Weights and pixels are random, lengths are those of the published data (`turns`). Ratios are medians of pairs, with their range.
+
+    MFU = FLOPs that the model's mathematics asks for / (seconds x the device's peak)
+
+counts real tokens, no padding and no recomputation (`flops`). Figures: bench/README.md.
+"""
+import dataclasses
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel,
+                          LlamaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast)
+
+import train as training
+from data import IGNORE, collate, micro_batches, plan_epoch
+from images import load_image, preprocess
+from model import DTYPES, LLaVA, choose_device, choose_dtype
+from records import IMAGE, typed_flags
+
+#       f_phi: words, D, inner, layers, heads, kv heads, tied;  g: D_v, inner, layers, heads, pixels, patch
+VIT_L = (1024, 4096, 24, 16, 224, 14)
+SIZES = {
+    "toy": ((741, 128, 384, 4, 8, 8, True), (128, 512, 2, 4, 64, 16)),       # toy_parts
+    "135m": ((49152, 576, 1536, 30, 9, 3, True), VIT_L),                     # SmolLM2's shape
+    "1b": ((32064, 2048, 5632, 22, 32, 4, False), VIT_L),                    # TinyLlama's
+    "7b": ((32064, 4096, 11008, 32, 32, 32, False), VIT_L),                  # Vicuna's
+}
+BATCHES = {"toy": {1: (8, 8), 2: (32, 32)}, "135m": {1: (16, 16), 2: (8, 4)},            # samples a step and at once
+           "1b": {1: (32, 16), 2: (16, 4)}, "7b": {1: (32, 16), 2: (16, 4)}}
+WARM = 2                                                 # steps before the clock starts: what is compiled is compiled then
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16, as their maker states
+
+
+@dataclass(frozen=True)
+class Config:
+    size: str = "135m"                  # toy, 135m, 1b or 7b
+    stage: int = 2
+    image_size: int = None              # pixels of CLIP: 224, or 336
+    features: bool = True               # grid features are given, g is not run (train prints its cost apart); toy: it is run
+    global_batch_size: int = None       # samples a step
+    micro_batch_size: int = None        # samples at once
+    repeats: int = 5                    # timed steps of each contestant, after one to warm up
+    levers: bool = False                # also time what each of our ways brings, by leaving it out
+    compile: bool = True                # ours runs with train.py --compile
+    checkpoint_activations: str = "none"    # as in train.py, for ours; transformers' own way for the peers, if not none
+    only: str = None                    # one contestant alone
+    peer: str = None                    # a checkout of nanoVLM
+    new_tokens: int = 64                # of generate
+    out: str = "bench"                  # scale's plots
+    seed: int = 0
+    device: str = "auto"                # cuda, mps or cpu
+    dtype: str = "auto"                 # bf16, fp16 or fp32 compute
+
+
+CHOICES = {"size": list(SIZES), "stage": [1, 2], "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all contestants get
+
+
+def build(args, device):
+    """A LLaVA of that size with random weights."""
+    (V, D, inner, layers, heads, kv, tied), (D_v, inner_v, layers_v, heads_v, pixels, patch) = SIZES[args.size]
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE: 2}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        f_phi = AutoModelForCausalLM.from_config(LlamaConfig(
+            vocab_size=V, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=4096, bos_token_id=1, eos_token_id=1,
+            pad_token_id=0))
+        g = CLIPVisionModel(CLIPVisionConfig(
+            hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=layers_v, num_attention_heads=heads_v,
+            image_size=args.image_size or pixels, patch_size=patch))
+    return LLaVA(g, f_phi, tokenizer)
+
+
+def turns(size, stage, rng):
+    """[(question's tokens, answer's), ...] of one sample. OURS: drawn to look like LLaVA-Pretrain's captions in stage 1, and in
+    stage 2 like LLaVA-Instruct's 58K conversations, 23K descriptions and 77K reasonings; the toy's are its own."""
+    near = lambda mean, deviation, least, most: int(np.clip(rng.normal(mean, deviation), least, most))
+    if size == "toy":
+        if stage == 1 or rng.random() < 0.37:
+            return [(9, near(16, 7, 4, 35))]
+        return [(9, near(8, 6, 3, 20)) for _ in range(rng.integers(2, 9))]
+    if stage == 1:
+        return [(12, int(np.clip(rng.lognormal(2.5, 0.45), 5, 60)))]
+    kind = rng.integers(158)
+    if kind < 58:
+        return [(14, near(24, 10, 5, 60)) for _ in range(rng.integers(2, 7))]
+    return [(14, near(125, 30, 50, 250))] if kind < 81 else [(20, near(145, 40, 60, 300))]
+
+
+PROMPT = {"toy": 20, "135m": 40, "1b": 40, "7b": 40}     # tokens of the system message and roles
+
+
+def draw(args, N, n):
+    """n global batches as `plan_epoch` plans an epoch of 100,000 samples: [[turns of a sample, ...], ...]."""
+    rng = np.random.default_rng(args.seed)
+    drawn = [turns(args.size, args.stage, rng) for _ in range(100_000)]
+    lengths = np.array([N + PROMPT[args.size] + sum(q + a for q, a in sample) for sample in drawn])
+    plan = plan_epoch(lengths, args.global_batch_size, args.seed, 0)
+    return [[drawn[i] for i in batch[np.argsort(lengths[batch])]] for batch in plan[:n]]
+
+
+def fill(model, args, turns, rng):
+    """A sample of those lengths, of random ids behind a picture, as `collate` takes it. X_v is Z_v where features are given."""
+    V, ids, labels = model.f_phi.config.vocab_size, [model.image_id] * model.N, [IGNORE] * model.N
+    for q, a in [(PROMPT[args.size], 0), *turns]:
+        new = rng.integers(3, V, q + a).tolist()
+        ids, labels = ids + new, labels + [IGNORE] * q + new[q:]
+    shape = (1, model.N, model.g.config.hidden_size) if args.features else (1, 3, model.view.size, model.view.size)
+    return {"where": "", "input_ids": ids, "labels": labels, "sizes": [(1, 1)],
+            "X_v": torch.from_numpy(rng.standard_normal(shape, np.float32))}
+
+
+def batches_of(model, args):
+    """[{"bucketed": micro-batches, "random": ...}, ...]: WARM of them to warm up, then --repeats. The samples of the latter are
+    the same in both orders: as training plans them, and shuffled."""
+    rng, G = np.random.default_rng(args.seed), args.global_batch_size
+    planned = [fill(model, args, turns, rng) for batch in draw(args, model.N, WARM + args.repeats) for turns in batch]
+    shuffled = [planned[i] for i in (*range(WARM * G), *(WARM * G + rng.permutation(len(planned) - WARM * G)))]
+    cut = lambda some: [[collate(some[i:i + args.micro_batch_size]) for i in range(at, at + G, args.micro_batch_size)]
+                        for at in range(0, len(some), G)]
+    return [{"bucketed": a, "random": b} for a, b in zip(cut(planned), cut(shuffled))]
+
+
+def count(micros):
+    """(answer tokens, real tokens, padded tokens) of some micro-batches."""
+    return tuple(sum(b[k].numel() if k == "input_ids" else (b[k] != nothing).sum().item() for b in micros)
+                 for k, nothing in (("labels", IGNORE), ("attention_mask", 0), ("input_ids", None)))
+
+
+def flops(model, args, batch):
+    """FLOPs of one step on a list of micro-batches: 2 a weight and token in the forward pass, as many for the gradient of what
+    goes in, in stage 2 as many for the weights' own. Attention: two matrix products over all pairs that a causal mask leaves,
+    and twice that backwards. The head sees answers only; W and, if it runs, g see pictures, and nothing goes back through W."""
+    passes, text, vision = 2 + (args.stage == 2), model.f_phi.config, model.g.config
+    weights = sum(p.numel() for layer in model.f_phi.base_model.layers for p in layer.parameters() if p.dim() == 2)
+    total, D, layers = 0, text.hidden_size, text.num_hidden_layers
+    for b in batch:
+        tokens, answers = b["attention_mask"].sum(1), (b["labels"] != IGNORE).sum().item()
+        total += 2 * passes * (weights * tokens.sum().item() + D * text.vocab_size * answers)
+        total += 3 * 2 * layers * D * (tokens ** 2).sum().item()
+        total += 2 * 2 * len(b["X_v"]) * model.N * sum(p.numel() for p in model.W.parameters())
+        if not args.features:
+            used, n = model.g.encoder.layers[:model.used_layers], model.N + 1
+            weights_g = sum(p.numel() for layer in used for p in layer.parameters() if p.dim() == 2)
+            total += len(b["X_v"]) * (2 * n * weights_g + 4 * n ** 2 * vision.hidden_size * len(used))
+    return total
+
+
+def peak_flops(device, dtype):
+    """The device's peak, and where it is from: its maker's figure, or else the best of ten products of 2048 x 2048 matrices."""
+    if device.type == "cuda" and dtype != torch.float32:
+        if known := [rate for name, rate in PEAK.items() if name in torch.cuda.get_device_name(device)]:
+            return known[0], "stated"
+    x = torch.randn(2048, 2048, device=device, dtype=dtype)
+    return 2 * 2048 ** 3 / min(seconds(lambda: x @ x, device) for _ in range(10)), "measured"
+
+
+def seconds(function, device):
+    began = wait(device)
+    function()
+    return wait(device) - began
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contestants: each is made once and gives step(batch) -> loss per answer token. Rates are 0: all steps are of equal weights
+
+
+class Given(torch.nn.Module):
+    """A vision tower for transformers' model that hands on the features which stand in the pixels' place."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, Z_v, **_):
+        with_cls = F.pad(Z_v, (0, 0, 1, 0))
+        return SimpleNamespace(hidden_states=(with_cls,) * 3, last_hidden_state=with_cls)
+
+
+def ours(model, args, machine, order="bucketed", all_logits=False, compiled=True, other_adamw=False):
+    """train.py's own step. The other arguments leave one of its ways out."""
+    config = training.Config(stage=args.stage, lr=0.0)
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = training.adamw(theta, config, machine)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        group["fused"] ^= other_adamw
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    run = every_logit(model) if all_logits else model
+
+    def step(batch):
+        n_answer = count(batch[order])[0]
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            loss, _ = training.backward(run, batch[order], theta, optimizer, scaler, machine, n_answer)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+    return step
+
+
+def every_logit(model):
+    """Our model, but with the logits of all positions."""
+    def forward(input_ids, labels, X_v, **_):
+        logits = model.f_phi(inputs_embeds=model.splice(input_ids, X_v), use_cache=False).logits             # (B, T, V)
+        targets = labels[:, 1:]
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"), None
+    return forward
+
+
+def transformers_model(folder, args, machine, tower):
+    """transformers' model from our checkpoint: what trains in fp32, what is frozen in the compute dtype."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(machine.device).train()
+    if args.features:
+        model.model.vision_tower = tower
+    model.requires_grad_(args.stage == 2)
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.to(machine.dtype)
+    if args.checkpoint_activations != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def inputs_of(b, device):
+    return {k: b[k].to(device) for k in ("input_ids", "attention_mask", "labels")} | {"pixel_values": b["X_v"].to(device)}
+
+
+def careful_loop(model, args, machine):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+
+    def step(batch):
+        n_answer, total = count(batch["random"])[0], 0.0
+        optimizer.zero_grad()
+        for b in batch["random"]:
+            with machine.autocast():
+                loss = model(**inputs_of(b, machine.device), num_items_in_batch=n_answer, use_cache=False).loss
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        return total
+    return step
+
+
+def trainer(model, args, machine, batches, before):
+    """The same in HF Trainer, which does all its steps in one call: `before` lets the others go first at each. Returns (losses,
+    seconds)."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    losses, times, k = [0.0] * len(batches), [], len(batches[0]["random"])
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, arguments, state, control, **_):
+            before(state.global_step)
+            times.append(wait(machine.device))
+
+        def on_step_end(self, *_, **__):
+            times[-1] = wait(machine.device) - times[-1]
+
+    class Watched(Trainer):
+        def training_step(self, *arguments, **more):
+            loss = super().training_step(*arguments, **more)
+            losses[self.state.global_step] += loss.item()
+            return loss
+
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (inputs_of(b, "cpu") for batch in batches for b in batch["random"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        Watched(model=model, train_dataset=Batches(), data_collator=lambda samples: samples[0], callbacks=[Clock],
+                args=TrainingArguments(
+                    folder, per_device_train_batch_size=1, gradient_accumulation_steps=k, max_steps=len(batches),
+                    learning_rate=0.0, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], save_strategy="no",
+                    logging_strategy="no", disable_tqdm=True, use_cpu=machine.device.type == "cpu",
+                    bf16=machine.dtype == torch.bfloat16, fp16=machine.dtype == torch.float16)).train()
+    return losses, times
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train and memory
+
+PEERS = ("transformers loop", "HF Trainer", "nanoVLM")
+LEVERS = {                                               # ours, each with one of its ways left out or changed
+    "all logits": {"all_logits": True}, "random batches": {"order": "random"}, "not compiled": {"compiled": False},
+    "other AdamW": {"other_adamw": True},
+}
+
+
+def machine_of(args):
+    device = choose_device(args.device)
+    return training.Machine(0, 1, device, *choose_dtype(args.dtype, device))
+
+
+def own_model(model, args, machine):
+    """Ours, as train.py has it."""
+    model.set_stage(args.stage)
+    if args.features:
+        model.grid_features = lambda X_v: X_v
+    training.place(model, training.Config(stage=args.stage, compile=args.compile,
+                                          checkpoint_activations=args.checkpoint_activations), machine)
+    return model
+
+
+def measure(args):
+    """All contestants, one after the other at each step: {name: {seconds, losses, ...}}."""
+    machine, wanted = machine_of(args), lambda name: args.only in (None, name)
+    model = build(args, machine.device)
+    batches = batches_of(model, args)
+    work = sum(flops(model, args, batch["bucketed"]) for batch in batches[WARM:])
+    steps, losses, times = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        if peers := [name for name in PEERS if wanted(name)]:
+            model.save_pretrained(folder)
+        if wanted("ours"):
+            own_model(model, args, machine)
+            steps["ours"] = ours(model, args, machine)
+            if args.levers:
+                steps |= {f"ours, {name}": ours(model, args, machine, **change) for name, change in LEVERS.items()}
+        tower = Given(model.g.config)
+        model = None
+        theirs = peers and transformers_model(folder, args, machine, tower)
+        if wanted("transformers loop"):
+            steps["transformers loop"] = careful_loop(theirs, args, machine)
+        if wanted("nanoVLM") and args.peer:
+            steps["nanoVLM"] = nanovlm(folder, args, machine)
+
+    def turn(k):
+        for name, step in steps.items():
+            began = wait(machine.device)
+            losses.setdefault(name, []).append(step(batches[k]))
+            times.setdefault(name, []).append(wait(machine.device) - began)
+
+    if wanted("HF Trainer") and importlib.util.find_spec("accelerate"):
+        losses["HF Trainer"], times["HF Trainer"] = trainer(theirs, args, machine, batches, turn)
+    else:
+        for k in range(len(batches)):
+            turn(k)
+    results = {}
+    for name in times:
+        order = "random" if name in (*PEERS, "ours, random batches") else "bucketed"
+        answers, real, padded = np.array([count(batch[order]) for batch in batches[WARM:]]).T
+        results[name] = {"seconds": times[name][WARM:], "tokens": real.tolist(), "padding": 1 - real.sum() / padded.sum(),
+                         "loss": float(np.dot(losses[name][WARM:], answers) / answers.sum()), "flops": work}
+    return results, machine
+
+
+def train(args):
+    """Seconds a step, tokens a second, MFU, and how many times as long as ours each takes for the same tokens."""
+    results, machine = measure(args)
+    first = next(iter(results.values()))
+    for name, r in results.items():
+        tolerance = 1e-4 if machine.dtype == torch.float32 else 2e-2
+        assert abs(r["loss"] / first["loss"] - 1) < tolerance, f"{name}: loss {r['loss']}, ours {first['loss']}"
+    (rate, source), pace = peak_flops(machine.device, machine.dtype), lambda r: np.divide(r["seconds"], r["tokens"])
+    print(f"{args.size}, stage {args.stage}, {machine.device.type}, {str(machine.dtype)[6:]}, {torch.get_num_threads()} threads, g "
+          f"{'given' if args.features else 'included'}; {args.global_batch_size} samples a step, {args.micro_batch_size} at once; loss {first['loss']:.4f}; "
+          f"peak {rate / 1e12:.3g} TFLOP/s, {source}; {args.repeats} steps each")
+    print(f"{'':<26}{'s/step':>8}{'tokens/s':>10}{'MFU':>7}{'padding':>9}   time, ours = 1 (range)")
+    for name, r in results.items():
+        ratio, total = pace(r) / pace(first), sum(r["seconds"])
+        print(f"{name:<26}{np.mean(r['seconds']):>8.3g}{sum(r['tokens']) / total:>10.0f}{r['flops'] / total / rate:>7.1%}"
+              f"{r['padding']:>9.1%}   {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
+
+
+def peak_memory(args):
+    """Peak memory of each contestant, and its time, each in a process of its own."""
+    if args.only:
+        results, machine = measure(args)
+        results[args.only]["peak"] = training.peak_memory(machine.device)
+        return print(json.dumps(results))
+    first = None
+    for name in ("ours", *(name for name in PEERS if name != "nanoVLM" or args.peer)):
+        if name == "HF Trainer" and not importlib.util.find_spec("accelerate"):
+            continue
+        flags = [f"--{'no-' * (value is False)}{key}" if isinstance(value, bool) else f"--{key}={value}"
+                 for key, value in vars(args).items() if value is not None and key != "only"]
+        done = subprocess.run([sys.executable, __file__, "memory", *flags, "--only", name], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name:<20} failed: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        r = json.loads(done.stdout.splitlines()[-1])[name]
+        first = first or r
+        print(f"{name:<20}{r['peak'] / 1e9:>8.2f} GB, ours is {first['peak'] / r['peak']:.2f} of it; "
+              f"{np.mean(r['seconds']):.3g} s/step")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate, data
+
+
+@torch.no_grad()
+def generate(args):
+    """Greedy answers of --new_tokens tokens, to one question and to --micro_batch_size at once, beside transformers' own."""
+    machine = machine_of(args)
+    model = build(args, machine.device).to(machine.dtype).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = transformers_model(folder, args, machine, Given(model.g.config)).to(machine.dtype).eval()
+    if args.features:
+        model.grid_features = lambda X_v: X_v
+    rng = np.random.default_rng(args.seed)
+    for B in (1, args.micro_batch_size):
+        b = collate([fill(model, args, [(int(rng.integers(5, 30)), 0)], rng) for _ in range(B)], side="left")
+        X_v = b["X_v"].to(machine.device, machine.dtype)
+        inputs = {k: b[k].to(machine.device) for k in ("input_ids", "attention_mask")}
+        answers, times = {}, {"ours": [], "transformers": []}
+
+        def run_ours():
+            answers["ours"] = list(map(list, zip(*model.stream(**inputs, X_v=X_v, max_new_tokens=args.new_tokens))))
+
+        def run_theirs():
+            new = theirs.generate(**inputs, pixel_values=X_v, max_new_tokens=args.new_tokens, do_sample=False,
+                                  suppress_tokens=[model.image_id])
+            answers["transformers"] = new[:, inputs["input_ids"].shape[1]:].tolist()
+
+        for _ in range(args.repeats + 1):
+            times["ours"].append(seconds(run_ours, machine.device))
+            times["transformers"].append(seconds(run_theirs, machine.device))
+        assert answers["ours"] == answers["transformers"], "other tokens"
+        ratio = np.divide(times["transformers"], times["ours"])[1:]
+        print(f"{args.size}, {B} at once, {inputs['input_ids'].shape[1]} + {args.new_tokens} tokens: ours "
+              f"{B * args.new_tokens / np.mean(times['ours'][1:]):.1f} tokens/s; transformers takes {np.median(ratio):.2f} times "
+              f"as long ({ratio.min():.2f} to {ratio.max():.2f}); equal tokens")
+
+
+def packed(lengths, budget, window):
+    """Share of padding of greedy packing: within each window, longest first into the first row with room (first fit)."""
+    rows = 0
+    for start in range(0, len(lengths), window):
+        room = []
+        for n in sorted(lengths[start:start + window], reverse=True):
+            at = next((i for i, left in enumerate(room) if left >= n), len(room))
+            room[at:at + 1] = [(room[at] if at < len(room) else budget) - n]
+        rows += len(room)
+    return 1 - lengths.sum() / (rows * budget)
+
+
+def data(args):
+    """Padding of an epoch's micro-batches, on 1 and on 8 ranks, and pictures a second of one core."""
+    for stage, G, micro in ((1, 128, 16), (2, 32, 4), (2, 128, 16)):
+        rng = np.random.default_rng(args.seed)
+        lengths = np.array([256 + 40 + sum(q + a for q, a in turns("7b", stage, rng)) for _ in range(100_000)])
+
+        def padding(batches):
+            return 1 - sum(lengths[b].sum() for b in batches) / sum(len(b) * lengths[b].max() for b in batches)
+
+        plan, line = plan_epoch(lengths, G, args.seed, 0), []
+        for ranks in (1, 8):
+            m = min(micro, G // ranks)
+            mine = [np.array([i for _, i, scored in keys if scored]) for b in plan for r in range(ranks)
+                    for keys in micro_batches(b, lengths, 0, m, ranks, r)]
+            line.append(f"{padding([b for b in mine if len(b)]):.2%} on {ranks}")
+        order = rng.permutation(len(lengths))
+        print(f"stage {stage}, batch {G}, micro-batch {micro}: padding {', '.join(line)} ranks; packed to 2,048 tokens "
+              f"{packed(lengths[order[:20_000]], 2048, 50 * G):.2%}; random {padding(order.reshape(-1, micro)):.1%}")
+    size = args.image_size or 224
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    noise = np.random.default_rng(args.seed).integers(0, 256, (30, 40, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)     # of COCO's size
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    run = {"ours": lambda: preprocess(load_image(file), size),
+           "CLIPImageProcessorPil": lambda: theirs(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][0]}
+    assert torch.equal(*(function() for function in run.values())), "other pixels"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                             # as in a DataLoader's worker
+    times = {name: [] for name in run}
+    for _ in range(args.repeats):
+        for name, function in run.items():
+            times[name].append(seconds(lambda: [function() for _ in range(40)], torch.device("cpu")) / 40)
+    torch.set_num_threads(threads)
+    ratio = np.divide(times["CLIPImageProcessorPil"], times["ours"])
+    print(f"JPEG of 640 x 480 to {size} x {size}: ours {1 / np.median(times['ours']):.0f} pictures/s a core; the peer takes "
+          f"{np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal pixels")
+
+
+COMMANDS = {"train": train, "memory": peak_memory, "generate": generate, "data": data}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in COMMANDS:
+        raise ValueError(f"python bench.py {' | '.join(COMMANDS)} [--flags]; --help behind a command lists them")
+    typed = typed_flags(Config, argv[1:], f"bench.py {argv[0]}", CHOICES)
+    args = Config(**typed)
+    G, micro = BATCHES[args.size][args.stage]
+    G = args.global_batch_size or G
+    args = dataclasses.replace(args, features=typed.get("features", args.size != "toy"), global_batch_size=G,
+                               micro_batch_size=min(args.micro_batch_size or micro, G))
+    if G % args.micro_batch_size:
+        raise ValueError(f"--micro_batch_size {args.micro_batch_size} does not divide --global_batch_size {G}")
+    COMMANDS[argv[0]](args)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
