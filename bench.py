@@ -5,7 +5,8 @@ How fast, and in how much memory: this code beside what one would run otherwise,
     python bench.py memory --size 135m --stage 2     peak memory, each contestant in a process of its own
     python bench.py generate --size 135m             tokens a second of greedy answers; equal tokens are asserted
     python bench.py data                             pictures a second; padding of bucketed, packed and random batches
-    python bench.py scale                            cost with length, pictures and batch, and the hours of each recipe
+    python bench.py scale --size 135m --stage 2      seconds and memory with length, pictures and batch: a plot
+    python bench.py recipes                          FLOPs, hours and fitting micro-batches of what is published
 
 The peers: transformers' LlavaForConditionalGeneration in the loop that a careful user would write (padded batches in random
 order, labels, AdamW), the same model in HF Trainer (where `accelerate` is installed), and nanoVLM (--peer, a checkout of it).
@@ -13,12 +14,13 @@ Weights and pixels are random, lengths are those of the published data (`turns`)
 
     MFU = FLOPs that the model's mathematics asks for / (seconds x the device's peak)
 
-counts real tokens, no padding and no recomputation (`flops`). Figures: bench/README.md.
+counts real tokens, no padding and no recomputation (cost.py). Figures: bench/README.md.
 """
 import dataclasses
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,12 +33,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel,
                           LlamaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast)
 
 import train as training
+from cost import WAYS, Longest, Setting, estimate, flops_of
 from data import IGNORE, collate, micro_batches, plan_epoch
-from images import load_image, preprocess
+from images import load_image, preprocess, view_of
 from model import DTYPES, LLaVA, choose_device, choose_dtype
 from records import IMAGE, typed_flags
 
@@ -65,10 +69,11 @@ class Config:
     repeats: int = 5                    # timed steps of each contestant, after one to warm up
     levers: bool = False                # also time what each of our ways brings, by leaving it out
     compile: bool = True                # ours runs with train.py --compile
-    checkpoint_activations: str = "none"    # as in train.py, for ours; transformers' own way for the peers, if not none
+    checkpoint_activations: str = "none"    # as in train.py, for ours; the peers then recompute all layers
     only: str = None                    # one contestant alone
     peer: str = None                    # a checkout of nanoVLM
     new_tokens: int = 64                # of generate
+    mfu: float = 0.5                    # that recipes counts hours with
     out: str = "bench"                  # scale's plots
     seed: int = 0
     device: str = "auto"                # cuda, mps or cpu
@@ -85,9 +90,6 @@ CHOICES = {"size": list(SIZES), "stage": [1, 2], "device": ["auto", "cuda", "mps
 def build(args, device):
     """A LLaVA of that size with random weights."""
     (V, D, inner, layers, heads, kv, tied), (D_v, inner_v, layers_v, heads_v, pixels, patch) = SIZES[args.size]
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE: 2}, "<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])
     torch.manual_seed(args.seed)
     with torch.device(device):
         f_phi = AutoModelForCausalLM.from_config(LlamaConfig(
@@ -97,7 +99,15 @@ def build(args, device):
         g = CLIPVisionModel(CLIPVisionConfig(
             hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=layers_v, num_attention_heads=heads_v,
             image_size=args.image_size or pixels, patch_size=patch))
-    return LLaVA(g, f_phi, tokenizer)
+    return LLaVA(g, f_phi, word_tokenizer())
+
+
+def word_tokenizer():
+    """A tokenizer that knows nothing but `<image>`; ids are drawn, not read."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE: 2}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])
+    return tokenizer
 
 
 def turns(size, stage, rng):
@@ -128,14 +138,16 @@ def draw(args, N, n):
     return [[drawn[i] for i in batch[np.argsort(lengths[batch])]] for batch in plan[:n]]
 
 
-def fill(model, args, turns, rng):
-    """A sample of those lengths, of random ids behind a picture, as `collate` takes it. X_v is Z_v where features are given."""
-    V, ids, labels = model.f_phi.config.vocab_size, [model.image_id] * model.N, [IGNORE] * model.N
+def fill(model, args, turns, rng, pictures=1):
+    """A sample of those lengths, of random ids behind pictures, as `collate` takes it. X_v is Z_v where features are given."""
+    V, ids = model.f_phi.config.vocab_size, [model.image_id] * model.N * pictures
+    labels = [IGNORE] * len(ids)
     for q, a in [(PROMPT[args.size], 0), *turns]:
         new = rng.integers(3, V, q + a).tolist()
         ids, labels = ids + new, labels + [IGNORE] * q + new[q:]
-    shape = (1, model.N, model.g.config.hidden_size) if args.features else (1, 3, model.view.size, model.view.size)
-    return {"where": "", "input_ids": ids, "labels": labels, "sizes": [(1, 1)],
+    shape = (model.N, model.g.config.hidden_size) if args.features else (3, model.view.size, model.view.size)
+    shape = (pictures, *shape)
+    return {"where": "", "input_ids": ids, "labels": labels, "sizes": [(1, 1)] * pictures, "pictures": ["random"] * pictures,
             "X_v": torch.from_numpy(rng.standard_normal(shape, np.float32))}
 
 
@@ -157,22 +169,10 @@ def count(micros):
 
 
 def flops(model, args, batch):
-    """FLOPs of one step on a list of micro-batches: 2 a weight and token in the forward pass, as many for the gradient of what
-    goes in, in stage 2 as many for the weights' own. Attention: two matrix products over all pairs that a causal mask leaves,
-    and twice that backwards. The head sees answers only; W and, if it runs, g see pictures, and nothing goes back through W."""
-    passes, text, vision = 2 + (args.stage == 2), model.f_phi.config, model.g.config
-    weights = sum(p.numel() for layer in model.f_phi.base_model.layers for p in layer.parameters() if p.dim() == 2)
-    total, D, layers = 0, text.hidden_size, text.num_hidden_layers
-    for b in batch:
-        tokens, answers = b["attention_mask"].sum(1), (b["labels"] != IGNORE).sum().item()
-        total += 2 * passes * (weights * tokens.sum().item() + D * text.vocab_size * answers)
-        total += 3 * 2 * layers * D * (tokens ** 2).sum().item()
-        total += 2 * 2 * len(b["X_v"]) * model.N * sum(p.numel() for p in model.W.parameters())
-        if not args.features:
-            used, n = model.g.encoder.layers[:model.used_layers], model.N + 1
-            weights_g = sum(p.numel() for layer in used for p in layer.parameters() if p.dim() == 2)
-            total += len(b["X_v"]) * (2 * n * weights_g + 4 * n ** 2 * vision.hidden_size * len(used))
-    return total
+    """FLOPs of one step on a list of micro-batches, of what is real in them."""
+    lengths = [n for b in batch for n in b["attention_mask"].sum(1).tolist()]
+    pictures = sum(len(b["pictures"]) for b in batch)
+    return flops_of(model, lengths, count(batch)[0], pictures * model.N, 0 if args.features else pictures)
 
 
 def peak_flops(device, dtype):
@@ -328,7 +328,6 @@ def machine_of(args):
 
 def own_model(model, args, machine):
     """Ours, as train.py has it."""
-    model.set_stage(args.stage)
     if args.features:
         model.grid_features = lambda X_v: X_v
     training.place(model, training.Config(stage=args.stage, compile=args.compile,
@@ -340,6 +339,7 @@ def measure(args):
     """All contestants, one after the other at each step: {name: {seconds, losses, ...}}."""
     machine, wanted = machine_of(args), lambda name: args.only in (None, name)
     model = build(args, machine.device)
+    model.set_stage(args.stage)
     batches = batches_of(model, args)
     work = sum(flops(model, args, batch["bucketed"]) for batch in batches[WARM:])
     steps, losses, times = {}, {}, {}
@@ -356,8 +356,6 @@ def measure(args):
         theirs = peers and transformers_model(folder, args, machine, tower)
         if wanted("transformers loop"):
             steps["transformers loop"] = careful_loop(theirs, args, machine)
-        if wanted("nanoVLM") and args.peer:
-            steps["nanoVLM"] = nanovlm(folder, args, machine)
 
     def turn(k):
         for name, step in steps.items():
@@ -386,10 +384,11 @@ def train(args):
     for name, r in results.items():
         tolerance = 1e-4 if machine.dtype == torch.float32 else 2e-2
         assert abs(r["loss"] / first["loss"] - 1) < tolerance, f"{name}: loss {r['loss']}, ours {first['loss']}"
-    (rate, source), pace = peak_flops(machine.device, machine.dtype), lambda r: np.divide(r["seconds"], r["tokens"])
-    print(f"{args.size}, stage {args.stage}, {machine.device.type}, {str(machine.dtype)[6:]}, {torch.get_num_threads()} threads, g "
-          f"{'given' if args.features else 'included'}; {args.global_batch_size} samples a step, {args.micro_batch_size} at once; loss {first['loss']:.4f}; "
-          f"peak {rate / 1e12:.3g} TFLOP/s, {source}; {args.repeats} steps each")
+    rate, source = peak_flops(machine.device, machine.dtype)
+    pace = lambda r: np.divide(r["seconds"], r["tokens"])
+    where = f"{machine.device.type}, {str(machine.dtype)[6:]}, {torch.get_num_threads()} threads"
+    print(f"{args.size}, stage {args.stage}, g {'given' if args.features else 'included'}; {where}, peak {rate / 1e12:.3g} TFLOP/s "
+          f"({source}); {args.repeats} steps of {args.global_batch_size} samples, {args.micro_batch_size} at once; loss {first['loss']:.4f}")
     print(f"{'':<26}{'s/step':>8}{'tokens/s':>10}{'MFU':>7}{'padding':>9}   time, ours = 1 (range)")
     for name, r in results.items():
         ratio, total = pace(r) / pace(first), sum(r["seconds"])
@@ -453,9 +452,10 @@ def generate(args):
             times["transformers"].append(seconds(run_theirs, machine.device))
         assert answers["ours"] == answers["transformers"], "other tokens"
         ratio = np.divide(times["transformers"], times["ours"])[1:]
-        print(f"{args.size}, {B} at once, {inputs['input_ids'].shape[1]} + {args.new_tokens} tokens: ours "
-              f"{B * args.new_tokens / np.mean(times['ours'][1:]):.1f} tokens/s; transformers takes {np.median(ratio):.2f} times "
-              f"as long ({ratio.min():.2f} to {ratio.max():.2f}); equal tokens")
+        speed = B * args.new_tokens / np.mean(times["ours"][1:])
+        T = inputs["input_ids"].shape[1]
+        print(f"{args.size}, {B} at once, {T} + {args.new_tokens} tokens: ours {speed:.1f} tokens/s; "
+              f"transformers takes {np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal tokens")
 
 
 def packed(lengths, budget, window):
@@ -509,7 +509,120 @@ def data(args):
           f"{np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal pixels")
 
 
-COMMANDS = {"train": train, "memory": peak_memory, "generate": generate, "data": data}
+# ---------------------------------------------------------------------------------------------------------------------
+# scale
+
+
+def scale(args):
+    """Seconds of our step, and the memory that cost.py counts for it, with the length, the pictures and the batch; a plot."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    machine, rng = machine_of(args), np.random.default_rng(args.seed)
+    model = build(args, machine.device)
+    model.set_stage(args.stage)
+    parts = model.g.config, model.f_phi.config, model.tokenizer, model.view
+    own_model(model, args, machine)
+    step, N = ours(model, args, machine), model.N
+    grid = {"tokens of one sample with one picture": [(N + n, 1, 1) for n in (64, 192, 448, 960, 1728)],
+            "pictures of one sample with 128 more tokens": [(128 + k * N, k, 1) for k in range(5)],
+            f"samples of {N + 192} tokens at once": [(N + 192, 1, B) for B in (1, 2, 4, 8)]}
+    config = training.Config(stage=args.stage)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for (name, points), ax in zip(grid.items(), axes):
+        xs, times, sums = [], [], []
+        for T, pictures, B in points:
+            asked = T - pictures * N - PROMPT[args.size]
+            samples = [fill(model, args, [(asked // 2, asked - asked // 2)], rng, pictures) for _ in range(B)]
+            batch = {"bucketed": [collate(samples)]}
+            step(batch)
+            times.append(np.median([seconds(lambda: step(batch), machine.device) for _ in range(args.repeats)]))
+            need = estimate(Setting(*parts, config, machine.dtype), Longest(T, asked - asked // 2, [(1, 1)] * pictures))
+            sums.append(sum(need(B, training.every_of(args.checkpoint_activations)).values()) / 1e9)
+            xs.append(T if "tokens of one" in name else pictures if "pictures" in name else B)
+            print(f"{T} tokens, {pictures} pictures, {B} at once: {times[-1]:.3g} s, {sums[-1]:.2f} GB", flush=True)
+        other = ax.twinx()
+        ax.plot(xs, times, "o-", color="tab:blue")
+        other.plot(xs, sums, "s--", color="tab:orange")
+        ax.set(xlabel=name, ylabel="seconds a step (blue)", ylim=(0, None), xlim=(0, None))
+        other.set(ylabel="GB, counted (orange, dashed)", ylim=(0, None))
+    fig.suptitle(f"{args.size}, stage {args.stage}, {machine.device.type}, {str(machine.dtype)[6:]}")
+    os.makedirs(args.out, exist_ok=True)
+    path = os.path.join(args.out, f"scale_{args.size}_stage_{args.stage}.png")
+    fig.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recipes: memory and hours of what is published, from configurations alone
+
+LLAMA_7B = dict(vocab_size=32064)                        # the rest is LlamaConfig's own
+LLAMA_13B = dict(LLAMA_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+MISTRAL_7B = dict(LLAMA_7B, intermediate_size=14336, num_key_value_heads=8)
+YI_34B = dict(vocab_size=64064, hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
+              num_key_value_heads=8)
+# samples of stage 1 and of stage 2, each with the hours that were published for them on 8 A100
+PUBLISHED = {
+    "llava-7b": (LLAMA_7B, (595_375, 2), (158_000, None)), "llava-13b": (LLAMA_13B, (595_375, 4), (158_000, 10)),
+    "llava-1.5-7b": (LLAMA_7B, (558_128, 3.5), (665_298, 10)), "llava-1.5-13b": (LLAMA_13B, (558_128, 5.5), (665_298, 20)),
+    "llava-1.5-7b-lora": (LLAMA_7B, (558_128, 3.5), (665_298, None)),
+    "llava-1.5-hd-13b": (LLAMA_13B, (558_128, None), (665_298, None)),
+    "llava-next-vicuna-7b": (LLAMA_7B, (558_128, None), (760_000, None)),
+    "llava-next-vicuna-13b": (LLAMA_13B, (558_128, None), (760_000, None)),
+    "llava-next-mistral-7b": (MISTRAL_7B, (558_128, None), (760_000, None)),
+    "llava-next-yi-34b": (YI_34B, (558_128, None), (760_000, None)),
+}
+CARDS = {"24 GB": 24, "40 GB": 40, "80 GB": 80, "H200 141 GB": 141}
+
+
+def recipes(args):
+    """What published recipes ask for: FLOPs, hours on 8 GPUs at --mfu, and the largest micro-batch that fits (cost.py)."""
+    print(f"hours on 8 GPUs at an MFU of {args.mfu:.0%}, which is an assumption\n"
+          "| recipe | stage | tokens/sample | PFLOP | 8 x A100 | 8 x H100 | published, 8 x A100 | the MFU that this was |\n"
+          "| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for recipe, (text, *stages) in PUBLISHED.items():
+        for stage, (samples, hours) in enumerate(stages, 1):
+            config, _ = training.resolve(["--recipe", recipe, "--stage", str(stage)] + ["--init", "none"] * (stage == 2))
+            pixels = 336 if config.vision.endswith("336") else 224
+            view = view_of(config.aspect, pixels, 14, config.anyres)
+            D_v, inner_v, layers_v, heads_v, _, patch = VIT_L
+            vision = CLIPVisionConfig(hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=layers_v,
+                                      num_attention_heads=heads_v, image_size=pixels, patch_size=patch)
+            setting = Setting(vision, LlamaConfig(**text), word_tokenizer(), view, config, torch.bfloat16)
+            with FakeTensorMode():
+                model = setting.model()
+            size = (640, 480)                            # of most COCO pictures
+            rng, N = np.random.default_rng(args.seed), view.tokens(*size)
+            squares = view.tiling.plan(*size).pictures if view.tiling else 1
+            drawn = [turns("7b", stage, rng) for _ in range(1000)]
+            texts = [PROMPT["7b"] + sum(q + a for q, a in one) for one in drawn]
+            work = samples * config.epochs / len(drawn) * flops_of(
+                model, [N + n for n in texts], sum(a for one in drawn for _, a in one), len(drawn) * N, len(drawn) * squares)
+            a100, h100 = (work / (8 * PEAK[card] * args.mfu * 3600) for card in ("A100", "H100"))
+            was = f"{a100 * args.mfu / hours:.0%}" if hours else "-"
+            print(f"| {recipe} | {stage} | {N + np.mean(texts):.0f} | {work / 1e15:,.0f} | {a100:.1f} | {h100:.1f} | "
+                  f"{hours or '-'} | {was} |", flush=True)
+            T = config.max_length if stage == 2 else view.N + 200
+            most = max(view.tiling.pinpoints, key=lambda canvas: view.tiling.plan(*canvas).tokens) if view.tiling else size
+            longest = Longest(T, T - view.tokens(*most) - PROMPT["7b"], [most])
+            cells = []
+            for ranks in (1, 8):
+                there = setting._replace(config=dataclasses.replace(config, shard=ranks > 1), ranks=ranks)
+                need = estimate(there, longest)
+                share = config.global_batch_size // ranks
+                for card in CARDS.values():
+                    fits = [(way, m) for way, every in WAYS.items() for m in range(min(share, 32), 0, -1) if share % m == 0
+                            and sum(need(m, every).values()) <= 0.9e9 * card]
+                    cells.append(f"{fits[0][1]} {fits[0][0]}" if fits else "-")
+            rows.append(f"| {recipe} | {stage} | {T} | {' | '.join(cells)} |")
+    print("\nmicro-batch and --checkpoint_activations that fit, a tenth left free: on one GPU, and on 8 with --shard\n"
+          f"| recipe | stage | longest sample | {' | '.join(CARDS)} | {' | '.join(f'8 x {card}' for card in CARDS)} |\n"
+          "| --- | --- | --- |" + " --- |" * 8)
+    print("\n".join(rows))
+
+
+COMMANDS = {"train": train, "memory": peak_memory, "generate": generate, "data": data, "scale": scale, "recipes": recipes}
 
 
 def main(argv=None):

@@ -472,7 +472,8 @@ def each_once(batch, view):
 
 
 def collate(samples, pad_id=0, side="right"):
-    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), sizes, pictures, ids.
+    """Samples to a batch: input_ids, labels (B, T) padded on one side, attention_mask (B, T), X_v (K, 3, H, W), the pictures'
+    sizes and names, ids.
 
     Training pads on the right, where causal attention never looks; generation on the left.
     """
@@ -488,7 +489,8 @@ def collate(samples, pad_id=0, side="right"):
         labels[row, span] = torch.tensor(s["labels"])
         attention_mask[row, span] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
-            "X_v": torch.cat([s["X_v"] for s in samples]), "sizes": [size for s in samples for size in s["sizes"]],
+            "X_v": torch.cat([s["X_v"] for s in samples]),
+            "sizes": [size for s in samples for size in s["sizes"]],
             "pictures": [name for s in samples for name in s.get("pictures", ())], "ids": [s["where"] for s in samples]}
 
 

@@ -157,7 +157,7 @@ class LLaVA(nn.Module):
         return h, targets
 
     def answer_nll(self, h, targets):
-        """-log p of each answer token, (A,) float32. The (B, T, V) logits are never built: only answers reach the vocabulary."""
+        """-log p of each answer token, (A,) float32. No (B, T, V) logits are built: only answers reach the vocabulary."""
         logits = self.f_phi.get_output_embeddings()(h)   # (A, V)
         return F.cross_entropy(logits.float(), targets, reduction="none")    # (A,)
 

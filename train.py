@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from checkpoint import PROJECTORS, load_settings
+from cost import Longest, Setting, estimate, plan
 from data import (TEMPLATES, Conversations, Steps, check_template, collate, colored, inspect, report_problems, report_sources,
                   template_for, use_color)
 from images import ASPECTS, view_of
@@ -155,6 +156,8 @@ class Config:
     offload: bool = False               # with --shard: they lie in the CPU's memory, where AdamW runs
     checkpoint_activations: str = "none"    # or all, every_2, every_3, ...: of the decoder layers; less memory, more time
     compile: bool = False               # decoder layers by torch.compile, whose dropout masks are others
+    dry_run: bool = False               # one step on the longest samples, nothing written: what it needs, and what would fit
+    memory: float = None                # GB a device that --dry_run plans for; else what the device has
 
 
 CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
@@ -185,6 +188,7 @@ def resolve(argv):
         raise ValueError("stage 2 starts from stage 1: --init out/stage1, or --init none for a new W (Table 8)")
     for flags, useless, why in ((("lr_g", "lora_rank"), stage == 1, "in stage 1"),
                                 (("stage1_question",), stage == 2, "in stage 2"),
+                                (("memory",), not config.dry_run, "without --dry_run"),
                                 (("lora_alpha", "lora_dropout"), not config.lora_rank, "without --lora_rank"),
                                 (("vision", "llm"), init, "with --init, which brings its own")):
         for flag in flags:
@@ -347,8 +351,8 @@ def build_model(config, machine):
 
 
 def place(model, config, machine):
-    """A model whose stage is set, on its device: what trains in fp32, what is frozen in the compute dtype; compiled, recomputed,
-    sharded as the flags say. Returns theta, as {name: parameter}."""
+    """A model whose stage is set, on its device: what trains in fp32, what is frozen in the compute dtype; compiled,
+    recomputed, sharded as the flags say. Returns theta, as {name: parameter}."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
     model.eval()                                          # CLIP and LLaMA-like models have no dropout to switch on
@@ -432,7 +436,7 @@ def theta_table(model, theta):
 # of the data, the image's place, W's start) is a function of seed, epoch and index, so the step number is the position.
 
 NOT_COMPARED = {"out", "resume", "save_every", "eval_every", "workers", "device", "micro_batch_size", "keep", "shard",
-                "offload", "checkpoint_activations"}
+                "offload", "checkpoint_activations", "dry_run", "memory"}
 
 
 def save_state(folder, step, config, theta, optimizer, scaler, checksum):
@@ -586,6 +590,28 @@ def evaluate(model, data, held_out, micro, machine, step):
     return record
 
 
+def dry_run(config, machine, model, theta, data, order):
+    """One step on the longest samples (the first in `order`): what each part of it takes, and what would fit, as lines."""
+    micro, accumulated = accumulation(config, machine.world_size)
+    batch = collate([data[0, int(i), True] for i in order[:micro]])
+    answers = (batch["labels"] != IGNORE).sum(1).tolist()                    # of each
+    first = data[0, int(order[0]), True]
+    need = estimate(Setting(model.g.config, model.f_phi.config, model.tokenizer, model.view, config, machine.dtype,
+                            machine.world_size), Longest(len(first["input_ids"]), max(answers), first["sizes"]))
+    optimizer, scaler = adamw(theta, config, machine), torch.amp.GradScaler(machine.device.type, enabled=False)
+    backward(model, [batch], theta, optimizer, scaler, machine, sum(answers))
+    optimizer.step()
+    parts, gpu = need(len(answers), every_of(config.checkpoint_activations)), machine.device.type == "cuda"
+    total = (torch.cuda.get_device_properties(machine.device).total_memory if gpu else
+             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.world_size)
+    return [f"one step on {len(answers)} samples at once, the longest {data.records.where(int(order[0]))}: "
+            f"{len(first['input_ids'])} tokens, {answers[0]} of them scored",
+            *(f"  {part:<20}{n / 1e9:>8.2f} GB" for part, n in {**parts, "together": sum(parts.values())}.items()),
+            f"  {'measured':<20}{peak_memory(machine.device) / 1e9:>8.2f} GB at the peak, "
+            + ("allocated on the GPU" if gpu else "of this process, with Python and all that it has loaded"),
+            *plan(need, micro * accumulated, total if config.memory is None else config.memory * 1e9)]
+
+
 def peak_memory(device):
     """Bytes at the peak so far: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -633,10 +659,11 @@ def main(argv=None):
     log_path, state_folder = os.path.join(config.out, "log.jsonl"), os.path.join(config.out, "train_state")
     if restarts():                                       # it is this run
         config, origin = dataclasses.replace(config, resume=True), origin | {"resume": "torchrun"}
-    if os.path.exists(log_path) and not config.resume:
+    if os.path.exists(log_path) and not (config.resume or config.dry_run):
         raise ValueError(f"{config.out} holds a run already: --resume to go on with it, or another --out")
-    os.makedirs(config.out, exist_ok=True)
-    alone = only_run_in(config.out) if machine.rank == 0 else None           # as long as it is open
+    if not config.dry_run:
+        os.makedirs(config.out, exist_ok=True)
+    alone = only_run_in(config.out) if machine.rank == 0 and not config.dry_run else None    # as long as it is open
 
     # ---- the banner: what a reader should see before step 0
     say("\n".join(f"{name:<18} {value!s:<50} {origin[name]}" for name, value in vars(config).items()))
@@ -653,6 +680,9 @@ def main(argv=None):
     say(f"\none sample, template {template.name}, scored in {'green' if use_color() else '«»'}:\n"
         + colored(example["input_ids"], example["labels"], data.tokenizer, use_color()) + "\n")
 
+    if config.dry_run:
+        say("\n".join(dry_run(config, machine, model, theta, data, train_on[np.argsort(-lengths[train_on])])))
+        return 0
     optimizer = adamw(theta, config, machine)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     checksum = zlib.crc32(data.records.blob, zlib.crc32(lengths.tobytes()))
