@@ -1,15 +1,15 @@
 """
 How fast, and in how much memory: this code beside what one would run otherwise, from the same weights and samples.
 
-    python bench.py train --size 135m --stage 2      seconds a step, each contestant in turn; equal losses are asserted first
+    python bench.py train --size 135m --stage 2      seconds a step, each contestant in turn; of equal losses only
     python bench.py memory --size 135m --stage 2     peak memory, each contestant in a process of its own
     python bench.py generate --size 135m             tokens a second of greedy answers; equal tokens are asserted
     python bench.py data                             pictures a second; padding of bucketed, packed and random batches
     python bench.py scale --size 135m --stage 2      seconds and memory with length, pictures and batch: a plot
     python bench.py recipes                          FLOPs, hours and fitting micro-batches of what is published
 
-The peers: transformers' LlavaForConditionalGeneration in the loop that a careful user would write (padded batches in random
-order, labels, AdamW), the same model in HF Trainer (where `accelerate` is installed), and nanoVLM (--peer, a checkout of it).
+The peers (peers.py): transformers' LlavaForConditionalGeneration in the loop that a careful user would write (padded batches in
+random order, labels, AdamW), the same in HF Trainer (where `accelerate` is installed), and nanoVLM (--peer, a checkout of it).
 Weights and pixels are random, lengths are those of the published data (`turns`). Ratios are medians of pairs, with their range.
 
     MFU = FLOPs that the model's mathematics asks for / (seconds x the device's peak)
@@ -24,9 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,13 +33,14 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel,
-                          LlamaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast)
+                          LlamaConfig, PreTrainedTokenizerFast)
 
 import train as training
 from cost import WAYS, Longest, Setting, estimate, flops_of
 from data import IGNORE, collate, micro_batches, plan_epoch
 from images import load_image, preprocess, view_of
 from model import DTYPES, LLaVA, choose_device, choose_dtype
+from peers import Given, careful_loop, count, nanovlm, trainer, transformers_model, wait
 from records import IMAGE, typed_flags
 
 #       f_phi: words, D, inner, layers, heads, kv heads, tied;  g: D_v, inner, layers, heads, pixels, patch
@@ -88,7 +87,7 @@ CHOICES = {"size": list(SIZES), "stage": [1, 2], "device": ["auto", "cuda", "mps
 
 
 def build(args, device):
-    """A LLaVA of that size with random weights."""
+    """A LLaVA of that size with random weights; where features are given, with what is left of g."""
     (V, D, inner, layers, heads, kv, tied), (D_v, inner_v, layers_v, heads_v, pixels, patch) = SIZES[args.size]
     torch.manual_seed(args.seed)
     with torch.device(device):
@@ -97,8 +96,8 @@ def build(args, device):
             num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=4096, bos_token_id=1, eos_token_id=1,
             pad_token_id=0))
         g = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=layers_v, num_attention_heads=heads_v,
-            image_size=args.image_size or pixels, patch_size=patch))
+            hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=2 if args.features else layers_v,
+            num_attention_heads=heads_v, image_size=args.image_size or pixels, patch_size=patch))
     return LLaVA(g, f_phi, word_tokenizer())
 
 
@@ -130,12 +129,14 @@ PROMPT = {"toy": 20, "135m": 40, "1b": 40, "7b": 40}     # tokens of the system 
 
 
 def draw(args, N, n):
-    """n global batches as `plan_epoch` plans an epoch of 100,000 samples: [[turns of a sample, ...], ...]."""
+    """n global batches of those that `plan_epoch` makes of 100,000 samples, evenly spread over short and long ones, in random
+    order: [[turns of a sample, ...], ...]."""
     rng = np.random.default_rng(args.seed)
     drawn = [turns(args.size, args.stage, rng) for _ in range(100_000)]
     lengths = np.array([N + PROMPT[args.size] + sum(q + a for q, a in sample) for sample in drawn])
-    plan = plan_epoch(lengths, args.global_batch_size, args.seed, 0)
-    return [[drawn[i] for i in batch[np.argsort(lengths[batch])]] for batch in plan[:n]]
+    plan = sorted(plan_epoch(lengths, args.global_batch_size, args.seed, 0)[:-1], key=lambda batch: lengths[batch].sum())
+    spread = [plan[int((i + 0.5) / n * len(plan))] for i in rng.permutation(n)]
+    return [[drawn[i] for i in batch[np.argsort(lengths[batch])]] for batch in spread]
 
 
 def fill(model, args, turns, rng, pictures=1):
@@ -155,17 +156,12 @@ def batches_of(model, args):
     """[{"bucketed": micro-batches, "random": ...}, ...]: WARM of them to warm up, then --repeats. The samples of the latter are
     the same in both orders: as training plans them, and shuffled."""
     rng, G = np.random.default_rng(args.seed), args.global_batch_size
-    planned = [fill(model, args, turns, rng) for batch in draw(args, model.N, WARM + args.repeats) for turns in batch]
+    drawn = draw(args, model.N, WARM) + draw(args, model.N, args.repeats)
+    planned = [fill(model, args, turns, rng) for batch in drawn for turns in batch]
     shuffled = [planned[i] for i in (*range(WARM * G), *(WARM * G + rng.permutation(len(planned) - WARM * G)))]
     cut = lambda some: [[collate(some[i:i + args.micro_batch_size]) for i in range(at, at + G, args.micro_batch_size)]
                         for at in range(0, len(some), G)]
     return [{"bucketed": a, "random": b} for a, b in zip(cut(planned), cut(shuffled))]
-
-
-def count(micros):
-    """(answer tokens, real tokens, padded tokens) of some micro-batches."""
-    return tuple(sum(b[k].numel() if k == "input_ids" else (b[k] != nothing).sum().item() for b in micros)
-                 for k, nothing in (("labels", IGNORE), ("attention_mask", 0), ("input_ids", None)))
 
 
 def flops(model, args, batch):
@@ -190,26 +186,8 @@ def seconds(function, device):
     return wait(device) - began
 
 
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The contestants: each is made once and gives step(batch) -> loss per answer token. Rates are 0: all steps are of equal weights
-
-
-class Given(torch.nn.Module):
-    """A vision tower for transformers' model that hands on the features which stand in the pixels' place."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
-    def forward(self, Z_v, **_):
-        with_cls = F.pad(Z_v, (0, 0, 1, 0))
-        return SimpleNamespace(hidden_states=(with_cls,) * 3, last_hidden_state=with_cls)
+# Ours, as step(batch) -> loss per answer token, like those of peers.py. Rates are 0: all steps are of equal weights
 
 
 def ours(model, args, machine, order="bucketed", all_logits=False, compiled=True, other_adamw=False):
@@ -240,75 +218,6 @@ def every_logit(model):
         targets = labels[:, 1:]
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"), None
     return forward
-
-
-def transformers_model(folder, args, machine, tower):
-    """transformers' model from our checkpoint: what trains in fp32, what is frozen in the compute dtype."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(machine.device).train()
-    if args.features:
-        model.model.vision_tower = tower
-    model.requires_grad_(args.stage == 2)
-    model.model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    for p in model.parameters():
-        p.data = p.data if p.requires_grad else p.data.to(machine.dtype)
-    if args.checkpoint_activations != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def inputs_of(b, device):
-    return {k: b[k].to(device) for k in ("input_ids", "attention_mask", "labels")} | {"pixel_values": b["X_v"].to(device)}
-
-
-def careful_loop(model, args, machine):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-
-    def step(batch):
-        n_answer, total = count(batch["random"])[0], 0.0
-        optimizer.zero_grad()
-        for b in batch["random"]:
-            with machine.autocast():
-                loss = model(**inputs_of(b, machine.device), num_items_in_batch=n_answer, use_cache=False).loss
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        return total
-    return step
-
-
-def trainer(model, args, machine, batches, before):
-    """The same in HF Trainer, which does all its steps in one call: `before` lets the others go first at each. Returns (losses,
-    seconds)."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    losses, times, k = [0.0] * len(batches), [], len(batches[0]["random"])
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, arguments, state, control, **_):
-            before(state.global_step)
-            times.append(wait(machine.device))
-
-        def on_step_end(self, *_, **__):
-            times[-1] = wait(machine.device) - times[-1]
-
-    class Watched(Trainer):
-        def training_step(self, *arguments, **more):
-            loss = super().training_step(*arguments, **more)
-            losses[self.state.global_step] += loss.item()
-            return loss
-
-    class Batches(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return (inputs_of(b, "cpu") for batch in batches for b in batch["random"])
-
-    with tempfile.TemporaryDirectory() as folder:
-        Watched(model=model, train_dataset=Batches(), data_collator=lambda samples: samples[0], callbacks=[Clock],
-                args=TrainingArguments(
-                    folder, per_device_train_batch_size=1, gradient_accumulation_steps=k, max_steps=len(batches),
-                    learning_rate=0.0, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], save_strategy="no",
-                    logging_strategy="no", disable_tqdm=True, use_cpu=machine.device.type == "cpu",
-                    bf16=machine.dtype == torch.bfloat16, fp16=machine.dtype == torch.float16)).train()
-    return losses, times
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,6 +265,8 @@ def measure(args):
         theirs = peers and transformers_model(folder, args, machine, tower)
         if wanted("transformers loop"):
             steps["transformers loop"] = careful_loop(theirs, args, machine)
+        if wanted("nanoVLM") and args.peer:
+            steps["nanoVLM"] = nanovlm(folder, args, machine)
 
     def turn(k):
         for name, step in steps.items():
@@ -386,9 +297,9 @@ def train(args):
         assert abs(r["loss"] / first["loss"] - 1) < tolerance, f"{name}: loss {r['loss']}, ours {first['loss']}"
     rate, source = peak_flops(machine.device, machine.dtype)
     pace = lambda r: np.divide(r["seconds"], r["tokens"])
-    where = f"{machine.device.type}, {str(machine.dtype)[6:]}, {torch.get_num_threads()} threads"
-    print(f"{args.size}, stage {args.stage}, g {'given' if args.features else 'included'}; {where}, peak {rate / 1e12:.3g} TFLOP/s "
-          f"({source}); {args.repeats} steps of {args.global_batch_size} samples, {args.micro_batch_size} at once; loss {first['loss']:.4f}")
+    print(f"{args.size}, stage {args.stage}, g {'given' if args.features else 'included'}; {machine.device.type}, "
+          f"{str(machine.dtype)[6:]}, {torch.get_num_threads()} threads, peak {rate / 1e12:.3g} TFLOP/s ({source})\n"
+          f"{args.repeats} x {args.global_batch_size} samples, {args.micro_batch_size} at once; loss {first['loss']:.3f}")
     print(f"{'':<26}{'s/step':>8}{'tokens/s':>10}{'MFU':>7}{'padding':>9}   time, ours = 1 (range)")
     for name, r in results.items():
         ratio, total = pace(r) / pace(first), sum(r["seconds"])
@@ -635,6 +546,8 @@ def main(argv=None):
     G = args.global_batch_size or G
     args = dataclasses.replace(args, features=typed.get("features", args.size != "toy"), global_batch_size=G,
                                micro_batch_size=min(args.micro_batch_size or micro, G))
+    if args.peer and not (args.features and os.path.isfile(os.path.join(args.peer, "models", "vision_language_model.py"))):
+        raise ValueError(f"--peer {args.peer}: a checkout of nanoVLM is needed, and --features, as its g is no CLIP")
     if G % args.micro_batch_size:
         raise ValueError(f"--micro_batch_size {args.micro_batch_size} does not divide --global_batch_size {G}")
     COMMANDS[argv[0]](args)

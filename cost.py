@@ -14,10 +14,15 @@ from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, CLIPVisionModel
+from transformers import AttentionInterface, AutoModelForCausalLM, CLIPVisionModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora import add_adapters
 from model import CHUNK, LLaVA
+
+
+UNMASKED = "sdpa_unmasked"           # without data transformers always makes a mask; a run, padded on the right, has none
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
 class Longest(NamedTuple):
@@ -41,8 +46,9 @@ class Setting(NamedTuple):
         """The model that train.py would train, to be made and used under FakeTensorMode: its weights need no memory. Shards
         compute with copies in `dtype`; without them, what trains stays in fp32."""
         config = self.config
-        model = LLaVA(CLIPVisionModel(self.vision_config), AutoModelForCausalLM.from_config(self.text_config), self.tokenizer,
-                      config.feature_layer, projector=config.projector)
+        f_phi = AutoModelForCausalLM.from_config(self.text_config, attn_implementation=UNMASKED)
+        g = CLIPVisionModel(self.vision_config)
+        model = LLaVA(g, f_phi, self.tokenizer, config.feature_layer, projector=config.projector)
         model.look(self.view)
         model.set_stage(config.stage, train_g=config.lr_g is not None)
         if config.lora_rank:
@@ -58,9 +64,8 @@ def kept(model, B, longest, dtype):
     seen, place, own = {}, ["g, W"], {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(t):
-        storage, mask = t.untyped_storage(), t.shape[-2:] == (longest.T, longest.T)          # real runs, unpadded, have no mask
-        if storage._cdata not in own and not mask:
-            seen.setdefault(storage._cdata, (storage, place[0]))
+        if (key := t.untyped_storage()._cdata) not in own:
+            seen.setdefault(key, (t.untyped_storage(), place[0]))
         return t
 
     def enter(i):
@@ -112,7 +117,7 @@ def estimate(setting, longest):
                  "gradients": 4 * trains / share, "AdamW's moments": 8 * trains / share}
         found["activations"] = micro_batch_size * (
             grows["g, W"] + sum(grows[i] for i in range(layers) if i not in again) + len(again) * grows["input"]
-            + (grows[0] if every else 0))                                    # one layer at a time has run again
+            + (grows[layers - 1] if layers - 1 in again else 0))             # the first that runs again, while all are kept
         found["logits"] = 2 * (4 + width) * min(micro_batch_size * longest.answers, CHUNK) * words   # softmax, gradients
         return found
     return parts
@@ -121,8 +126,8 @@ def estimate(setting, longest):
 def flops_of(model, lengths, answers, visual_tokens, squares):
     """FLOPs of a step over samples of those lengths: 2 a weight and token in the forward pass, as many for the gradient of what
     goes in, and as many for its own where it trains. Attention: two matrix products over the pairs that a causal mask leaves,
-    and twice that backwards. The head sees answers alone. W sees visual tokens, and nothing goes back through it. g, of which
-    the layers before Z_v run, goes forward alone, or, where it trains, as f_phi does."""
+    and twice that backwards. The head sees answers alone, W visual tokens. g, of which the layers before Z_v run, goes forward
+    alone, and nothing goes back to it, unless it trains."""
     def weights(*modules, passes=None):
         return sum(p.numel() * (passes or 2 + p.requires_grad) for m in modules for p in m.parameters() if p.dim() == 2)
 
@@ -131,7 +136,8 @@ def flops_of(model, lengths, answers, visual_tokens, squares):
     body = 2 * weights(*model.f_phi.base_model.layers) * sum(lengths)
     attention = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs
     head = 2 * weights(model.f_phi.get_output_embeddings()) * answers
-    W = 2 * weights(model.W, passes=2) * visual_tokens
+    first, *more = (m for m in model.W.modules() if isinstance(m, torch.nn.Linear))
+    W = 2 * (weights(first, passes=2 + model.train_g) + weights(*more, passes=3)) * visual_tokens
     g = squares * passes_g * (2 * n * weights(*used, passes=1) + 4 * n ** 2 * model.g.config.hidden_size * len(used))
     return body + attention + head + W + g
 

@@ -12,7 +12,7 @@ import data
 import sample
 import tiles
 from conftest import answer_logits, byte_tokenizer, tiny_llava
-from data import TEMPLATES, collate, encode, prompt, render
+from data import TEMPLATES, collate, each_once, encode, prompt, render
 from images import ASPECTS, View, view_of
 from model import IGNORE, LLaVA
 from records import IMAGE
@@ -331,3 +331,28 @@ def test_a_torn_file_of_weights_is_a_plain_error(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="not all of model.safetensors are whole"):
         LLaVA.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("aspect", ["crop", "anyres"])
+def test_a_picture_that_a_batch_shows_again_goes_through_g_once(aspect):
+    """Sec. 4.1: H_v belongs to a picture; loss and gradients are those of a batch that encodes it again."""
+    model = tiny(aspect)
+    model.set_stage(2, train_g=True)
+    a, b = picture((56, 28), 1), picture((31, 90), 2)
+    shows = [("a.png", a), ("b.png", b), ("a.png", a), None, ("b.png", b)]
+    samples = [training_sample(model, [s[1]] if s else [], f"{IMAGE}\nWhat?" if s else "Hi?", f"Thing {k}.") | {
+        "pictures": [s[0]] if s else []} for k, s in enumerate(shows)]
+    batch = collate(samples)
+    once = each_once(batch, model.view)
+    assert once["shown"] == [0, 1, 0, 1] and once["sizes"] == [(56, 28), (31, 90)]
+    assert 2 * len(once["X_v"]) == len(batch["X_v"]), "a picture is still in the batch twice"
+    results = []
+    for b in (batch, once):
+        model.zero_grad()
+        loss, _ = model(**{k: b.get(k) for k in ("input_ids", "labels", "X_v", "sizes", "shown")})
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for twice, one in zip(*results, strict=True):
+        torch.testing.assert_close(one, twice, atol=1e-5, rtol=1e-5)
+    different = collate(samples[:2])
+    assert each_once(different, model.view) is different, "a batch of different pictures is copied"

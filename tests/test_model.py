@@ -245,6 +245,23 @@ def test_the_loss_does_not_depend_on_padding(llava):
     torch.testing.assert_close(padded, total, msg=lambda m: f"padding leaks into the loss: {m}")
 
 
+def test_logits_in_chunks_give_the_same_loss_and_gradients(llava, monkeypatch):
+    """Eq. (3) is a sum: of many answers, a chunk at a time reaches the vocabulary, and its logits are made again backwards."""
+    batch, _ = training_batch(llava)
+    seen = []
+    llava.f_phi.get_output_embeddings().register_forward_hook(lambda module, h, logits: seen.append(len(logits)))
+    results = []
+    for chunk in (10 ** 6, 5):
+        monkeypatch.setattr(model_py, "CHUNK", chunk)
+        llava.zero_grad()
+        loss, count = llava(**batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in llava.parameters() if p.grad is not None)])
+    assert seen[0] == count and max(seen[1:]) == 5 and sum(seen[1:]) == 2 * count, f"chunks of {seen}"
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("split", [[[0], [1], [2]], [[0, 1], [2]], [[2, 0], [1]], [[2, 1, 0]]])
 def test_the_loss_does_not_depend_on_how_the_batch_is_split(llava, split):
     """Eq. (3), sum / count: micro-batches, ranks and order give one loss and one gradient of W."""

@@ -293,6 +293,25 @@ def test_what_saves_memory_or_time_changes_nothing(what, flags, straight, tmp_pa
     assert_equal_runs(tmp_path / "out", tmp_path / "plain", 1e-5, " ".join(what))
 
 
+@pytest.mark.parametrize("more", [[], ["--shard", "--checkpoint_activations", "all"], ["--lora_rank", 4]])
+def test_a_dry_run_says_what_the_longest_samples_need_and_writes_nothing(more, flags, straight, tmp_path, capsys):
+    """--dry_run: one step on the longest samples, memory by part, and the flags that fit into --memory."""
+    argv = flags(tmp_path / "out", "--stage", 2, "--init", straight(1), "--dry_run", *more)
+    code, shown = run_script(tmp_path, "train.py", *argv)
+    assert code == 0, shown[-2000:]
+    _, _, model, theta, data, steps, _ = build([a for a in argv if a not in ("--shard", "--dry_run")])
+    tokens, where = re.search(r"4 samples at once, the longest (.+): (\d+) tokens", shown).groups()[::-1]
+    assert int(tokens) == steps[0].lengths.max() and where == data.records.where(int(steps[0].lengths.argmax()))
+    parts = {name: float(n) for name, n in re.findall(r"^  (\D+?) +(\d+\.\d\d) GB", shown, re.MULTILINE)}
+    assert {"weights", "gradients", "AdamW's moments", "activations", "logits", "together", "measured"} < set(parts)
+    assert parts["together"] < parts["measured"], "less was measured than was counted"
+    assert re.search(r"^take --micro_batch_size 4 --checkpoint_activations none$", shown, re.MULTILINE), shown[-2000:]
+    assert not (tmp_path / "out").exists(), "a dry run wrote something"
+    if not more:
+        assert train.main([*argv, "--memory", "1e-6"]) == 0
+        assert "nothing fits: --shard over more devices" in capsys.readouterr().out
+
+
 def test_stage_1_trains_only_W_and_stage_2_also_phi(straight, parts):
     """Sec. 4.2: theta = {W} in stage 1, {W, phi} in stage 2; g is frozen in both. Bit for bit, in the folders."""
     start = LLaVA.from_parts(str(parts / "clip"), str(parts / "llm"))
