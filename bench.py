@@ -5,6 +5,7 @@ How fast, and in how much memory: this code beside what one would run otherwise,
     python bench.py memory --size 135m --stage 2     peak memory, each contestant in a process of its own
     python bench.py generate --size 135m             tokens a second of greedy answers; equal tokens are asserted
     python bench.py data                             pictures a second; padding of bucketed, packed and random batches
+    python bench.py g --size 135m                    g alone, which `train` is given the features of
     python bench.py scale --size 135m --stage 2      seconds and memory with length, pictures and batch: a plot
     python bench.py recipes                          FLOPs, hours and fitting micro-batches of what is published
 
@@ -51,7 +52,7 @@ SIZES = {
     "1b": ((32064, 2048, 5632, 22, 32, 4, False), VIT_L),                    # TinyLlama's
     "7b": ((32064, 4096, 11008, 32, 32, 32, False), VIT_L),                  # Vicuna's
 }
-BATCHES = {"toy": {1: (8, 8), 2: (32, 32)}, "135m": {1: (16, 16), 2: (8, 4)},            # samples a step and at once
+BATCHES = {"toy": {1: (8, 8), 2: (32, 32)}, "135m": {1: (16, 16), 2: (8, 8)},            # samples a step and at once
            "1b": {1: (32, 16), 2: (16, 4)}, "7b": {1: (32, 16), 2: (16, 4)}}
 WARM = 2                                                 # steps before the clock starts: what is compiled is compiled then
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16, as their maker states
@@ -420,6 +421,24 @@ def data(args):
           f"{np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal pixels")
 
 
+@torch.no_grad()
+def vision(args):
+    """Z_v of --micro_batch_size pictures by g, which stops at the layer that is read, beside transformers' whole tower."""
+    machine = machine_of(args)
+    model = build(dataclasses.replace(args, features=False), machine.device).to(machine.dtype).eval()
+    pixels = torch.randn(args.micro_batch_size, 3, model.view.size, model.view.size, device=machine.device, dtype=machine.dtype)
+    run = {"ours": lambda: model.grid_features(pixels),
+           "theirs": lambda: model.g(pixels, output_hidden_states=True).hidden_states[model.feature_layer][:, 1:]}
+    torch.testing.assert_close(*(function() for function in run.values()), rtol=0, atol=0)
+    times = {name: [] for name in run}
+    for _ in range(args.repeats):
+        for name, function in run.items():
+            times[name].append(seconds(function, machine.device) / args.micro_batch_size)
+    ratio, size = np.divide(times["theirs"], times["ours"]), model.view.size
+    print(f"g of {args.size}, {size} px, {args.micro_batch_size} at once: {np.median(times['ours']):.3g} s a picture; the "
+          f"whole tower takes {np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal features")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # scale
 
@@ -533,7 +552,8 @@ def recipes(args):
     print("\n".join(rows))
 
 
-COMMANDS = {"train": train, "memory": peak_memory, "generate": generate, "data": data, "scale": scale, "recipes": recipes}
+COMMANDS = {"train": train, "memory": peak_memory, "generate": generate, "data": data, "g": vision, "scale": scale,
+            "recipes": recipes}
 
 
 def main(argv=None):

@@ -125,9 +125,10 @@ def test_a_contest_is_of_equal_losses(stage, capsys, monkeypatch):
 
 
 def test_answers_are_equal_to_transformers_tokens(capsys):
-    """bench.py generate, whose times are of equal tokens."""
+    """bench.py generate and g, whose times are of equal tokens and equal features."""
     shown = run(capsys, "generate", "--size", "toy", "--repeats", 1, "--new_tokens", 5, "--micro_batch_size", 2)
     assert len(re.findall("equal tokens", shown)) == 2, shown
+    assert "equal features" in run(capsys, "g", "--size", "toy", "--repeats", 1)
 
 
 def test_packing_fills_rows_first_fit():
