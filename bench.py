@@ -130,10 +130,10 @@ PROMPT = {"toy": 20, "135m": 40, "1b": 40, "7b": 40}     # tokens of the system 
 
 
 def draw(args, N, n):
-    """n global batches of those that `plan_epoch` makes of 100,000 samples, evenly spread over short and long ones, in random
+    """n global batches of those that `plan_epoch` makes of 20,000 samples, evenly spread over short and long ones, in random
     order: [[turns of a sample, ...], ...]."""
     rng = np.random.default_rng(args.seed)
-    drawn = [turns(args.size, args.stage, rng) for _ in range(100_000)]
+    drawn = [turns(args.size, args.stage, rng) for _ in range(20_000)]
     lengths = np.array([N + PROMPT[args.size] + sum(q + a for q, a in sample) for sample in drawn])
     plan = sorted(plan_epoch(lengths, args.global_batch_size, args.seed, 0)[:-1], key=lambda batch: lengths[batch].sum())
     spread = [plan[int((i + 0.5) / n * len(plan))] for i in rng.permutation(n)]

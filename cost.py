@@ -4,7 +4,7 @@ What a training step costs, in FLOPs and in memory, part by part, before it is r
     weights, gradients, moments   of what trains 4 bytes a number, and two moments; of frozen weights 2 bytes in bf16
     activations                   what autograd keeps of the forward pass, counted tensor by tensor in a run without data and
                                   arithmetic (torch's FakeTensorMode), which takes seconds for 34B parameters
-    logits                        of the answer tokens, at most CHUNK of them at a time, with their gradients
+    logits                        of the answer tokens, at most CHUNK at a time, with their gradients
 
 The sum is an upper bound: gradients are all counted while activations still are. What else a process needs (Python and its
 libraries, kernels, pieces of freed memory) is not in it.
@@ -118,7 +118,7 @@ def estimate(setting, longest):
         found["activations"] = micro_batch_size * (
             grows["g, W"] + sum(grows[i] for i in range(layers) if i not in again) + len(again) * grows["input"]
             + (grows[layers - 1] if layers - 1 in again else 0))             # the first that runs again, while all are kept
-        found["logits"] = 2 * (4 + width) * min(micro_batch_size * longest.answers, CHUNK) * words   # softmax, gradients
+        found["logits"] = 2 * (4 + width) * min(micro_batch_size * longest.answers * words, CHUNK)     # softmax, gradients
         return found
     return parts
 

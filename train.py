@@ -374,7 +374,7 @@ def adamw(theta, config, machine):
         groups[name.split(".")[0]].append(p)
     peaks = {"g": config.lr_g, "W": config.lr if config.lr_W is None else config.lr_W, "f_phi": config.lr, "newline": config.lr}
     optimizer = torch.optim.AdamW([{"params": some, "peak": peaks[name]} for name, some in groups.items() if some],
-                                  weight_decay=0.0, fused=machine.device.type in ("cuda", "cpu"))
+                                  weight_decay=0.0, fused=machine.device.type == "cuda")     # a CPU would gain 1% of a step
     for p in theta.values():                             # AdamW's own start, now: a disk or GPU too small for it shows here
         optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if machine.device.type == "cuda" else "cpu"),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

@@ -506,6 +506,7 @@ def peak(argv, log):
     log.write_text(json.dumps(now() - before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["bin", "safetensors"])
 def test_memory_peaks_at_about_one_shard(tmp_path, end):
     """A 13B model is 26 GB in fp16; a laptop converts it all the same. Here six shards of 40 MB, in and out."""

@@ -294,6 +294,7 @@ def test_the_familys_table_has_a_row_for_each_system(small_world, tmp_path, caps
     assert two.startswith("toy-hd ") and "shape   0.0" in two and "colour 100.0" in two
 
 
+@pytest.mark.slow
 def test_the_parts_can_be_rebuilt_and_assembled(tmp_path):
     """What --vision and --llm take: a CLIP that trained on pictures of seen pairs, a language model that never saw one."""
     for part in ("llm", "clip", "small_llm"):

@@ -244,7 +244,7 @@ def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None):
     return shown
 
 
-@pytest.mark.parametrize("stage", [1, 2, "NeXT"])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param("NeXT", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(stage, flags, straight, tmp_path):
     """`torchrun` over 2 real processes, with accumulation, equals one process in loss and weights: also where one rank
     has pictures and the other only text, and at the short last batch of the epoch. Both processes end."""
@@ -259,6 +259,7 @@ def test_two_processes_train_as_one(stage, flags, straight, tmp_path):
     assert_equal_runs(tmp_path / "out", straight(stage), 1e-5, f"stage {stage} on 2 processes")
 
 
+@pytest.mark.slow
 def test_shards_train_as_one_and_go_on_under_any_number(flags, straight, tmp_path):
     """FSDP2 over 4 processes, g in shards, too, equals one process that holds everything; its state of step 10 goes on under
     one process without shards, and under two with them, whose layers run again in the backward pass."""
@@ -282,7 +283,8 @@ def test_shards_train_as_one_and_go_on_under_any_number(flags, straight, tmp_pat
             torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-5, msg=lambda m: f"{out}, {name}: {m}")
 
 
-@pytest.mark.parametrize("what", [["--shard"], ["--checkpoint_activations", "every_2"], ["--compile"]])
+@pytest.mark.parametrize("what", [["--shard"], ["--checkpoint_activations", "every_2"],
+                                  pytest.param(["--compile"], marks=pytest.mark.slow)])
 def test_what_saves_memory_or_time_changes_nothing(what, flags, straight, tmp_path):
     """Shards on one device, layers that run again, layers that are compiled. LoRA with dropout, whose masks must be the same
     the second time; compiled code draws others."""
@@ -366,6 +368,7 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, flags, straight, tmp_path):
     assert_equal_runs(out, straight(stage), what=f"stage {stage}, killed and resumed")
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_even_while_saving_lose_nothing(flags, straight, tmp_path):
     """A state is written under a temporary name and renamed: after SIGKILLs at random moments of a run that saves after
     every step, some of them in the middle of saving, the result is still bit for bit that of an uninterrupted run."""
@@ -385,6 +388,7 @@ def test_kills_at_any_moment_even_while_saving_lose_nothing(flags, straight, tmp
     assert os.listdir(out / "train_state") == ["step_00000020"], "what was half written or is outdated stays on the disk"
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_comes_back_with_torchruns_restart(flags, straight, tmp_path):
     """torchrun --max-restarts starts all ranks again, with the same command: they go on from the last state."""
     out = tmp_path / "out"
@@ -400,6 +404,7 @@ def test_a_rank_that_is_killed_comes_back_with_torchruns_restart(flags, straight
     assert_equal_runs(out, straight(2), 1e-5, "a rank was killed")
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_and_names_its_samples(flags, chats, tmp_path):
     """A picture that is gone in the middle of the run: no rank waits for the one that cannot go on."""
     folder, out = shutil.copytree(chats, tmp_path / "chats"), tmp_path / "out"
