@@ -148,7 +148,7 @@ WAYS = {"none": 0, "every_2": 2, "all": 1}               # of --checkpoint_activ
 def plan(need, share, has):
     """Lines: what micro-batches that divide a rank's `share` of the global batch need, which fit into `has` bytes, and which to
     take: the least to run again, then the most at once."""
-    lines, fits = [f"what fits into {has / 1e9:.0f} GB, a tenth left free (*), in GB", f"  --micro_batch_size{'':>4}"
+    lines, fits = [f"what fits into {has / 1e9:.1f} GB, a tenth left free (*), in GB", f"  --micro_batch_size{'':>4}"
                    + "".join(f"{way:>10}" for way in WAYS) + "   --checkpoint_activations"], []
     for micro in (m for m in range(share, 0, -1) if share % m == 0):
         sums = {way: sum(need(micro, every).values()) for way, every in WAYS.items()}
