@@ -37,7 +37,7 @@ from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPi
                           LlamaConfig, PreTrainedTokenizerFast)
 
 import train as training
-from cost import WAYS, Longest, Setting, estimate, flops_of
+from cost import Longest, Setting, estimate, fitting, flops_of
 from data import IGNORE, collate, micro_batches, plan_epoch
 from images import load_image, preprocess, view_of
 from model import DTYPES, LLaVA, choose_device, choose_dtype
@@ -89,17 +89,21 @@ CHOICES = {"size": list(SIZES), "stage": [1, 2], "device": ["auto", "cuda", "mps
 
 def build(args, device):
     """A LLaVA of that size with random weights; where features are given, with what is left of g."""
-    (V, D, inner, layers, heads, kv, tied), (D_v, inner_v, layers_v, heads_v, pixels, patch) = SIZES[args.size]
+    (V, D, inner, layers, heads, kv, tied), vit = SIZES[args.size]
     torch.manual_seed(args.seed)
     with torch.device(device):
         f_phi = AutoModelForCausalLM.from_config(LlamaConfig(
             vocab_size=V, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=4096, bos_token_id=1, eos_token_id=1,
             pad_token_id=0))
-        g = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=2 if args.features else layers_v,
-            num_attention_heads=heads_v, image_size=args.image_size or pixels, patch_size=patch))
+        g = CLIPVisionModel(vision_config(*vit, args.image_size, 2 if args.features else None))
     return LLaVA(g, f_phi, word_tokenizer())
+
+
+def vision_config(D_v, inner, layers, heads, pixels, patch, other_pixels=None, other_layers=None):
+    """A CLIP's configuration from a row of SIZES."""
+    return CLIPVisionConfig(hidden_size=D_v, intermediate_size=inner, num_hidden_layers=other_layers or layers,
+                            num_attention_heads=heads, image_size=other_pixels or pixels, patch_size=patch)
 
 
 def word_tokenizer():
@@ -129,14 +133,14 @@ def turns(size, stage, rng):
 PROMPT = {"toy": 20, "135m": 40, "1b": 40, "7b": 40}     # tokens of the system message and roles
 
 
-def draw(args, N, n):
-    """n global batches of those that `plan_epoch` makes of 20,000 samples, evenly spread over short and long ones, in random
-    order: [[turns of a sample, ...], ...]."""
+def draw(args, N, *numbers):
+    """For each number so many global batches of those that `plan_epoch` makes of 20,000 samples, evenly spread over short and
+    long ones, in random order: [[turns of a sample, ...], ...] of all."""
     rng = np.random.default_rng(args.seed)
     drawn = [turns(args.size, args.stage, rng) for _ in range(20_000)]
     lengths = np.array([N + PROMPT[args.size] + sum(q + a for q, a in sample) for sample in drawn])
     plan = sorted(plan_epoch(lengths, args.global_batch_size, args.seed, 0)[:-1], key=lambda batch: lengths[batch].sum())
-    spread = [plan[int((i + 0.5) / n * len(plan))] for i in rng.permutation(n)]
+    spread = [plan[int((i + 0.5) / n * len(plan))] for n in numbers for i in rng.permutation(n)]
     return [[drawn[i] for i in batch[np.argsort(lengths[batch])]] for batch in spread]
 
 
@@ -157,8 +161,7 @@ def batches_of(model, args):
     """[{"bucketed": micro-batches, "random": ...}, ...]: WARM of them to warm up, then --repeats. The samples of the latter are
     the same in both orders: as training plans them, and shuffled."""
     rng, G = np.random.default_rng(args.seed), args.global_batch_size
-    drawn = draw(args, model.N, WARM) + draw(args, model.N, args.repeats)
-    planned = [fill(model, args, turns, rng) for batch in drawn for turns in batch]
+    planned = [fill(model, args, turns, rng) for batch in draw(args, model.N, WARM, args.repeats) for turns in batch]
     shuffled = [planned[i] for i in (*range(WARM * G), *(WARM * G + rng.permutation(len(planned) - WARM * G)))]
     cut = lambda some: [[collate(some[i:i + args.micro_batch_size]) for i in range(at, at + G, args.micro_batch_size)]
                         for at in range(0, len(some), G)]
@@ -187,14 +190,25 @@ def seconds(function, device):
     return wait(device) - began
 
 
+def race(run, repeats, device, warm=0):
+    """{name: seconds of each repeat} of functions that take turns, without the first `warm` rounds."""
+    rounds = [[seconds(function, device) for function in run.values()] for _ in range(warm + repeats)]
+    return dict(zip(run, np.array(rounds[warm:]).T))
+
+
+def times_as_long(theirs, ours):
+    """The median of the pairs' ratios, and their range."""
+    ratio = theirs / ours
+    return f"{np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f})"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours, as step(batch) -> loss per answer token, like those of peers.py. Rates are 0: all steps are of equal weights
 
 
-def ours(model, args, machine, order="bucketed", all_logits=False, compiled=True, other_adamw=False):
+def ours(model, theta, args, machine, order="bucketed", all_logits=False, compiled=True, other_adamw=False):
     """train.py's own step. The other arguments leave one of its ways out."""
     config = training.Config(stage=args.stage, lr=0.0)
-    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = training.adamw(theta, config, machine)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -237,12 +251,11 @@ def machine_of(args):
 
 
 def own_model(model, args, machine):
-    """Ours, as train.py has it."""
+    """Make a model what train.py trains. Returns theta."""
     if args.features:
         model.grid_features = lambda X_v: X_v
-    training.place(model, training.Config(stage=args.stage, compile=args.compile,
-                                          checkpoint_activations=args.checkpoint_activations), machine)
-    return model
+    return training.place(model, training.Config(stage=args.stage, compile=args.compile,
+                                                 checkpoint_activations=args.checkpoint_activations), machine)
 
 
 def measure(args):
@@ -254,16 +267,16 @@ def measure(args):
     work = sum(flops(model, args, batch["bucketed"]) for batch in batches[WARM:])
     steps, losses, times = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        if peers := [name for name in PEERS if wanted(name)]:
+        if any(map(wanted, PEERS)):
             model.save_pretrained(folder)
         if wanted("ours"):
-            own_model(model, args, machine)
-            steps["ours"] = ours(model, args, machine)
+            theta = own_model(model, args, machine)
+            steps["ours"] = ours(model, theta, args, machine)
             if args.levers:
-                steps |= {f"ours, {name}": ours(model, args, machine, **change) for name, change in LEVERS.items()}
+                steps |= {f"ours, {name}": ours(model, theta, args, machine, **change) for name, change in LEVERS.items()}
         tower = Given(model.g.config)
         model = None
-        theirs = peers and transformers_model(folder, args, machine, tower)
+        theirs = any(map(wanted, PEERS[:2])) and transformers_model(folder, args, machine, tower)
         if wanted("transformers loop"):
             steps["transformers loop"] = careful_loop(theirs, args, machine)
         if wanted("nanoVLM") and args.peer:
@@ -349,7 +362,7 @@ def generate(args):
         b = collate([fill(model, args, [(int(rng.integers(5, 30)), 0)], rng) for _ in range(B)], side="left")
         X_v = b["X_v"].to(machine.device, machine.dtype)
         inputs = {k: b[k].to(machine.device) for k in ("input_ids", "attention_mask")}
-        answers, times = {}, {"ours": [], "transformers": []}
+        answers, T = {}, inputs["input_ids"].shape[1]
 
         def run_ours():
             answers["ours"] = list(map(list, zip(*model.stream(**inputs, X_v=X_v, max_new_tokens=args.new_tokens))))
@@ -357,17 +370,13 @@ def generate(args):
         def run_theirs():
             new = theirs.generate(**inputs, pixel_values=X_v, max_new_tokens=args.new_tokens, do_sample=False,
                                   suppress_tokens=[model.image_id])
-            answers["transformers"] = new[:, inputs["input_ids"].shape[1]:].tolist()
+            answers["theirs"] = new[:, T:].tolist()
 
-        for _ in range(args.repeats + 1):
-            times["ours"].append(seconds(run_ours, machine.device))
-            times["transformers"].append(seconds(run_theirs, machine.device))
-        assert answers["ours"] == answers["transformers"], "other tokens"
-        ratio = np.divide(times["transformers"], times["ours"])[1:]
-        speed = B * args.new_tokens / np.mean(times["ours"][1:])
-        T = inputs["input_ids"].shape[1]
-        print(f"{args.size}, {B} at once, {T} + {args.new_tokens} tokens: ours {speed:.1f} tokens/s; "
-              f"transformers takes {np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal tokens")
+        times = race({"ours": run_ours, "theirs": run_theirs}, args.repeats, machine.device, warm=1)
+        assert answers["ours"] == answers["theirs"], "other tokens"
+        print(f"{args.size}, {B} at once, {T} + {args.new_tokens} tokens: ours "
+              f"{B * args.new_tokens / times['ours'].mean():.1f} tokens/s; transformers takes "
+              f"{times_as_long(times['theirs'], times['ours'])}; equal tokens")
 
 
 def packed(lengths, budget, window):
@@ -407,18 +416,15 @@ def data(args):
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90)
     run = {"ours": lambda: preprocess(load_image(file), size),
-           "CLIPImageProcessorPil": lambda: theirs(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][0]}
+           "theirs": lambda: theirs(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][0]}
     assert torch.equal(*(function() for function in run.values())), "other pixels"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                             # as in a DataLoader's worker
-    times = {name: [] for name in run}
-    for _ in range(args.repeats):
-        for name, function in run.items():
-            times[name].append(seconds(lambda: [function() for _ in range(40)], torch.device("cpu")) / 40)
+    forty = {name: lambda function=function: [function() for _ in range(40)] for name, function in run.items()}
+    times = race(forty, args.repeats, torch.device("cpu"))
     torch.set_num_threads(threads)
-    ratio = np.divide(times["CLIPImageProcessorPil"], times["ours"])
-    print(f"JPEG of 640 x 480 to {size} x {size}: ours {1 / np.median(times['ours']):.0f} pictures/s a core; the peer takes "
-          f"{np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal pixels")
+    print(f"JPEG of 640 x 480 to {size} x {size}: ours {40 / np.median(times['ours']):.0f} pictures/s a core; "
+          f"CLIPImageProcessorPil takes {times_as_long(times['theirs'], times['ours'])}; equal pixels")
 
 
 @torch.no_grad()
@@ -430,13 +436,10 @@ def vision(args):
     run = {"ours": lambda: model.grid_features(pixels),
            "theirs": lambda: model.g(pixels, output_hidden_states=True).hidden_states[model.feature_layer][:, 1:]}
     torch.testing.assert_close(*(function() for function in run.values()), rtol=0, atol=0)
-    times = {name: [] for name in run}
-    for _ in range(args.repeats):
-        for name, function in run.items():
-            times[name].append(seconds(function, machine.device) / args.micro_batch_size)
-    ratio, size = np.divide(times["theirs"], times["ours"]), model.view.size
-    print(f"g of {args.size}, {size} px, {args.micro_batch_size} at once: {np.median(times['ours']):.3g} s a picture; the "
-          f"whole tower takes {np.median(ratio):.2f} times as long ({ratio.min():.2f} to {ratio.max():.2f}); equal features")
+    times = race(run, args.repeats, machine.device)
+    print(f"g of {args.size}, {model.view.size} px, {args.micro_batch_size} at once: "
+          f"{np.median(times['ours']) / args.micro_batch_size:.3g} s a picture; the whole tower takes "
+          f"{times_as_long(times['theirs'], times['ours'])}; equal features")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,8 +455,7 @@ def scale(args):
     model = build(args, machine.device)
     model.set_stage(args.stage)
     parts = model.g.config, model.f_phi.config, model.tokenizer, model.view
-    own_model(model, args, machine)
-    step, N = ours(model, args, machine), model.N
+    step, N = ours(model, own_model(model, args, machine), args, machine), model.N
     grid = {"tokens of one sample with one picture": [(N + n, 1, 1) for n in (64, 192, 448, 960, 1728)],
             "pictures of one sample with 128 more tokens": [(128 + k * N, k, 1) for k in range(5)],
             f"samples of {N + 192} tokens at once": [(N + 192, 1, B) for B in (1, 2, 4, 8)]}
@@ -516,19 +518,17 @@ def recipes(args):
             config, _ = training.resolve(["--recipe", recipe, "--stage", str(stage)] + ["--init", "none"] * (stage == 2))
             pixels = 336 if config.vision.endswith("336") else 224
             view = view_of(config.aspect, pixels, 14, config.anyres)
-            D_v, inner_v, layers_v, heads_v, _, patch = VIT_L
-            vision = CLIPVisionConfig(hidden_size=D_v, intermediate_size=inner_v, num_hidden_layers=layers_v,
-                                      num_attention_heads=heads_v, image_size=pixels, patch_size=patch)
-            setting = Setting(vision, LlamaConfig(**text), word_tokenizer(), view, config, torch.bfloat16)
+            setting = Setting(vision_config(*VIT_L, pixels), LlamaConfig(**text), word_tokenizer(), view, config,
+                              torch.bfloat16)
             with FakeTensorMode():
                 model = setting.model()
             size = (640, 480)                            # of most COCO pictures
             rng, N = np.random.default_rng(args.seed), view.tokens(*size)
-            squares = view.tiling.plan(*size).pictures if view.tiling else 1
             drawn = [turns("7b", stage, rng) for _ in range(1000)]
             texts = [PROMPT["7b"] + sum(q + a for q, a in one) for one in drawn]
             work = samples * config.epochs / len(drawn) * flops_of(
-                model, [N + n for n in texts], sum(a for one in drawn for _, a in one), len(drawn) * N, len(drawn) * squares)
+                model, [N + n for n in texts], sum(a for one in drawn for _, a in one), len(drawn) * N,
+                len(drawn) * view.n_squares(*size))
             a100, h100 = (work / (8 * PEAK[card] * args.mfu * 3600) for card in ("A100", "H100"))
             was = f"{a100 * args.mfu / hours:.0%}" if hours else "-"
             print(f"| {recipe} | {stage} | {N + np.mean(texts):.0f} | {work / 1e15:,.0f} | {a100:.1f} | {h100:.1f} | "
@@ -540,10 +540,8 @@ def recipes(args):
             for ranks in (1, 8):
                 there = setting._replace(config=dataclasses.replace(config, shard=ranks > 1), ranks=ranks)
                 need = estimate(there, longest)
-                share = config.global_batch_size // ranks
                 for card in CARDS.values():
-                    fits = [(way, m) for way, every in WAYS.items() for m in range(min(share, 32), 0, -1) if share % m == 0
-                            and sum(need(m, every).values()) <= 0.9e9 * card]
+                    fits = [(way, m) for way, m in fitting(need, config.global_batch_size // ranks, card * 1e9) if m <= 32]
                     cells.append(f"{fits[0][1]} {fits[0][0]}" if fits else "-")
             rows.append(f"| {recipe} | {stage} | {T} | {' | '.join(cells)} |")
     print("\nmicro-batch and --checkpoint_activations that fit, a tenth left free: on one GPU, and on 8 with --shard\n"

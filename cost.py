@@ -73,8 +73,8 @@ def kept(model, B, longest, dtype):
             place[0] = i
         return hook
 
-    sizes, tiling, side = longest.sizes * B, model.view.tiling, model.view.size
-    squares = sum(tiling.plan(*size).pictures for size in sizes) if tiling else len(sizes)
+    sizes, side = longest.sizes * B, model.view.size
+    squares = sum(model.view.n_squares(*size) for size in sizes)
     handles = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(model.f_phi.base_model.layers)]
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -145,15 +145,19 @@ def flops_of(model, lengths, answers, visual_tokens, squares):
 WAYS = {"none": 0, "every_2": 2, "all": 1}               # of --checkpoint_activations, from the fastest to the smallest
 
 
+def fitting(need, share, has):
+    """[(way, micro-batch), ...] that fit into `has` bytes with a tenth left free, of the micro-batches that divide a rank's
+    `share` of the global batch; the best first: the least to run again, then the most at once."""
+    return [(way, micro) for way, every in WAYS.items() for micro in range(share, 0, -1)
+            if share % micro == 0 and sum(need(micro, every).values()) <= 0.9 * has]
+
+
 def plan(need, share, has):
-    """Lines: what micro-batches that divide a rank's `share` of the global batch need, which fit into `has` bytes, and which to
-    take: the least to run again, then the most at once."""
+    """Lines: what micro-batches need, which fit (`fitting`), and which to take."""
     lines, fits = [f"what fits into {has / 1e9:.1f} GB, a tenth left free (*), in GB", f"  --micro_batch_size{'':>4}"
-                   + "".join(f"{way:>10}" for way in WAYS) + "   --checkpoint_activations"], []
+                   + "".join(f"{way:>10}" for way in WAYS) + "   --checkpoint_activations"], fitting(need, share, has)
     for micro in (m for m in range(share, 0, -1) if share % m == 0):
         sums = {way: sum(need(micro, every).values()) for way, every in WAYS.items()}
-        fits += [(way, micro) for way, n in sums.items() if n <= 0.9 * has]
-        lines.append(f"  {micro:<22}" + "".join(f"{n / 1e9:>9.1f}{' *'[n <= 0.9 * has]}" for n in sums.values()))
-    way, micro = next(((way, micro) for way in WAYS for name, micro in fits if name == way), (None, None))
-    return [*lines, f"take --micro_batch_size {micro} --checkpoint_activations {way}" if way else
+        lines.append(f"  {micro:<22}" + "".join(f"{n / 1e9:>9.1f}{' *'[(way, micro) in fits]}" for way, n in sums.items()))
+    return [*lines, "take --micro_batch_size {1} --checkpoint_activations {0}".format(*fits[0]) if fits else
             "nothing fits: --shard over more devices, --offload, or adapters (--lora_rank)"]

@@ -465,7 +465,7 @@ def each_once(batch, view):
     names = list(dict.fromkeys(batch["pictures"]))
     if len(names) == len(batch["pictures"]):
         return batch
-    squares = batch["X_v"].split([view.tiling.plan(*size).pictures if view.tiling else 1 for size in batch["sizes"]])
+    squares = batch["X_v"].split([view.n_squares(*size) for size in batch["sizes"]])
     kept = [batch["pictures"].index(name) for name in names]
     return batch | {"X_v": torch.cat([squares[i] for i in kept]), "sizes": [batch["sizes"][i] for i in kept],
                     "shown": [names.index(name) for name in batch["pictures"]]}

@@ -109,6 +109,10 @@ class View(NamedTuple):
         """Visual tokens of a picture of width x height pixels; one number for all pictures, but for tiles."""
         return self.tiling.plan(width, height).tokens if self.tiling else self.N
 
+    def n_squares(self, width, height):
+        """How many squares g encodes of a picture of width x height pixels."""
+        return self.tiling.plan(width, height).pictures if self.tiling else 1
+
     @property
     def flags(self):
         """What `view_of` takes, beside the sizes, to make such a view."""

@@ -57,20 +57,26 @@ def inputs_of(b, device):
     return {k: b[k].to(device) for k in ("input_ids", "attention_mask", "labels")} | {"pixel_values": b["X_v"].to(device)}
 
 
-def careful_loop(model, args, machine):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-
+def loop(optimizer, loss_of):
+    """A step over a batch's padded micro-batches in random order; loss_of(micro-batch, answers of the batch) is one's share."""
     def step(batch):
         n_answer, total = count(batch["random"])[0], 0.0
         optimizer.zero_grad()
         for b in batch["random"]:
-            with machine.autocast():
-                loss = model(**inputs_of(b, machine.device), num_items_in_batch=n_answer, use_cache=False).loss
+            loss = loss_of(b, n_answer)
             loss.backward()
             total += loss.item()
         optimizer.step()
         return total
     return step
+
+
+def careful_loop(model, args, machine):
+    """transformers' model with AdamW and the right normalisation over the batch."""
+    def loss_of(b, n_answer):
+        with machine.autocast():
+            return model(**inputs_of(b, machine.device), num_items_in_batch=n_answer, use_cache=False).loss
+    return loop(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0), loss_of)
 
 
 def nanovlm(folder, args, machine):
@@ -102,22 +108,14 @@ def nanovlm(folder, args, machine):
     model.tokenizer = SimpleNamespace(image_token_id=hf.config.image_token_id)
     model.to(machine.device).train()
     model.decoder.requires_grad_(args.stage == 2)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
-    def step(batch):
-        n_answer, total = count(batch["random"])[0], 0.0
-        optimizer.zero_grad()
-        for b in batch["random"]:
-            inputs = inputs_of(b, machine.device)
-            targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
-            with machine.autocast():
-                _, loss = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], targets)
-            loss = loss * (count([b])[0] / n_answer)
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        return total
-    return step
+    def loss_of(b, n_answer):
+        inputs = inputs_of(b, machine.device)
+        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
+        with machine.autocast():
+            _, loss = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], targets)
+        return loss * (count([b])[0] / n_answer)
+    return loop(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0), loss_of)
 
 
 def trainer(model, args, machine, batches, before):

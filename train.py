@@ -593,18 +593,18 @@ def evaluate(model, data, held_out, micro, machine, step):
 def dry_run(config, machine, model, theta, data, order):
     """One step on the longest samples (the first in `order`): what each part of it takes, and what would fit, as lines."""
     micro, accumulated = accumulation(config, machine.world_size)
-    batch = collate([data[0, int(i), True] for i in order[:micro]])
+    samples = [data[0, int(i), True] for i in order[:micro]]
+    first, batch = samples[0], collate(samples)
     answers = (batch["labels"] != IGNORE).sum(1).tolist()                    # of each
-    first = data[0, int(order[0]), True]
     need = estimate(Setting(model.g.config, model.f_phi.config, model.tokenizer, model.view, config, machine.dtype,
                             machine.world_size), Longest(len(first["input_ids"]), max(answers), first["sizes"]))
     optimizer, scaler = adamw(theta, config, machine), torch.amp.GradScaler(machine.device.type, enabled=False)
     backward(model, [batch], theta, optimizer, scaler, machine, sum(answers))
     optimizer.step()
-    parts, gpu = need(len(answers), every_of(config.checkpoint_activations)), machine.device.type == "cuda"
+    parts, gpu = need(len(samples), every_of(config.checkpoint_activations)), machine.device.type == "cuda"
     total = (torch.cuda.get_device_properties(machine.device).total_memory if gpu else
              os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.world_size)
-    return [f"one step on {len(answers)} samples at once, the longest {data.records.where(int(order[0]))}: "
+    return [f"one step on {len(samples)} samples at once, the longest {first['where']}: "
             f"{len(first['input_ids'])} tokens, {answers[0]} of them scored",
             *(f"  {part:<20}{n / 1e9:>8.2f} GB" for part, n in {**parts, "together": sum(parts.values())}.items()),
             f"  {'measured':<20}{peak_memory(machine.device) / 1e9:>8.2f} GB at the peak, "
