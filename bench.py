@@ -18,6 +18,7 @@ Weights and pixels are random, lengths are those of the published data (`turns`)
 counts real tokens, no padding and no recomputation (cost.py). Figures: bench/README.md.
 """
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -39,6 +40,7 @@ from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPi
 import train as training
 from cost import Longest, Setting, estimate, fitting, flops_of
 from data import IGNORE, collate, micro_batches, plan_epoch
+from decode import Fast, Plain
 from images import load_image, preprocess, view_of
 from model import DTYPES, LLaVA, choose_device, choose_dtype
 from peers import Given, careful_loop, count, nanovlm, trainer, transformers_model, wait
@@ -355,6 +357,9 @@ def generate(args):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         theirs = transformers_model(folder, args, machine, Given(model.g.config)).to(machine.dtype).eval()
+    decoders = {"ours": Fast(model.f_phi)}
+    if args.levers:
+        decoders |= {"layers of transformers": Plain(model.f_phi), "compiled": Fast(model.f_phi, compiled=True)}
     if args.features:
         model.grid_features = lambda X_v: X_v
     rng = np.random.default_rng(args.seed)
@@ -364,19 +369,29 @@ def generate(args):
         inputs = {k: b[k].to(machine.device) for k in ("input_ids", "attention_mask")}
         answers, T = {}, inputs["input_ids"].shape[1]
 
-        def run_ours():
-            answers["ours"] = list(map(list, zip(*model.stream(**inputs, X_v=X_v, max_new_tokens=args.new_tokens))))
+        def ours(decoder, n):
+            model.decoder = decoder
+            return list(map(list, zip(*model.stream(**inputs, X_v=X_v, max_new_tokens=n))))
 
-        def run_theirs():
-            new = theirs.generate(**inputs, pixel_values=X_v, max_new_tokens=args.new_tokens, do_sample=False,
-                                  suppress_tokens=[model.image_id])
-            answers["theirs"] = new[:, T:].tolist()
+        def transformers(n):
+            return theirs.generate(**inputs, pixel_values=X_v, max_new_tokens=n, do_sample=False,
+                                   suppress_tokens=[model.image_id])[:, T:].tolist()
 
-        times = race({"ours": run_ours, "theirs": run_theirs}, args.repeats, machine.device, warm=1)
-        assert answers["ours"] == answers["theirs"], "other tokens"
-        print(f"{args.size}, {B} at once, {T} + {args.new_tokens} tokens: ours "
-              f"{B * args.new_tokens / times['ours'].mean():.1f} tokens/s; transformers takes "
-              f"{times_as_long(times['theirs'], times['ours'])}; equal tokens")
+        run = {"ours": functools.partial(ours, decoders["ours"]), "transformers": transformers}
+        run |= {f"ours, {name}": functools.partial(ours, decoders[name]) for name in decoders if name != "ours"}
+        N, rounds = args.new_tokens, {}
+        for name, function in run.items():
+            for n in (1, N):
+                rounds[name, n] = lambda name=name, n=n, function=function: answers.update({(name, n): function(n)})
+        times = race(rounds, args.repeats, machine.device, warm=1)
+        print(f"{args.size}, {B} at once, {T} + {N} tokens; equal tokens")
+        for name in run:
+            assert answers[name, N] == answers["ours", N], f"{name}: other tokens"
+            alone, whole = times[name, N] - times[name, 1], times[name, N]
+            of_ours = times["ours", N] - times["ours", 1], times["ours", N]
+            print(f"{name:<28}{B * (N - 1) / np.median(alone):>8.1f} tokens/s behind the first, which takes "
+                  f"{np.median(times[name, 1]):.3g} s" + ("" if name == "ours" else f"; {times_as_long(alone, of_ours[0])}, "
+                                                          f"with the first {times_as_long(whole, of_ours[1])}"))
 
 
 def packed(lengths, budget, window):

@@ -25,18 +25,19 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, DynamicCache, GenerationConfig, LlavaConfig,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig, LlavaConfig,
                           LlavaNextConfig)
 from transformers.initialization import no_init_weights
 
 import lora
 import tiles
 from checkpoint import PREFIX, PROJECTORS, hf_keys, load_part, load_settings, load_tokenizer, save_settings
+from decode import Past, Plain
 from images import view_of
 from records import IMAGE
 
 IGNORE = -100        # label of a position that is not scored; cross_entropy's own convention
-CHUNK = 2 ** 26      # logits in memory at once: those of 2,093 answer tokens at 32,064 words, 0.27 GB in fp32
+CHUNK = 2 ** 24      # logits in memory at once: those of 523 answer tokens at 32,064 words, 67 MB in fp32
 
 
 class LLaVA(nn.Module):
@@ -55,6 +56,7 @@ class LLaVA(nn.Module):
         super().__init__()
         self.g, self.f_phi, self.tokenizer = g, f_phi, tokenizer
         self.feature_layer, self.meta, self.projector = feature_layer, dict(meta or {}), projector
+        self.decoder = None                              # of answers, where it is not to be transformers' own: decode.py
         D_v, D = g.config.hidden_size, f_phi.config.hidden_size
         if projector == "linear":
             self.W = nn.Linear(D_v, D)                   # OFFICIAL: with a bias; Eq. (1) has none
@@ -176,12 +178,12 @@ class LLaVA(nn.Module):
         return loss, len(targets)
 
     @torch.inference_mode()
-    def score(self, input_ids, labels, X_v, ids=None, sizes=None):
+    def score(self, input_ids, labels, X_v, ids=None, sizes=None, shown=None):
         """log p(X_a | X_v, X_instruct) of each row's answer (the product of Eq. (3), not divided by its length).
 
         Takes what `forward` takes; returns (B,) float32. To rank answers, render each behind the same prompt.
         """
-        log_p = -self.answer_nll(*self.answer_states(input_ids, labels, X_v, ids, sizes))    # (A,)
+        log_p = -self.answer_nll(*self.answer_states(input_ids, labels, X_v, ids, sizes, shown))     # (A,)
         row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # (A,)  which sample a token belongs to
         if len(row.unique()) < len(labels):
             raise ValueError("score: a row without an answer has no likelihood")
@@ -209,38 +211,55 @@ class LLaVA(nn.Module):
 
     @torch.no_grad()                                     # not inference_mode: a sharded model gathers its weights meanwhile
     def stream(self, input_ids, attention_mask, X_v, sizes=None, shown=None, max_new_tokens=512, temperature=0.0, top_p=1.0,
-               stop=(), generator=None):
-        """Yield each step's next ids (a list of B, None where a row has ended), with a KV cache.
+               stop=(), generator=None, past=None, watch=None):
+        """Yield each step's next ids (a list of B, None where a row has ended), with a cache of keys and values (decode.py).
 
         input_ids, attention_mask (B, T), padded on the LEFT; X_v, sizes and `shown` as in `splice`. A row ends at an
-        end-of-sequence id or once its new text holds one of the strings `stop`; the token that ends it is yielded.
-        temperature 0 is greedy.
+        end-of-sequence id or once its new text holds one of the strings `stop`; the token that ends it is yielded. Once half
+        of the rows have ended, the others go on without them. temperature 0 is greedy.
+        past: of one row (`decode.Past`): the first tokens, which it has, are not computed again; X_v, sizes and `shown` are
+        of the pictures behind them. `watch` is given each step's logits (rows that go on, V).
         """
         B, T = input_ids.shape
         limit = self.f_phi.config.max_position_embeddings
         if T >= limit:
             raise ValueError(f"the prompt is {T} tokens ({self.view.said}); the model's context is {limit}")
-        H = self.splice(input_ids, X_v, sizes=sizes, shown=shown)            # (B, T, D)
-        position = attention_mask.cumsum(1).sub(1).clamp(min=0)              # (B, T)  padding does not count
+        decoder, room = self.decoder or Plain(self.f_phi), min(T + max_new_tokens, limit)
+        past = past or Past()
+        past.cache = past.cache or decoder.cache(B, room)
+        n = len(past.ids)                                # tokens that are in the cache
+        H = self.splice(input_ids[:, n:], X_v, sizes=sizes, shown=shown)     # (B, T - n, D)
+        mask = None if attention_mask.all() else attention_mask              # (B, T)
+        position = attention_mask.cumsum(1).sub(1).clamp(min=0)[:, n:]       # (B, T - n)  padding does not count
         window = 8 + max((len(s.encode()) for s in stop), default=0)         # ids that can hold a stop string
-        cache, new, live = DynamicCache(config=self.f_phi.config), [[] for _ in range(B)], [True] * B
-        for _ in range(min(max_new_tokens, limit - T)):
-            logits = self.f_phi(inputs_embeds=H, attention_mask=attention_mask, position_ids=position,
-                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+        rows, new, entering = list(range(B)), [[] for _ in range(B)], input_ids[0, n:].tolist()
+        for _ in range(room - T):
+            logits = decoder.extend(past.cache, H, position, mask).float()   # (rows, V)
+            past.ids += entering
             logits[:, self.image_id:self.image_id + 1] = -torch.inf          # a placeholder is not a word
-            next_id = sample_id(logits, temperature, top_p, generator)       # (B,)
-            step = [i if alive else None for i, alive in zip(next_id.tolist(), live)]
-            for row, i in enumerate(step):
-                if i is not None:
+            if watch:
+                watch(logits)
+            next_id = sample_id(logits, temperature, top_p, generator)       # (rows,)
+            step, live = [None] * B, []
+            for k, (row, i) in enumerate(zip(rows, next_id.tolist())):
+                if row is not None:
+                    step[row] = i
                     new[row].append(i)
                     tail = self.tokenizer.decode(new[row][-window:])
-                    live[row] = i not in self.eos_ids and not any(s in tail for s in stop)
+                    if i in self.eos_ids or any(s in tail for s in stop):
+                        rows[k] = None
+                    else:
+                        live.append(k)
             yield step
-            if not any(live):
+            if not live:
                 return
-            H = self.f_phi.get_input_embeddings()(next_id)[:, None]          # (B, 1, D)
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            position = position[:, -1:] + 1                                  # (B, 1)
+            if len(live) <= len(rows) // 2:
+                rows, live = [rows[k] for k in live], torch.tensor(live, device=H.device)
+                decoder.keep(past.cache, live)
+                next_id, position, mask = next_id[live], position[live], None if mask is None else mask[live]
+            H = self.f_phi.get_input_embeddings()(next_id)[:, None]          # (rows, 1, D)
+            mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+            position, entering = position[:, -1:] + 1, next_id[:1].tolist()
 
     def generate(self, input_ids, attention_mask, X_v, sizes=None, shown=None, stop=(), **sampling):
         """Answers X_a as B strings, each cut before its stop string and stripped. Arguments as in `stream`."""
