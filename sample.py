@@ -309,9 +309,10 @@ def write_parity(talker, args):
         samples.append({"question": q["text"], "images": [data_url(p) for p in pictures], "answer": answer,
                         "prompt": "".join(text for text, _ in render(turns, talker.template)),
                         "ids": batch["input_ids"][0].tolist()})
-    path = os.path.join(args.model, "parity.json")
+    path, eos = os.path.join(args.model, "parity.json"), talker.model.tokenizer.eos_token
+    stop = {} if talker.template.STOP == eos else {"stop": [talker.template.STOP]}           # a server knows the former itself
     with open(path, "w", encoding="utf-8") as f:
-        json.dump({"max_new_tokens": args.max_new_tokens, "samples": samples}, f, indent=1, ensure_ascii=False)
+        json.dump({"max_new_tokens": args.max_new_tokens, "stop": stop, "samples": samples}, f, indent=1, ensure_ascii=False)
     print(f"{len(samples)} questions and answers in {path}")
 
 
@@ -326,19 +327,22 @@ def check(args):
 
     def api(method, route, **body):
         try:
-            reply = requests.request(method, base + route, timeout=600, **body)
+            return requests.request(method, base + route, timeout=600, **body)
         except requests.RequestException as error:
             raise ValueError(f"{base}{route}: {error}") from error
-        if not reply.ok:
-            raise ValueError(f"{base}{route}: HTTP {reply.status_code}: {reply.text[:500]}")
-        return reply.json()
 
-    name = api("GET", "/models")["data"][0]["id"]
+    folder = os.path.abspath(args.model)
+    listed = api("GET", "/models")                       # `transformers serve` lists a cache instead, or fails without one,
+    names = [m["id"] for m in listed.json()["data"]] if listed.ok else []    # and takes the folder's path
+    name = next((one for one in names if os.path.basename(one) == os.path.basename(folder)), folder)
     for n, s in enumerate(parity["samples"]):
         content = [{"type": "image_url", "image_url": {"url": url}} for url in s["images"]]
         reply = api("POST", "/chat/completions", json={
-            "model": name, "temperature": 0, "max_tokens": parity["max_new_tokens"],
+            "model": name, "temperature": 0, "max_tokens": parity["max_new_tokens"], **parity["stop"],
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": s["question"]}]}]})
+        if not reply.ok:
+            raise ValueError(f"{base}: HTTP {reply.status_code} for model {name!r}: {reply.text[:500]}")
+        reply = reply.json()
         answer, used = reply["choices"][0]["message"]["content"].strip(), reply.get("usage", {}).get("prompt_tokens")
         same, differ = answer == s["answer"], differ + (answer != s["answer"])
         print(f"{n}: {'the same' if same else 'ANOTHER ANSWER'} ({used} prompt tokens, here {len(s['ids'])}): {answer!r}"
