@@ -107,18 +107,21 @@ class Talker:
         """One answer per conversation, all in one batch."""
         return self.model.generate(**self.batch(conversations), stop=self.stop, **self.sampling)
 
-    def stream(self, turns, pictures):
-        """The answer piece by piece, held back while it may still turn into the stop string or half a character."""
-        ids, shown = [], 0
-        for (new,) in self.model.stream(**self.batch([(turns, pictures)]), stop=self.stop, **self.sampling):
+    def stream(self, turns, pictures, stop=(), ids=None, **sampling):
+        """The answer piece by piece, held back while it may still turn into a stop string or half a character.
+
+        Strings in `stop` end it, too; `sampling` goes before what was typed; its ids are appended to the list `ids`.
+        """
+        ids, shown, stop = [] if ids is None else ids, 0, [*self.stop, *stop]
+        for (new,) in self.model.stream(**self.batch([(turns, pictures)]), stop=stop, **self.sampling | sampling):
             ids.append(new)
-            text = self.model.to_text(ids, self.stop)
-            held = max(n for n in range(len(self.template.STOP) + 1) if text.endswith(self.template.STOP[:n]))
+            text = self.model.to_text(ids, stop)
+            held = max(n for s in stop for n in range(len(s) + 1) if text.endswith(s[:n]))
             sure = len(text[:len(text) - held].rstrip())
             if not text.endswith("\ufffd") and sure > shown:
                 yield text[shown:sure]
                 shown = sure
-        yield self.model.to_text(ids, self.stop)[shown:]
+        yield self.model.to_text(ids, stop)[shown:]
 
 
 def chat(talker, image):
