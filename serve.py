@@ -221,7 +221,7 @@ def fetch(address, limit, allowed=is_public):
 def data_url(picture, kind="PNG"):
     """A picture as an address that holds it."""
     file = io.BytesIO()
-    picture.save(file, kind)
+    picture.convert("RGB").save(file, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -491,8 +491,8 @@ class Server:
         def look():
             pictures = [load_image(io.BytesIO(file)) for file in asked.files]
             small = [ImageOps.contain(picture, (336, 336)) for picture in pictures]
-            show = lambda seen: [data_url(sample.overlay(*both).convert("RGB"), "JPEG") for both in zip(small, seen)]
-            yield [{"word": word, "pictures": show(seen)} for word, seen in self.talker.attention(asked.turns, pictures, answer)]
+            yield [{"word": word, "pictures": [data_url(sample.overlay(*both), "JPEG") for both in zip(small, w)]}
+                   for word, w in self.talker.attention(asked.turns, pictures, answer)]
         async with aclosing(self.in_turn(look())) as found:
             words = [item async for item in found if not isinstance(item, int)][0]
         return JSONResponse(words)
