@@ -45,7 +45,7 @@ except ImportError as error:
 
 import sample
 import toy
-from data import TEMPLATES, prompt, render
+from data import prompt, render
 from images import load_image
 from records import IMAGE, PICTURES, typed_flags
 
@@ -500,7 +500,7 @@ class Server:
 
 def main(argv=None):
     args = Config(**typed_flags(Config, argv, "A web page and an OpenAI-compatible endpoint for a LLaVA checkpoint.",
-                                sample.CHOICES | {"template": list(TEMPLATES)}))
+                                sample.CHOICES))
     try:
         door = socket.create_server((args.host, args.port))
     except OSError as error:
