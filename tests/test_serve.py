@@ -24,9 +24,9 @@ import pytest
 import requests
 from PIL import Image
 
+from conftest import ROOT, byte_tokenizer, scripted_llm, start_script, tiny_clip, tiny_llava     # first: it sets the path
 import sample
 import serve
-from conftest import ROOT, byte_tokenizer, scripted_llm, start_script, tiny_clip, tiny_llava
 from data import prompt
 from images import load_image
 from model import LLaVA
@@ -685,7 +685,7 @@ def take_picture(model, picture, to):
     from playwright.sync_api import sync_playwright
     with server(Path(tempfile.mkdtemp()), model, "--temperature", 0) as url, sync_playwright() as play:
         page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page(
-            viewport={"width": 900, "height": 700}, color_scheme="light", device_scale_factor=1)
+            viewport={"width": 900, "height": 820}, color_scheme="light", device_scale_factor=1)
         page.goto(url)
         page.set_input_files("#file", picture)
         page.wait_for_selector("#new img")
