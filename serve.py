@@ -152,7 +152,7 @@ def check_options(asked):
     """Refusal unless what a request says beside its messages is in range; what is not known must not ask for anything."""
     for name in asked.keys() - TAKEN:
         if asked[name] not in (None, False, 0, "", [], {}, {"type": "text"}):
-            raise Refusal(400, f"{name} is not supported; taken are {', '.join(sorted(TAKEN))}", name)
+            raise Refusal(400, f"{name!r} is not supported; taken are {', '.join(sorted(TAKEN))}", name)
     for name, (low, high) in NUMBERS.items():
         x, kind = asked.get(name), (int, float) if name in ("temperature", "top_p") else int
         if x is not None and (isinstance(x, bool) or not isinstance(x, kind) or not low <= x <= high):
@@ -192,11 +192,11 @@ def fetch(address, limit, allowed=is_public):
         for _ in range(4):
             parts = urlsplit(at)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise Refusal(400, f"image {at}: not an http(s) address")
+                raise Refusal(400, f"image {at!r}: not an http(s) address")
             port = parts.port or (443 if parts.scheme == "https" else 80)
             found = {info[4][0] for info in socket.getaddrinfo(parts.hostname, port, socket.AF_INET, socket.SOCK_STREAM)}
             if not all(map(allowed, found)):
-                raise Refusal(400, f"image {at}: lies at a private or reserved address, where this server fetches nothing")
+                raise Refusal(400, f"image {at!r}: lies at a private or reserved address, where this server fetches nothing")
             secure = {"server_hostname": parts.hostname, "assert_hostname": parts.hostname} if parts.scheme == "https" else {}
             pool = (urllib3.HTTPSConnectionPool if secure else urllib3.HTTPConnectionPool)(found.pop(), port, **secure)
             with pool, pool.urlopen("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), redirect=False,
@@ -206,16 +206,16 @@ def fetch(address, limit, allowed=is_public):
                     at = urljoin(at, reply.headers.get("Location", ""))
                     continue
                 if reply.status != 200:
-                    raise Refusal(400, f"image {at}: the reply is HTTP {reply.status}")
+                    raise Refusal(400, f"image {at!r}: the reply is HTTP {reply.status}")
                 got = b""
                 while chunk := reply.read1(2 ** 16):
                     got += chunk
                     if len(got) > limit or time.time() > deadline:
-                        raise Refusal(400, f"image {at}: more than {limit // 10 ** 6} MB or 30 seconds")
+                        raise Refusal(400, f"image {at!r}: more than {limit // 10 ** 6} MB or 30 seconds")
                 return got
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-        raise Refusal(400, f"image {at}: {error}") from error
-    raise Refusal(400, f"image {address}: redirected too often")
+        raise Refusal(400, f"image {at!r}: {error}") from error
+    raise Refusal(400, f"image {address!r}: redirected too often")
 
 
 def data_url(picture, kind="PNG"):
@@ -351,8 +351,9 @@ class Server:
         draw.seed() if asked.get("seed") is None else draw.manual_seed(asked["seed"])
         given = {"temperature": asked.get("temperature"), "top_p": asked.get("top_p"),
                  "max_new_tokens": asked.get("max_completion_tokens") or asked.get("max_tokens")}
+        given = {name: round(x, 3) for name, x in given.items() if x is not None}    # 1e-40 would make infinities of logits
         return Asked(turns, files, "".join(text for text, _ in render(turns, self.talker.template)), ids, [],
-                     {k: x for k, x in given.items() if x is not None} | {"generator": draw}, stops_of(asked.get("stop")))
+                     given | {"generator": draw}, stops_of(asked.get("stop")))
 
     async def moderate(self, what, text):
         """Refusal if the moderation endpoint flags a text, or does not say: nothing passes unseen."""
