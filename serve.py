@@ -185,7 +185,7 @@ def fetch(address, limit, allowed=is_public):
 
     Names are resolved here, all addresses of a name are checked, and the connection goes to a checked one, so a name cannot
     change its mind in between; redirects are followed by the same rules. IPv4 alone: an IPv6 address can wrap a private one
-    in many ways.
+    in many ways. `allowed` says which addresses may be asked.
     """
     deadline, at = time.time() + 30, address
     try:
@@ -377,17 +377,28 @@ class Server:
 
     async def in_turn(self, pieces):
         """What a generator yields, run in the model's thread when its turn has come; until then its place, an int, at least
-        once a second. Whoever stops listening leaves the line, and the generator is closed."""
+        once a second. Whoever stops listening leaves the line; who listens slowly holds up nobody."""
+        heard = asyncio.Queue()
+        turn = asyncio.create_task(self.take_turn(pieces, heard.put_nowait))
+        turn.add_done_callback(lambda _: heard.put_nowait(None))
+        try:
+            while (piece := await heard.get()) is not None:
+                yield piece
+            await turn                                               # raises what went wrong in it
+        finally:
+            turn.cancel()
+
+    async def take_turn(self, pieces, say):
         ticket, run = asyncio.Event(), asyncio.get_running_loop().run_in_executor
         self.line.append(ticket)
         try:
             while place := self.line.index(ticket):
-                yield place
+                say(place)
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(ticket.wait(), 1)
                 ticket.clear()
             while (piece := await run(self.model_thread, next, pieces, None)) is not None:
-                yield piece
+                say(piece)
         finally:
             self.model_thread.submit(pieces.close)                   # behind a step that may still be under way
             self.line.remove(ticket)

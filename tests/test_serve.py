@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -332,7 +333,7 @@ def test_fifty_clients_at_once_all_get_their_own_answers(checkpoint, talker, tmp
 
 
 @contextmanager
-def listening(handle):
+def listening(handle, tls=None):
     """The address of a real HTTP server on this machine that answers each request by `handle(handler)`."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -349,6 +350,8 @@ def listening(handle):
         def log_message(self, *_):
             pass
     http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls:
+        http_server.socket = tls.wrap_socket(http_server.socket, server_side=True)
     threading.Thread(target=http_server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{http_server.server_port}"
@@ -409,6 +412,22 @@ def test_a_remote_picture_is_fetched_within_limits(web, pictures):
     for path, says in (("/gone", "HTTP 404"), ("/big", "more than"), ("/round", "too often"), ("/file", "not an http")):
         with pytest.raises(serve.Refusal, match=says):
             serve.fetch(url + path, 4000, only)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here to make a certificate")
+def test_a_remote_picture_over_https_must_have_the_certificate_of_its_name(pictures, tmp_path, monkeypatch):
+    """The connection goes to a checked number, but the certificate is asked for the name."""
+    make = ("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost "
+            "-keyout key -out cert")
+    subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    with listening(lambda handler: handler.reply(pictures[1].read_bytes()), context) as url:
+        port, only = url.rpartition(":")[2], {"127.0.0.1"}.__contains__
+        assert serve.fetch(f"https://localhost:{port}/x.png", 10 ** 6, only) == pictures[1].read_bytes()
+        with pytest.raises(serve.Refusal, match="certificate"):
+            serve.fetch(f"https://127.0.0.1:{port}/x.png", 10 ** 6, only)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
