@@ -426,7 +426,7 @@ def test_a_remote_picture_over_https_must_have_the_certificate_of_its_name(pictu
     with listening(lambda handler: handler.reply(pictures[1].read_bytes()), context) as url:
         port, only = url.rpartition(":")[2], {"127.0.0.1"}.__contains__
         assert serve.fetch(f"https://localhost:{port}/x.png", 10 ** 6, only) == pictures[1].read_bytes()
-        with pytest.raises(serve.Refusal, match="certificate"):
+        with pytest.raises(serve.Refusal, match="doesn.t match"):
             serve.fetch(f"https://127.0.0.1:{port}/x.png", 10 ** 6, only)
 
 
