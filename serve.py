@@ -246,7 +246,6 @@ class Server:
     """An ASGI application around a `Talker`."""
 
     def __init__(self, args):
-        Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000       # at twice as many Pillow refuses to decode
         self.args, self.name = args, os.path.basename(os.path.normpath(args.model))
         self.talker = sample.Talker(sample.Config(args.model, temperature=args.temperature, top_p=args.top_p, dtype=args.dtype,
                                                   max_new_tokens=args.max_new_tokens, template=args.template,
@@ -519,6 +518,7 @@ def main(argv=None):
         raise ValueError(f"--host {args.host} --port {args.port}: {error.strerror or error}; take another port") from error
     server = uvicorn.Server(uvicorn.Config(Server(args), log_level="warning", timeout_graceful_shutdown=3))
     print(f"{args.model} at http://{args.host}:{door.getsockname()[1]}, the API at /v1; Ctrl-C ends it", flush=True)
+    Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000           # at twice as many Pillow refuses to decode
     with suppress(KeyboardInterrupt):
         server.run(sockets=[door])
 
