@@ -109,7 +109,6 @@ class Asked(NamedTuple):
     files: list            # the bytes of each picture: as small as they were sent, while they wait
     prompt: str            # the exact text
     ids: list              # and its ids
-    new: list              # ids of the answer, as they come
     sampling: dict         # what `Talker.stream` takes
     stop: list
 
@@ -351,7 +350,7 @@ class Server:
         given = {"temperature": asked.get("temperature"), "top_p": asked.get("top_p"),
                  "max_new_tokens": asked.get("max_completion_tokens") or asked.get("max_tokens")}
         given = {name: round(x, 3) for name, x in given.items() if x is not None}    # 1e-40 would make infinities of logits
-        return Asked(turns, files, "".join(text for text, _ in render(turns, self.talker.template)), ids, [],
+        return Asked(turns, files, "".join(text for text, _ in render(turns, self.talker.template)), ids,
                      given | {"generator": draw}, stops_of(asked.get("stop")))
 
     async def moderate(self, what, text):
@@ -405,26 +404,24 @@ class Server:
                 other.set()
 
     def generate(self, asked):
-        pictures = [load_image(io.BytesIO(file)) for file in asked.files]
-        yield from self.talker.stream(asked.turns, pictures, stop=asked.stop, ids=asked.new, **asked.sampling)
+        """The answer's pieces (str), then how it ended, (finish_reason, usage)."""
+        pictures, new, model = [load_image(io.BytesIO(file)) for file in asked.files], [], self.talker.model
+        yield from self.talker.stream(asked.turns, pictures, stop=asked.stop, ids=new, **asked.sampling)
+        stopped = new[-1] in model.eos_ids or any(s in model.tokenizer.decode(new) for s in [*self.talker.stop, *asked.stop])
+        yield "stop" if stopped else "length", {"prompt_tokens": len(asked.ids), "completion_tokens": len(new),
+                                                "total_tokens": len(asked.ids) + len(new)}
 
     async def answer(self, asked):
-        """Places in the line (int), then the answer's pieces (str): with moderation, empty ones until all of it has passed."""
+        """Places in the line (int), then what `generate` yields; with moderation empty text, until all of it has passed."""
         hold, said = self.args.moderation, ""
         async with aclosing(self.in_turn(self.generate(asked))) as pieces:
             async for piece in pieces:
                 said += piece if isinstance(piece, str) else ""
-                yield "" if hold and isinstance(piece, str) else piece
+                yield "" if hold and not isinstance(piece, int) else piece
         if hold:
             await self.moderate("answer", said)
             yield said
-
-    def end(self, asked):
-        """(finish_reason, usage) of an answer."""
-        model, new, stops = self.talker.model, asked.new, [*self.talker.stop, *asked.stop]
-        stopped = new[-1:] and (new[-1] in model.eos_ids or any(s in model.tokenizer.decode(new) for s in stops))
-        return "stop" if stopped else "length", {"prompt_tokens": len(asked.ids), "completion_tokens": len(new),
-                                                 "total_tokens": len(asked.ids) + len(new)}
+            yield piece                                              # the last one: how it ended
 
     async def completions(self, request):
         """OpenAI's chat API: https://platform.openai.com/docs/api-reference/chat"""
@@ -442,7 +439,7 @@ class Server:
                 text += piece if isinstance(piece, str) else ""
                 if await request.is_disconnected():
                     raise ClientDisconnect
-        reason, usage = self.end(asked)
+        reason, usage = piece
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason, "logprobs": None}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": usage})
 
@@ -455,15 +452,19 @@ class Server:
         try:
             async with aclosing(self.answer(asked)) as pieces:
                 async for piece in pieces:
-                    yield f": {piece} before you\n\n" if isinstance(piece, int) else chunk({"content": piece})
+                    match piece:
+                        case int(place):
+                            yield f": {place} before you\n\n"
+                        case str(text):
+                            yield chunk({"content": text})
+                        case reason, usage:
+                            yield chunk({}, reason)
         except Exception as error:                                   # too late for a status, but not for its words
             status, said = error_of(error)
             if status == 500:
                 traceback.print_exc()
             yield f"data: {json.dumps(said)}\n\n"
             return
-        reason, usage = self.end(asked)
-        yield chunk({}, reason)
         if with_usage:
             yield chunk(usage=usage)
         yield "data: [DONE]\n\n"
