@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import tiles
 from records import header_size, image_path
@@ -44,7 +44,8 @@ def load_image(source, name=None):
     except FileNotFoundError:
         raise
     except UNREADABLE as error:
-        raise ValueError(f"{name or source}: not a readable picture ({error})") from error
+        why = "its form is not known" if isinstance(error, UnidentifiedImageError) else error     # Pillow's names the object
+        raise ValueError(f"{name or source}: not a readable picture ({why})") from error
 
 
 ABSENT = "image {!r} is not in {}"

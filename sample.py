@@ -290,11 +290,11 @@ def answer_file(talker, args):
     print(f"{len(answers)} answers in {args.answers}")
 
 
-def data_url(picture):
-    """A picture as PNG in a data: address."""
+def data_url(picture, kind="PNG"):
+    """A picture as an address that holds it."""
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    picture.convert("RGB").save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def write_parity(talker, args):

@@ -69,6 +69,7 @@ def parsers():
     import eval as eval_py
     import generate_data
     import sample
+    import serve
     import toy
     import toy_pretrain
     import train
@@ -76,7 +77,8 @@ def parsers():
     return {"train.py": train.resolve, "data.py": data.arguments, "generate_data.py": generate_data.arguments,
             "toy.py": toy.arguments, "toy_pretrain.py": toy_pretrain.arguments, "eval.py": eval_py.arguments,
             "academic.py": academic.arguments, "convert.py": convert.arguments,
-            "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES)}
+            "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES),
+            "serve.py": lambda argv: typed_flags(serve.Config, argv, "", sample.CHOICES)}
 
 
 def test_every_command_of_the_readme_parses():
