@@ -18,6 +18,7 @@ from PIL import Image
 from data import collate, encode, render
 from images import MAX_RESIZED
 
+matplotlib.use("Agg")
 SIDE = 448                                               # pixels of a map's longer side
 
 
@@ -119,12 +120,24 @@ def overlay(picture, heat):
 
 
 def save_overlays(words, pictures, folder):
-    """Write one PNG a word and picture: 03_cat.png, or 03_cat_2.png for the second picture. Returns their paths."""
+    """Write one PNG a word and picture, 03_cat.png, or 03_cat_2.png for the second picture, and words.png with all of them.
+    Returns their paths."""
+    import matplotlib.pyplot as plt
     os.makedirs(folder, exist_ok=True)
-    paths = []
+    paths, across = [], min(len(words), 8)
+    fig, axes = plt.subplots(-(-len(words) // across) * len(pictures), across, squeeze=False, layout="constrained",
+                             figsize=(1.6 * across, 1.8 * -(-len(words) // across) * len(pictures)))
+    for ax in axes.flat:
+        ax.axis("off")
     for n, (word, maps) in enumerate(words):
         for k, (picture, heat) in enumerate(zip(pictures, maps)):
-            name = re.sub(r"\W+", "", word)[:40]
+            seen, name = overlay(picture, heat), re.sub(r"\W+", "", word)[:40]
             paths.append(os.path.join(folder, f"{n:02}_{name}{f'_{k + 1}' if k else ''}.png"))
-            overlay(picture, heat).save(paths[-1])
+            seen.save(paths[-1])
+            ax = axes[n // across * len(pictures) + k, n % across]
+            ax.imshow(seen)
+            ax.set_title(word if k == 0 else "", fontsize=10)
+    paths.append(os.path.join(folder, "words.png"))
+    fig.savefig(paths[-1], dpi=100)
+    plt.close(fig)
     return paths

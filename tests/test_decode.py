@@ -239,8 +239,9 @@ def test_pictures_of_where_it_looked_are_written_and_a_wrong_layer_is_named(talk
     picture(3).save(tmp_path / "x.png")
     argv = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "x.png"), "--question", "Who?", "--temperature", "0"]
     sample.main([*argv, "--max_new_tokens", "12", "--show_attn", str(tmp_path / "looks"), "--attn_layers", "0,-1"])
-    answer, *paths = capsys.readouterr().out.strip().split("\n")
+    answer, *paths, together = capsys.readouterr().out.strip().split("\n")
     assert len(paths) == len(answer.split()) and all(Image.open(path).size == (40, 30) for path in paths)
+    assert Image.open(together).width > 40
     with pytest.raises(ValueError, match="layer 7: the language model has 2, 0 to 1, or -2 to -1 from the end"):
         sample.main([*argv, "--show_attn", str(tmp_path / "looks"), "--attn_layers", "7"])
     with pytest.raises(ValueError, match="--attn_heads 'x': numbers with commas"):
