@@ -98,7 +98,8 @@ def load_clip(name, dtype=torch.float32):
 
 
 def tokenise(texts, tokenizer, config):
-    """Texts as CLIP reads them, cut at its context: ids (B, T), each between the ids of beginning and end, padded with the latter.
+    """Texts as CLIP reads them, cut at its context: ids (B, T), each row from the beginning's id to the end's, of which it may
+    have more.
 
     OURS: CLIP pools at the id in its config; an old 2 there stands for the largest of all, which is the tokenizer's end.
     """

@@ -34,7 +34,8 @@ from gated import ROWS, customise, load_clip, tokenise
 from images import preprocess
 from model import DTYPES, choose_device
 from records import typed_flags, whole_lines
-from retrieve import Index, Pictures, Retrieve, index, open_index, read_lines, read_pairs, read_templates, retrieve, said, texts_of
+from retrieve import (Index, Pictures, Retrieve, index, open_index, queries_of, read_lines, read_pairs, read_templates,
+                      retrieve, said, texts_of)
 from train import (check_first_step, fingerprints, ignore_sigterm, load_state, lr_at, only_run_in, peak_memory, plot_losses,
                    restarts, save_state, start)
 
@@ -126,8 +127,8 @@ class Batches(Dataset):
     def __init__(self, corpus, pairs, tokenizer, config, clip_config, machine):
         self.corpus, self.pairs, self.tokenizer, self.config, self.clip_config = corpus, pairs, tokenizer, config, clip_config
         if config.global_batch_size % machine.world_size or config.global_batch_size > len(pairs):
-            raise ValueError(f"--global_batch_size {config.global_batch_size}: a multiple of the {machine.world_size} ranks, and "
-                             f"at most the {len(pairs)} pairs that were retrieved")
+            raise ValueError(f"--global_batch_size {config.global_batch_size}: a multiple of the {machine.world_size} ranks, "
+                             f"and at most the {len(pairs)} pairs that were retrieved")
         self.per_epoch = len(pairs) // config.global_batch_size
         share = config.global_batch_size // machine.world_size
         self.mine = slice(machine.rank * share, (machine.rank + 1) * share)
@@ -150,7 +151,7 @@ def optimiser(theta, config):
     groups = [{"params": [p for p in theta.values() if (p.ndim < 2) == small], "weight_decay": decay}
               for small, decay in ((False, config.weight_decay), (True, 0.0))]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), eps=1e-6)
-    for p in theta.values():                             # its own start, now: a state can be saved and read before the first step
+    for p in theta.values():                             # its own start, now: a state is read into it
         adamw.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return adamw
 
@@ -202,8 +203,8 @@ def train(config):
         n, trains = (sum(p.numel() for name, p in some.items() if name.startswith(part))
                      for some in (dict(clip.named_parameters()), theta))
         say(f"  {part:<20}{n:>14,} parameters, {trains:,} of them train")
-    say(f"theta: {sum(p.numel() for p in theta.values()):,} parameters ({config.train}, Diss. Table 2.6"
-        + ", a row that the text does not settle)" * (config.train == "gated_both") + ")" * (config.train != "gated_both"))
+    say(f"theta: {sum(p.numel() for p in theta.values()):,} parameters, row {config.train} of Diss. Table 2.6"
+        + ", which does not settle what it trains" * (config.train == "gated_both"))
     say(f"data: {len(pairs):,} pairs of {facts['corpus']:,}, by {facts['queries']:,} queries ({' and '.join(facts['keys'])}, "
         f"k {facts['k']}); {config.global_batch_size} a step, {batches.per_epoch} steps an epoch, {total} in all\n"
         f"one of them: {corpus[pairs[0]].text!r}, {corpus[pairs[0]].where}\n")
@@ -259,8 +260,8 @@ def train(config):
             log.flush()
         if step % max(1, total // 50) == 0 or done == total:
             eta = timedelta(seconds=round((time.time() - began) / (done - first) * (total - done)))
-            say(f"step {step:>6}/{total} | loss {loss.item():8.4f} | lr {group['lr']:.2e} | norm {norm:8.3f} | tau {tau.item():6.2f} "
-                f"| {len(u) / seconds:7.1f} pairs/s | wait {100 * waited / seconds:4.1f}% | "
+            say(f"step {step:>6}/{total} | loss {loss.item():8.4f} | lr {group['lr']:.2e} | norm {norm:8.3f} | "
+                f"tau {tau.item():6.2f} | {len(u) / seconds:7.1f} pairs/s | wait {100 * waited / seconds:4.1f}% | "
                 f"{peak_memory(machine.device) / 1e9:5.1f} GB | eta {eta}", flush=True)
         stop, = machine.sum(len(stopping))
         if done % config.save_every == 0 or done == total or stop:
@@ -293,7 +294,7 @@ class Eval:
     test: list[str] = ()                # pictures to classify: a corpus (as in index) whose texts are class names
     classes: str = None                 # text file, a class name a line
     templates: str = None               # text file, a template a line, averaged
-    probe: list[str] = ()               # more pictures with class names: a linear probe learns from them, and is tested on --test
+    probe: list[str] = ()               # pictures with class names that a linear probe learns from; it is tested on --test
     pairs: list[str] = ()               # pictures with captions (one a line, several for a picture): image-text retrieval
     images: str = "."                   # the folder that names in .tsv and .json are relative to
     out: str = None                     # JSON file for the table
@@ -305,14 +306,14 @@ class Eval:
 
 def class_vectors(clip, tokenizer, classes, templates):
     """A zero-shot classifier (C, D): of each class the mean of its texts' features, of length 1 before and after."""
-    texts = [template.replace("{}", name) for name in classes for template in templates]
-    v = texts_of(clip, tokenizer, texts).unflatten(0, (len(classes), len(templates)))        # (C, templates, D)
+    v = texts_of(clip, tokenizer, [query for *_, query in queries_of(classes, templates)])
+    v = v.unflatten(0, (len(classes), len(templates)))        # (C, templates, D)
     return F.normalize(v.mean(1), dim=-1)                # (C, D)
 
 
 @torch.inference_mode()
 def image_features(clip, pairs, args):
-    """u (pairs, D) on the CPU, and how the pictures were read is checked: one that cannot be is an error here."""
+    """u (pairs, D) on the CPU. A picture that cannot be read is an error here."""
     loader = DataLoader(Pictures(pairs, clip.config.vision_config.image_size), args.batch_size, num_workers=args.workers,
                         collate_fn=list)
     u = []
@@ -325,7 +326,7 @@ def image_features(clip, pairs, args):
 
 
 def linear_probe(u, y, u_test, y_test, C):
-    """Accuracy of logistic regression on frozen features; its L2 penalty is the best of seven on a fifth of what it learns from."""
+    """Accuracy of logistic regression on frozen features; its L2 penalty is the best of seven on a fifth that is held out."""
     def fit(u, y, penalty):
         W = torch.zeros(u.shape[1] + 1, C, requires_grad=True)
         lbfgs = torch.optim.LBFGS([W], max_iter=200, line_search_fn="strong_wolfe")
@@ -359,8 +360,9 @@ def evaluate(args):
 
     OURS: top-1, as on ImageNet; ELEVATER's 20 sets have metrics of their own, and its toolkit.
     """
-    if bool(args.test) != bool(args.classes and args.templates) or not (args.test or args.pairs) or args.probe and not args.test:
-        raise ValueError("--test, --classes and --templates go together (then --probe, too, if wanted), or --pairs, or both")
+    together = {bool(args.test), bool(args.classes), bool(args.templates), bool(args.test or args.probe)}
+    if len(together) > 1 or not (args.test or args.pairs):
+        raise ValueError("--test, --classes and --templates go together (--probe may join them), or --pairs, or both")
     left_out = []
     test, probe, pairs = ([*read_pairs(sources, args.images, left_out)] for sources in (args.test, args.probe, args.pairs))
     if left_out:
@@ -378,13 +380,13 @@ def evaluate(args):
         if probe:
             row["linear probe"] = linear_probe(image_features(clip, probe, args), y_probe, u, y, len(classes))
         if pairs:
-            places = list(dict.fromkeys(pair[:3] for pair in pairs))         # a picture may have several texts
-            shown = [next(pair for pair in pairs if pair[:3] == place) for place in places] if len(places) < len(pairs) else pairs
-            u, v = image_features(clip, shown, args), texts_of(clip, tokenizer, [pair.text for pair in pairs]).cpu()
-            mine = torch.tensor([places.index(pair[:3]) for pair in pairs]) == torch.arange(len(places))[:, None]
+            shown = {pair[:3]: pair for pair in pairs}                       # a picture may have several texts
+            number = {place: i for i, place in enumerate(shown)}
+            mine = torch.tensor([number[pair[:3]] for pair in pairs]) == torch.arange(len(shown))[:, None]
+            u, v = image_features(clip, [*shown.values()], args), texts_of(clip, tokenizer, [p.text for p in pairs]).cpu()
             for k in (1, 5):                             # mine (pictures, texts)
                 row[f"I2T R@{k}"], row[f"T2I R@{k}"] = recall_at(u @ v.T, mine, k), recall_at(v @ u.T, mine.T, k)
-    print(f"{len(test)} pictures to classify, {len(classes)} classes x {len(templates)} templates; {len(pairs)} texts to retrieve")
+    print(f"{len(test)} pictures of {len(classes)} classes, {len(templates)} templates; {len(pairs)} texts to retrieve")
     print(f"{'percent':<40}" + "".join(f"{column:>14}" for column in row))
     for name, row in rows.items():
         print(f"{name:<40}" + "".join(f"{100 * value:>14.1f}" for value in row.values()))

@@ -3,7 +3,7 @@ Retrieval for REACT (Diss. Ch. 2): class names x templates are queries; the near
 comes back.
 
     corpus --index--> features of every picture and text, and a FAISS index of each
-    class names x templates (Diss. Eq. 2.1) --retrieve--> texts near a query (T2T, Diss. Eq. 2.2), pictures near it (T2I, Eq. 2.3)
+    class names x templates (Diss. Eq. 2.1) --retrieve--> texts near it (T2T, Diss. Eq. 2.2), or pictures (T2I, 2.3)
 
 react.py has the commands. An index folder:
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from gated import load_clip, tokenise
 from images import load_image, preprocess
-from model import DTYPES, choose_device, choose_dtype
+from model import choose_device, choose_dtype
 from records import PICTURES, image_path, read_json, write_lines
 
 SMALL, LARGE = 10_000, 10_000_000        # pairs: below flat, to the second HNSW (23 GB at 512 dimensions), beyond it compressed
@@ -220,13 +220,14 @@ def fingerprint(clip):
 
 
 @torch.inference_mode()
-def encode(clip, tokenizer, corpus, batch_size, workers, device, dtype, first=0):
+def encode(clip, tokenizer, corpus, args, dtype, first):
     """Yield (index of the first pair, u, v, {index: why its picture cannot be read}) of batches of pairs, from `first` on.
 
     u, v (B, D) float16, of length 1, or zeros where there is no picture.
     """
-    pictures, size = Pictures(corpus, clip.config.vision_config.image_size), clip.config.vision_config.image_size
-    loader = DataLoader(pictures, batch_size, sampler=range(first, len(corpus)), num_workers=workers, collate_fn=list)
+    size, device = clip.config.vision_config.image_size, clip.device
+    loader = DataLoader(Pictures(corpus, size), args.batch_size, sampler=range(first, len(corpus)), num_workers=args.workers,
+                        collate_fn=list)
     bar = tqdm(total=len(corpus), initial=first, desc="encoding", disable=None)
     for batch in loader:
         bad = {first + k: x for k, (x, _) in enumerate(batch) if isinstance(x, str)}
@@ -261,14 +262,14 @@ def index(args):
     if path.exists():
         was = json.loads(path.read_text())
         if differ := [key for key in ("fingerprint", "crc", "sizes") if was[key] != facts[key]]:
-            raise ValueError(f"{out} was begun with another {'CLIP' if differ[0] == 'fingerprint' else 'corpus'} ({was['clip']}, "
-                             f"{was['pairs']} pairs of {', '.join(was['corpus'])}); take another --out")
+            raise ValueError(f"{out} was begun with another {'CLIP' if differ[0] == 'fingerprint' else 'corpus'} "
+                             f"({was['clip']}, {was['pairs']} pairs of {', '.join(was['corpus'])}); take another --out")
         facts |= {"done": was["done"], "bad": was["bad"]}
         print(f"{out}: going on at pair {facts['done']} of {len(corpus)}")
     shape, mode = (len(corpus), clip.config.projection_dim), "r+" if facts["done"] else "w+"
     features = {key: np.lib.format.open_memmap(out / f"{key}.npy", mode, np.float16, shape) for key in KEYS}
     save_json(path, facts)
-    for at, u, v, bad in encode(clip.to(device), tokenizer, corpus, args.batch_size, args.workers, device, dtype, facts["done"]):
+    for at, u, v, bad in encode(clip.to(device), tokenizer, corpus, args, dtype, facts["done"]):
         for key, part in zip(KEYS, (u, v)):
             features[key][at:at + len(part)] = part
             features[key].flush()
@@ -387,8 +388,8 @@ def open_index(folder):
                          f"indexed, and now {now[changed[0]] or 'is gone'}; index it again")
     u = np.load(os.path.join(folder, "image.npy"), mmap_mode="r")
     if len(corpus) != facts["pairs"] or len(u) != facts["pairs"]:
-        raise ValueError(f"{folder}: {len(corpus)} pairs, {len(u)} features, and index.json tells of {facts['pairs']}; the files "
-                         "do not belong together: index again")
+        raise ValueError(f"{folder}: {len(corpus)} pairs, {len(u)} features, and index.json tells of {facts['pairs']}; the "
+                         "files do not belong together: index again")
     return facts, corpus, readable(u)
 
 
@@ -421,15 +422,16 @@ def retrieve(args):
     write_lines(out / "retrieved.jsonl", [{"pair": i, "hits": hits[i]} for i in sorted(hits)])
     best = lambda i, name: max(score for *_, score in hits[i][name])
     of = {name: sorted((i for i in hits if name in hits[i]), key=lambda i: -best(i, name)) for name in classes}
-    report = {"index": args.index, "crc": facts["crc"], "clip": args.clip, "keys": [KEYS[key] for key in args.keys], "k": args.k,
-              "queries": len(queries), "pairs": len(hits), "corpus": len(good), "classes": {
+    keys, said = [KEYS[key] for key in args.keys], sorted(counts.values())
+    report = {"index": args.index, "crc": facts["crc"], "clip": args.clip, "keys": keys, "k": args.k,
+              "queries": len(queries), "pairs": len(hits), "corpus": len(good), "min_score": args.min_score, "classes": {
                   name: {"pairs": len(of[name]), "mean_score": round(float(np.mean([best(i, name) for i in of[name]])), 4),
                          "best": [corpus[i].text for i in of[name][:3]]} for name in classes}}
     save_json(out / "report.json", report)
     draw_grid(out / "grid.png", {name: [corpus[i] for i in of[name][:6]] for name in classes[:12]})
-    said = sorted(counts.values())
-    print(f"{out}: {len(queries):,} queries ({len(classes)} classes x {len(templates)} templates) hit {len(hits):,} of {len(good):,} "
-          f"pairs ({' and '.join(report['keys'])}, k {args.k}); a class has {said[0]} to {said[-1]}, median {said[len(said) // 2]}")
+    print(f"{out}: {len(queries):,} queries ({len(classes)} classes x {len(templates)} templates) hit {len(hits):,} of "
+          f"{len(good):,} pairs ({' and '.join(keys)}, k {args.k}); a class has {said[0]} to {said[-1]}, median "
+          f"{said[len(said) // 2]}")
 
 
 def draw_grid(path, rows):
