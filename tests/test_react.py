@@ -268,3 +268,201 @@ def test_a_pair_is_its_own_positive_whatever_rounding_says():
     v = F.normalize(torch.randn(64, 48), dim=-1)
     assert ((v @ v.T).diagonal() < 1).any()
     assert math.isfinite(react_loss(v, v, 10.0, 1.0).item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpus, index, retrieval
+
+
+def shard(path, pairs, more=()):
+    with tarfile.open(path, "w") as tar:
+        for name, data in [*((f"{i}.{kind}", part) for i, pair in enumerate(pairs) for kind, part in pair.items()), *more]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def png(colour="red", i=0):
+    picture(i, colour).save(data := io.BytesIO(), "png")
+    return data.getvalue()
+
+
+def test_a_corpus_is_read_from_a_table_json_lines_a_folder_or_tar_shards(tmp_path):
+    """The same two pairs in four forms; a picture in a shard is read where it lies."""
+    (tmp_path / "f").mkdir()
+    for i, text in enumerate(["one red", "two  red"]):
+        (tmp_path / "f" / f"{i}.png").write_bytes(png(i=i))
+        (tmp_path / "f" / f"{i}.txt").write_text(text + "\n")
+    (tmp_path / "c.tsv").write_text("0.png\tone red\n1.png\ttwo red\n")
+    (tmp_path / "c.jsonl").write_text('{"image": "0.png", "caption": "one red"}\n{"image": "1.png", "caption": "two red"}\n')
+    shard(tmp_path / "c.tar", [{"png": png(i=0), "txt": b"one red"}, {"png": png(i=1), "json": b'{"caption": "two red"}'}])
+    for source in ("f", "c.tsv", "c.jsonl", "c.tar"):
+        left_out = []
+        pairs = [*retrieve.read_pairs([str(tmp_path / source)], str(tmp_path / "f"), left_out)]
+        assert [pair.text for pair in pairs] == ["one red", "two red"] and not left_out, source
+        assert [pair.picture().tobytes() for pair in pairs] == [picture(i, "red").tobytes() for i in range(2)], source
+
+
+def test_what_cannot_be_a_pair_is_counted_and_shown(clip, tmp_path, capsys):
+    """A torn shard, a member without text, text that is no text, an empty text, a corrupt picture: none is silent."""
+    shard(tmp_path / "a.tar", [{"png": png(), "txt": b"fine"}, {"png": png()}, {"txt": b"alone"}, {"png": png(), "txt": b"\xff"},
+                               {"png": b"no picture", "txt": b"corrupt"}, {"png": png(), "txt": b" "}])
+    shard(tmp_path / "b.tar", [{"png": png(), "txt": b"also fine"}, {"png": png(), "txt": b"lost"}])
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:2048] + b"\x07" * 512 + whole[2560:])            # the second pair's first header
+    react.main(["index", "--clip", clip, "--corpus", str(tmp_path / "a.tar"), str(tmp_path / "b.tar"), "--out",
+                str(tmp_path / "out"), *QUICK])
+    said = capsys.readouterr().out
+    assert "2 pairs, flat; 6 left out" in said
+    left = " ".join(why for _, why in lines(tmp_path / "out" / "left_out.jsonl"))
+    for why in ("no text beside", "no picture beside", "not a text", "empty", "not a readable picture", "damaged at byte 2048"):
+        assert why in left, why
+
+
+def test_features_are_CLIPs_own_of_length_1(clip, corpus, retrieved):
+    """Inner products of the stored features are cosines: transformers' own, to float16's precision."""
+    model = CLIPModel.from_pretrained(clip).eval()
+    pairs = retrieve.Corpus(retrieved / "index")
+    X = torch.stack([retrieve.preprocess(pairs[i].picture(), 28) for i in range(8)])
+    ids = tokenise([pairs[i].text for i in range(8)], byte_tokenizer(), model.config.text_config)
+    out = model(input_ids=ids, pixel_values=X)
+    for key, theirs in (("image", out.image_embeds), ("text", out.text_embeds)):
+        ours = torch.from_numpy(np.load(retrieved / "index" / f"{key}.npy")[:8]).float()
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_an_index_that_was_killed_goes_on(clip, corpus, tmp_path, monkeypatch):
+    """What is encoded is not encoded again, and the result is that of one go; another CLIP or corpus is refused."""
+    command = lambda out: ["index", "--clip", clip, "--corpus", str(corpus / "corpus.tsv"), "--images", str(corpus), "--out",
+                           str(tmp_path / out), "--batch_size", "10", *QUICK]
+    react.main(command("whole"))
+    encode, done = retrieve.encode, []
+
+    def torn(*args):
+        for batch in encode(*args):
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            done.append(batch[0])
+            yield batch
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieve, "encode", torn)
+        with pytest.raises(KeyboardInterrupt):
+            react.main(command("torn"))
+        with pytest.raises(ValueError, match="30 of 64 pairs are encoded"):
+            retrieve.open_index(tmp_path / "torn")
+        done.clear()
+        patch.setattr(retrieve, "encode", lambda *args: (done.append(batch[0]) or batch for batch in encode(*args)))
+        react.main(command("torn"))
+    assert done == [30, 40, 50, 60]
+    for file in ("image.npy", "text.npy", "pairs.jsonl", "text.faiss"):
+        assert (tmp_path / "torn" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    tiny_clip(seed=1).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="begun with another CLIP"):
+        react.main([str(tmp_path / "other") if word == clip else word for word in command("torn")])
+    with pytest.raises(ValueError, match="begun with another corpus"):
+        react.main([word.replace("corpus.tsv", "labels.tsv") for word in command("torn")])
+
+
+def test_every_class_meets_every_template():
+    """Diss. Eq. 2.1: ImageNet's 1,000 classes x 80 templates are 80,000 queries."""
+    queries = retrieve.queries_of([f"class {i}" for i in range(1000)], [f"{i} {{}}" for i in range(80)])
+    assert len(queries) == len(set(queries)) == 80_000 and queries[81] == ("class 1", 1, "1 class 1")
+
+
+def test_what_is_retrieved_is_the_brute_force_top_k_each_once(clip, corpus, retrieved):
+    """Diss. Eqs. 2.2, 2.3: a set of pairs, each with all the queries that hit it."""
+    rows = {row["pair"]: row["hits"] for row in lines(retrieved / "retrieved" / "retrieved.jsonl")}
+    model, tokenizer = load_clip(clip)
+    classes, templates = ["red", "green", "blue", "white"], ["a {} square", "a picture of a {} thing"]
+    want = {}
+    for name in classes:
+        for t, template in enumerate(templates):
+            ids = tokenise([template.format(name)], tokenizer, model.config.text_config)
+            v = model.texts(ids)[0].detach().numpy()
+            for key in ("image", "text"):
+                similar = np.load(retrieved / "index" / f"{key}.npy").astype(np.float32) @ v
+                for i in np.argsort(-similar)[:12]:
+                    want.setdefault(int(i), {}).setdefault(name, set()).add((t, key))
+    got = {i: {name: {(t, key) for t, key, _ in found} for name, found in hits.items()} for i, hits in rows.items()}
+    assert got == want
+    assert len(rows) <= 2 * 8 * 12
+    report = json.loads((retrieved / "retrieved" / "report.json").read_text())
+    assert (report["queries"], report["keys"], report["pairs"]) == (8, ["T2I", "T2T"], len(rows))
+    assert report["classes"]["red"]["pairs"] == sum("red" in hits for hits in rows.values())
+    assert (retrieved / "retrieved" / "grid.png").stat().st_size > 5000
+
+
+def edited(folder, tmp_path, **facts):
+    """A copy of an index folder whose index.json says something else."""
+    copy = tmp_path / "index"
+    subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
+    (copy / "index.json").write_text(json.dumps(json.loads((copy / "index.json").read_text()) | facts))
+    return copy
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("clip", "is not the model that"), ("corpus", "is not of this corpus: .* had 1 bytes"), ("index", "belongs to another index"),
+    ("min_score", "4 of 4 classes have no pair"), ("template", "is no template"), ("classes", "stand there twice"),
+    ("keys", "image .T2I., text .T2T."), ("none", "no index.json")])
+def test_what_does_not_belong_together_is_said(clip, corpus, retrieved, tmp_path, wrong, message):
+    """Features of another model, a corpus that has changed, an index of another corpus, a class without a hit, ..."""
+    folder, more = retrieved / "index", []
+    classes, templates = corpus / "classes.txt", corpus / "templates.txt"
+    if wrong == "clip":
+        tiny_clip(seed=1).save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        clip = str(tmp_path)
+    elif wrong == "corpus":
+        folder = edited(folder, tmp_path, sizes={str(corpus / "corpus.tsv"): 1})
+    elif wrong == "index":
+        folder = edited(folder, tmp_path)
+        faiss.write_index(faiss.IndexFlatIP(24), str(folder / "image.faiss"))
+    elif wrong == "min_score":
+        more = ["--min_score", "1.5"]
+    elif wrong == "template":
+        (templates := tmp_path / "t.txt").write_text("a photo\n")
+    elif wrong == "classes":
+        (classes := tmp_path / "c.txt").write_text("red\nred\n")
+    elif wrong == "keys":
+        more = ["--keys", "sound"]
+    else:
+        folder = tmp_path
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        react.main(["retrieve", "--index", str(folder), "--clip", clip, "--classes", str(classes), "--templates", str(templates),
+                    "--out", str(tmp_path / "out"), "--device", "cpu", *more])
+
+
+def clusters(n, queries, D=512, centres=200, seed=0):
+    """Unit vectors around centres, and queries nearer to these: (features float16, queries float32)."""
+    rng = np.random.default_rng(seed)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    middle = unit(rng.standard_normal((centres, D), dtype=np.float32))
+    near = lambda n, noise: unit(middle[rng.integers(centres, size=n)] + noise * rng.standard_normal((n, D), dtype=np.float32))
+    parts = [near(min(2 ** 16, n - at), 0.08).astype(np.float16) for at in range(0, n, 2 ** 16)]
+    return np.concatenate(parts), near(queries, 0.03)
+
+
+def recall(index, exact, queries, k=50):
+    found, truth = (retrieve.search(i, queries, k)[1] for i in (index, exact))
+    return np.mean([len({*a} & {*b}) / k for a, b in zip(found, truth)])
+
+
+def test_hnsw_finds_what_exact_search_finds():
+    """recall@50 >= 0.98 on 5,000 clustered vectors of 512 dimensions; 200,000 are in the slow test."""
+    features, queries = clusters(5_000, 200)
+    exact, hnsw = (retrieve.build(features, np.arange(5_000), kind) for kind in ("flat", "hnsw"))
+    assert recall(hnsw, exact, queries) >= 0.98
+
+
+def test_the_kind_of_index_follows_the_number_of_pairs():
+    """Flat below 10,000 pairs, HNSW to 10 million, then compressed."""
+    assert [retrieve.kind_for(n) for n in (9_999, 10_000, 10_000_000, 10_000_001)] == ["flat", "hnsw", "hnsw", "compressed"]
+
+
+def test_a_compressed_index_finds_most_and_is_a_quarter_of_float16():
+    """OPQ, inverted lists, product quantiser: half a byte a dimension."""
+    features, queries = clusters(12_000, 100, D=32, centres=100)
+    exact, small = (retrieve.build(features, np.arange(12_000), kind) for kind in ("flat", "compressed"))
+    assert recall(small, exact, queries) > 0.5
+    assert faiss.extract_index_ivf(small).code_size == 32 // 2
