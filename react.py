@@ -195,7 +195,7 @@ def train(config):
     theta = customise(clip, config.train, config.gated_layers)
     clip.to(machine.device)
     if config.checkpoint_activations:
-        clip.train().gradient_checkpointing_enable({"use_reentrant": False})
+        clip.train().gradient_checkpointing_enable()
     batches = Batches(corpus, pairs, tokenizer, config, clip.config, machine)
     total = min(batches.per_epoch * config.epochs, sys.maxsize if config.max_steps is None else config.max_steps)
     say(f"\n{machine.world_size} x {machine.device.type}, computing in {str(machine.dtype)[6:]} ({machine.reason})")
@@ -311,7 +311,7 @@ def class_vectors(clip, tokenizer, classes, templates):
     return F.normalize(v.mean(1), dim=-1)                # (C, D)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def image_features(clip, pairs, args):
     """u (pairs, D) on the CPU. A picture that cannot be read is an error here."""
     loader = DataLoader(Pictures(pairs, clip.config.vision_config.image_size), args.batch_size, num_workers=args.workers,

@@ -318,7 +318,7 @@ def search(index, queries, k):
     """The k nearest of each query (Q, D) float32: similarities and numbers, (Q, k); -1 is none."""
     space = faiss().ParameterSpace()
     if isinstance(index, faiss().IndexHNSW):
-        space.set_index_parameter(index, "efSearch", max(64, 2 * k))         # FAISS's 16 is for less than 50 neighbours
+        space.set_index_parameter(index, "efSearch", 64 * k)                 # thorough: queries are few beside the pairs
     elif not isinstance(index, faiss().IndexFlat):
         space.set_index_parameter(index, "nprobe", 64)
     return index.search(queries, min(k, index.ntotal))
