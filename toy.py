@@ -586,7 +586,7 @@ def family(args):
         print(f"{answers.stem.removeprefix('held_out_'):10s} " + "  ".join(f"{k} {v:5.1f}" for k, v in scores.items()))
 
 
-TARGETS = HELD_OUT + SEEN[::7]           # 14 classes for REACT: 8 that no picture of CLIP's pretraining showed, and 6 that some did
+TARGETS = HELD_OUT + SEEN[::7]           # 14 classes for REACT: 8 that the toy's CLIP has never seen, and 6 that it has
 
 
 def react_world(args):
@@ -605,10 +605,9 @@ def react_world(args):
                 if t.pair == pair: return Scene((t,))
 
     def save(name, scenes, texts):
-        for i, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
+        for i, scene in enumerate(scenes):
             draw(scene).save(out / "images" / f"{name}_{i}.png")
-        rows = [f"{name}_{i}.png\t{text}\n" for i, text in enumerate(texts)]
-        (out / f"{name}.tsv").write_text("".join(rows))
+        (out / f"{name}.tsv").write_text("".join(f"{name}_{i}.png\t{text}\n" for i, text in enumerate(texts)))
 
     scenes = [sample_scene(rng, PAIRS, TARGETS) if i % 3 == 0 else sample_scene(rng, others) for i in range(args.pictures)]
     scenes = [dark(scene) if rng.random() < 2 / 3 else scene for scene in scenes]

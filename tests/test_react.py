@@ -20,8 +20,9 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 import react
 import retrieve
+import toy
 from checkpoint import load_part
-from conftest import ROOT, byte_tokenizer, lines, save_parts, start_script, run_script
+from conftest import ROOT, byte_tokenizer, lines, run_script, save_parts, start_script
 from gated import ROWS, GatedCLIP, GatedLayer, VisionTower, customise, gate, load_clip, tokenise
 from model import LLaVA
 from react import react_loss
@@ -667,3 +668,16 @@ def test_the_customised_tower_is_g_of_a_LLaVA(retrieved, clip, chats, tmp_path):
     code, said = run_script(tmp_path, "sample.py", "--model", "s2", "--image", "x.png", "--question", "What?",
                             "--max_new_tokens", "3", "--device", "cpu")
     assert code == 0, said
+
+
+def test_the_toys_corpus_concerns_its_classes_in_part(tmp_path):
+    """runs/react_toy.sh: a third of the corpus has a target among its things, and the test's pictures are dark."""
+    toy.main(["react", "--out", str(tmp_path), "--pictures", "90", "--tests", "2"])
+    classes = retrieve.read_lines(tmp_path / "classes.txt", "class names")
+    left_out = []
+    corpus, test = ([*retrieve.read_pairs([str(tmp_path / name)], tmp_path / "images", left_out)]
+                    for name in ("corpus.tsv", "test.tsv"))
+    assert (len(corpus), len(test), len(classes), left_out) == (90, 28, 14, [])
+    assert 15 < sum(any(name in pair.text for name in classes) for pair in corpus) <= 30
+    assert react.labels_of(test, classes).tolist() == [i // 2 for i in range(28)]
+    assert all(np.asarray(pair.picture())[0, 0, 0] <= 120 for pair in test)
