@@ -17,6 +17,7 @@ import signal
 import sys
 import textwrap
 import time
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -190,6 +191,9 @@ def train(config):
     if index_facts["crc"] != facts["crc"]:
         raise ValueError(f"--retrieved {config.retrieved} is of another corpus than {facts['index']} now has; retrieve again")
     pairs = np.array([row["pair"] for row in whole_lines(os.path.join(config.retrieved, "retrieved.jsonl"))])
+    if len(pairs) != facts["pairs"]:
+        raise ValueError(f"--retrieved {config.retrieved}: {len(pairs)} pairs, and report.json tells of {facts['pairs']}; "
+                         "retrieve again")
     torch.manual_seed(config.seed)                       # the gated blocks' initial values
     clip, tokenizer = load_clip(config.clip)
     theta = customise(clip, config.train, config.gated_layers)
@@ -211,7 +215,7 @@ def train(config):
 
     adamw = optimiser(theta, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    checksum = [facts["crc"], len(pairs), int(pairs.sum())]
+    checksum = zlib.crc32(pairs.tobytes(), facts["crc"])
     first = load_state(state_folder, config, theta, adamw, scaler, checksum) if config.resume else 0
     wrapped = clip if machine.world_size == 1 else DistributedDataParallel(clip)
     gather = Gather.apply if machine.world_size > 1 else lambda x: x
