@@ -153,14 +153,14 @@ class Corpus:
 
 
 def list_pairs(folder, sources, images):
-    """Write pairs.jsonl and ends.npy; returns (their checksum, what was left out)."""
+    """Write pairs.jsonl and ends.npy, with new_ before their names; returns (their checksum, what was left out)."""
     ends, crc, left_out = [0], 0, []
-    with open(os.path.join(folder, "pairs.jsonl"), "wb") as f:
+    with open(os.path.join(folder, "new_pairs.jsonl"), "wb") as f:
         for pair in read_pairs(sources, images, left_out):
             line = json.dumps(pair, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
             crc = zlib.crc32(line, crc)
             ends.append(ends[-1] + f.write(line))
-    np.save(os.path.join(folder, "ends.npy"), np.array(ends))
+    np.save(os.path.join(folder, "new_ends.npy"), np.array(ends))
     if len(ends) == 1:
         raise ValueError(f"{', '.join(sources)}: no pair of a picture and a text in it; {said(left_out)}")
     return crc, left_out
@@ -255,17 +255,20 @@ def index(args):
     clip, tokenizer = load_clip(args.clip)
     out.mkdir(parents=True, exist_ok=True)
     crc, left_out = list_pairs(out, args.corpus, args.images)
-    corpus, path = Corpus(out), out / "index.json"
-    kind = args.kind if args.kind != "auto" else kind_for(len(corpus))
-    facts = {"clip": args.clip, "fingerprint": fingerprint(clip), "corpus": list(args.corpus), "images": args.images,
-             "crc": crc, "sizes": sizes_of(args.corpus), "pairs": len(corpus), "done": 0, "bad": {}, "kind": kind}
+    facts, path = {"clip": args.clip, "fingerprint": fingerprint(clip), "corpus": list(args.corpus), "images": args.images,
+                   "crc": crc, "sizes": sizes_of(args.corpus), "done": 0, "bad": {}}, out / "index.json"
     if path.exists():
         was = json.loads(path.read_text())
         if differ := [key for key in ("fingerprint", "crc", "sizes") if was[key] != facts[key]]:
             raise ValueError(f"{out} was begun with another {'CLIP' if differ[0] == 'fingerprint' else 'corpus'} "
                              f"({was['clip']}, {was['pairs']} pairs of {', '.join(was['corpus'])}); take another --out")
         facts |= {"done": was["done"], "bad": was["bad"]}
-        print(f"{out}: going on at pair {facts['done']} of {len(corpus)}")
+        print(f"{out}: going on at pair {facts['done']} of {was['pairs']}")
+    for name in ("pairs.jsonl", "ends.npy"):
+        os.replace(out / f"new_{name}", out / name)
+    corpus = Corpus(out)
+    kind = args.kind if args.kind != "auto" else kind_for(len(corpus))
+    facts |= {"pairs": len(corpus), "kind": kind}
     shape, mode = (len(corpus), clip.config.projection_dim), "r+" if facts["done"] else "w+"
     features = {key: np.lib.format.open_memmap(out / f"{key}.npy", mode, np.float16, shape) for key in KEYS}
     save_json(path, facts)
@@ -422,7 +425,7 @@ def retrieve(args):
     write_lines(out / "retrieved.jsonl", [{"pair": i, "hits": hits[i]} for i in sorted(hits)])
     best = lambda i, name: max(score for *_, score in hits[i][name])
     of = {name: sorted((i for i in hits if name in hits[i]), key=lambda i: -best(i, name)) for name in classes}
-    keys, said = [KEYS[key] for key in args.keys], sorted(counts.values())
+    keys, sizes = [KEYS[key] for key in args.keys], sorted(counts.values())
     report = {"index": args.index, "crc": facts["crc"], "clip": args.clip, "keys": keys, "k": args.k,
               "queries": len(queries), "pairs": len(hits), "corpus": len(good), "min_score": args.min_score, "classes": {
                   name: {"pairs": len(of[name]), "mean_score": round(float(np.mean([best(i, name) for i in of[name]])), 4),
@@ -430,8 +433,8 @@ def retrieve(args):
     save_json(out / "report.json", report)
     draw_grid(out / "grid.png", {name: [corpus[i] for i in of[name][:6]] for name in classes[:12]})
     print(f"{out}: {len(queries):,} queries ({len(classes)} classes x {len(templates)} templates) hit {len(hits):,} of "
-          f"{len(good):,} pairs ({' and '.join(keys)}, k {args.k}); a class has {said[0]} to {said[-1]}, median "
-          f"{said[len(said) // 2]}")
+          f"{len(good):,} pairs ({' and '.join(keys)}, k {args.k}); a class has {sizes[0]} to {sizes[-1]}, "
+          f"median {sizes[len(sizes) // 2]}")
 
 
 def draw_grid(path, rows):

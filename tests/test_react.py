@@ -364,6 +364,7 @@ def test_an_index_that_was_killed_goes_on(clip, corpus, tmp_path, monkeypatch):
         react.main([str(tmp_path / "other") if word == clip else word for word in command("torn")])
     with pytest.raises(ValueError, match="begun with another corpus"):
         react.main([word.replace("corpus.tsv", "labels.tsv") for word in command("torn")])
+    assert (tmp_path / "torn" / "pairs.jsonl").read_bytes() == (tmp_path / "whole" / "pairs.jsonl").read_bytes()
 
 
 def test_every_class_meets_every_template():
