@@ -235,7 +235,8 @@ def encode(clip, tokenizer, corpus, args, dtype, first):
         ids = tokenise([text for _, text in batch], tokenizer, clip.config.text_config)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             u, v = (part.half().cpu().numpy() for part in clip(X.to(device), ids.to(device))[:2])
-        u[rows := [i - first for i in bad]] = v[rows] = 0
+        for i in bad:
+            u[i - first] = v[i - first] = 0
         yield first, u, v, bad
         first += len(batch)
         bar.update(len(batch))
@@ -286,7 +287,6 @@ def index(args):
         raise ValueError(f"{out}: not one of {len(corpus)} pictures can be read; {said(left_out)}")
     for key in KEYS:
         faiss().write_index(build(features[key], good, kind), str(out / f"{key}.faiss"))
-    save_json(path, facts)
     print(f"{out}: {len(good):,} pairs, {kind}; {said(left_out)}")
 
 
