@@ -476,7 +476,7 @@ def test_a_compressed_index_finds_most_and_is_a_quarter_of_float16():
 
 @pytest.mark.slow
 def test_two_hundred_thousand_and_a_million_vectors(tmp_path):
-    """recall@50 >= 0.98 of 200,000 vectors of 512 dimensions; a million and 10,000 queries in 10 minutes of two cores and 8 GB."""
+    """recall@50 >= 0.98 of 200,000 vectors of 512 dimensions; a million and 10,000 queries: 10 minutes of two cores, 8 GB."""
     features, queries = clusters(200_000, 1000)
     exact, hnsw = (retrieve.build(features, np.arange(200_000), kind) for kind in ("flat", "hnsw"))
     assert recall(hnsw, exact, queries) >= 0.98
