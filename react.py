@@ -391,9 +391,10 @@ def evaluate(args):
             for k in (1, 5):                             # mine (pictures, texts)
                 row[f"I2T R@{k}"], row[f"T2I R@{k}"] = recall_at(u @ v.T, mine, k), recall_at(v @ u.T, mine.T, k)
     print(f"{len(test)} pictures of {len(classes)} classes, {len(templates)} templates; {len(pairs)} texts to retrieve")
-    print(f"{'percent':<40}" + "".join(f"{column:>14}" for column in row))
+    width = max(map(len, ["percent", *rows]))
+    print(f"{'percent':<{width}}" + "".join(f"{column:>14}" for column in row))
     for name, row in rows.items():
-        print(f"{name:<40}" + "".join(f"{100 * value:>14.1f}" for value in row.values()))
+        print(f"{name:<{width}}" + "".join(f"{100 * value:>14.1f}" for value in row.values()))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")

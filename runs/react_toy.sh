@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # REACT in miniature (Diss. Ch. 2, Table 2.6 and the retrieval-size row), offline, on two CPU cores: class names, a corpus, and
 # a toy CLIP that has never seen dark paper.
-#     bash runs/react_toy.sh [seed] [folder]      folder is emptied first
+#     bash runs/react_toy.sh [seed] [folder]      about 10 minutes of processor time; folder is emptied first
 source "$(dirname "$0")/env.sh"
 SEED=${1:-0} OUT=${2:-out/react_toy}
 W=$OUT/world
