@@ -7,6 +7,7 @@ How fast, and in how much memory: this code beside what one would run otherwise,
     python bench.py data                             pictures a second; padding of bucketed, packed and random batches
     python bench.py g --size 135m                    g alone, which `train` is given the features of
     python bench.py scale --size 135m --stage 2      seconds and memory with length, pictures and batch: a plot
+    python bench.py index                            REACT's retrieval: recall, seconds and memory of HNSW
     python bench.py recipes                          FLOPs, hours and fitting micro-batches of what is published
 
 The peers (peers.py): transformers' LlavaForConditionalGeneration in the loop that a careful user would write (padded batches in
@@ -37,6 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel,
                           LlamaConfig, PreTrainedTokenizerFast)
 
+import retrieve
 import train as training
 from cost import Longest, Setting, estimate, fitting, flops_of
 from data import IGNORE, collate, micro_batches, plan_epoch
@@ -457,6 +459,39 @@ def vision(args):
           f"{times_as_long(times['theirs'], times['ours'])}; equal features")
 
 
+def clusters(n, queries, D=512, centres=200, seed=0):
+    """Unit vectors around centres, and queries nearer to these: (features float16, queries float32)."""
+    rng = np.random.default_rng(seed)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    middle = unit(rng.standard_normal((centres, D), dtype=np.float32))
+    near = lambda n, far: unit(middle[rng.integers(centres, size=n)] + far * rng.standard_normal((n, D), dtype=np.float32))
+    parts = [near(min(2 ** 16, n - at), 0.08).astype(np.float16) for at in range(0, n, 2 ** 16)]
+    return np.concatenate(parts), near(queries, 0.03)
+
+
+def recall(index, exact, queries, k=50):
+    """Share of the k nearest vectors that an index finds."""
+    found, truth = (retrieve.search(i, queries, k)[1] for i in (index, exact))
+    return np.mean([len({*a} & {*b}) / k for a, b in zip(found, truth)])
+
+
+def index(args):
+    """REACT's retrieval (Diss. Ch. 2): HNSW beside exact search on 200,000 vectors of 512 dimensions; then a million of them
+    indexed from a file, and 10,000 queries for their 50 nearest."""
+    cpu, n = torch.device("cpu"), 200_000
+    features, queries = clusters(n, 1000)
+    exact, hnsw = (retrieve.build(features, np.arange(n), kind) for kind in ("flat", "hnsw"))
+    print(f"{n:,} vectors: recall@50 of HNSW {recall(hnsw, exact, queries):.4f}", flush=True)
+    del exact, hnsw
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/features.npy", clusters(5 * n, 0)[0])
+        features, queries, made = np.load(f"{folder}/features.npy", mmap_mode="r"), clusters(1, 10_000)[1], []
+        build = seconds(lambda: made.append(retrieve.build(features, np.arange(5 * n), "hnsw")), cpu)
+        search = seconds(lambda: retrieve.search(made[0], queries, 50), cpu)
+    print(f"{5 * n:,} vectors: indexed in {build:.0f} s, {len(queries):,} queries in {search:.0f} s, "
+          f"{training.peak_memory(cpu) / 1e9:.1f} GB at the peak, {torch.get_num_threads()} threads")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # scale
 
@@ -566,7 +601,7 @@ def recipes(args):
 
 
 COMMANDS = {"train": train, "memory": peak_memory, "generate": generate, "data": data, "g": vision, "scale": scale,
-            "recipes": recipes}
+            "index": index, "recipes": recipes}
 
 
 def main(argv=None):

@@ -29,12 +29,13 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel,
-                          LlavaConfig, LlavaNextConfig)
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig, LlavaConfig,
+                          LlavaNextConfig)
 
 import tiles
 from data import TEMPLATES, check_template, template_for
 from checkpoint import COMPUTED, hf_keys, load_part, load_settings, load_tokenizer, save_settings, view_from
+from gated import VisionTower
 from records import IMAGE, run_command, typed_flags
 
 
@@ -317,7 +318,7 @@ def to_ours(args):
 
     ours = {name: table[theirs] for name, theirs in names.items()}
     if not inside:
-        g = load_part(CLIPVisionModel, vision, "vision", dtype)
+        g = load_part(VisionTower, vision, "vision", dtype)
         ours |= hf_keys({f"vision_tower.{name}": entry for name, entry in given(g.state_dict()).items()})
     if not mlp:                                         # as in LLaVA.to_hf_keys
         D, dtype = ours["multi_modal_projector.linear_1.bias"][0].shape[0], ours["multi_modal_projector.linear_1.bias"][0].dtype

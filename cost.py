@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, CLIPVisionModel
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from gated import VisionTower
 from lora import add_adapters
 from model import CHUNK, LLaVA
 
@@ -47,7 +48,7 @@ class Setting(NamedTuple):
         compute with copies in `dtype`; without them, what trains stays in fp32."""
         config = self.config
         f_phi = AutoModelForCausalLM.from_config(self.text_config, attn_implementation=UNMASKED)
-        g = CLIPVisionModel(self.vision_config)
+        g = VisionTower(self.vision_config)
         model = LLaVA(g, f_phi, self.tokenizer, config.feature_layer, projector=config.projector)
         model.look(self.view)
         model.set_stage(config.stage, train_g=config.lr_g is not None)

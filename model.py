@@ -25,14 +25,14 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig, LlavaConfig,
-                          LlavaNextConfig)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig, LlavaNextConfig
 from transformers.initialization import no_init_weights
 
 import lora
 import tiles
 from checkpoint import PREFIX, PROJECTORS, hf_keys, load_part, load_settings, load_tokenizer, save_settings
 from decode import Past, Plain
+from gated import VisionTower
 from images import view_of
 from records import IMAGE
 
@@ -43,7 +43,7 @@ CHUNK = 2 ** 24      # logits in memory at once: those of 523 answer tokens at 3
 class LLaVA(nn.Module):
     """f_phi over [H_v, H_q], with H_v = W g(X_v) (Sec. 4.1, Fig. 1).
 
-    g            CLIPVisionModel
+    g            CLIPVisionModel, maybe with gated blocks (gated.py)
     f_phi        any AutoModelForCausalLM whose logits are a plain linear head over its hidden states
                  (tested: Llama, Mistral, Qwen2; tied and untied heads)
     tokenizer    f_phi's tokenizer; it must know `<image>` (see `from_parts`)
@@ -290,7 +290,7 @@ class LLaVA(nn.Module):
         The tokenizer gets `<image>`. Where the vocabulary has no spare row for it, the embeddings grow to the
         next multiple of 64 (32,000 to 32,064 for Vicuna); new rows are the mean of the old ones.
         """
-        g = load_part(CLIPVisionModel, vision, "vision", dtype)
+        g = load_part(VisionTower, vision, "vision", dtype)
         f_phi = load_part(AutoModelForCausalLM, llm, "llm", dtype)
         tokenizer = load_tokenizer(llm)
         old = f_phi.get_input_embeddings().num_embeddings
@@ -318,7 +318,7 @@ class LLaVA(nn.Module):
         if (found := config.image_token_index) != (image_id := tokenizer.convert_tokens_to_ids(IMAGE)):
             raise ValueError(f"{folder}: image_token_index in config.json is {found}; in its tokenizer {IMAGE} is {image_id}")
         with no_init_weights():                          # every weight is about to be overwritten
-            g = CLIPVisionModel(config.vision_config)
+            g = VisionTower(config.vision_config)
             f_phi = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
             f_phi.tie_weights()
             model = cls(g, f_phi, tokenizer, config.vision_feature_layer, meta, projector)
@@ -339,16 +339,18 @@ class LLaVA(nn.Module):
         """Write the checkpoint folder that `transformers`, vLLM, SGLang and llama.cpp's converter read.
 
         `dtype` casts the weights; `state` is the state dict, where it was gathered already. The chat template is the
-        tokenizer's; what we add lies under "minllava".
+        tokenizer's; what we add lies under "minllava". A gated g (gated.py) is for us alone: no other program has such blocks,
+        and `architectures` names a model that none of them knows.
         """
         dtype, tiling = dtype or next(self.W.parameters()).dtype, self.view.tiling
+        gated = "Gated" * bool(getattr(self.g.config, "gated_layers", 0))
         config = (LlavaNextConfig if tiling else LlavaConfig)(           # copies: it writes into the configs that it is given
             vision_config=self.g.config.to_dict() | {"dtype": dtype},
             text_config=self.f_phi.config.to_dict() | {"dtype": dtype},
             image_token_index=self.image_id, image_seq_length=self.N,
             vision_feature_layer=self.feature_layer, vision_feature_select_strategy="default",
             projector_hidden_act=PROJECTORS[self.projector][0], multimodal_projector_bias=True,
-            architectures=[f"Llava{'Next' * bool(tiling)}ForConditionalGeneration"],
+            architectures=[f"{gated}Llava{'Next' * bool(tiling)}ForConditionalGeneration"],
             pad_token_id=self.tokenizer.pad_token_id, dtype=dtype, minllava=self.meta)
         os.makedirs(folder, exist_ok=True)
         if os.path.isfile(last := os.path.join(folder, "config.json")):

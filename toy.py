@@ -4,9 +4,10 @@
     python toy.py report    --out out/toy                   accuracies -> results.json, pictures and curves -> report.png
     python toy.py ablations --out out/toy_ablations         Tables 4 and 8 in miniature, beside the paper's
     python toy.py family    --out out/toy_family            LLaVA-1.5, 1.5-HD and NeXT where things are details
+    python toy.py react     --out out/react_toy/world       a corpus for REACT, in which few pictures concern its classes
 
 Between the first two stand the data (generate_data.py), the paper's two stages (train.py) and the answers (sample.py);
-runs/toy.sh has all of it, runs/toy_ablations.sh and runs/toy_family.sh what comes before the others.
+runs/toy.sh has all of it, runs/toy_ablations.sh, runs/toy_family.sh and runs/react_toy.sh what comes before the others.
 Everything in this file is OURS: the paper has no toy. What each piece stands in for:
 
     the world               COCO: photographs, five captions and the boxes of each
@@ -585,12 +586,47 @@ def family(args):
         print(f"{answers.stem.removeprefix('held_out_'):10s} " + "  ".join(f"{k} {v:5.1f}" for k, v in scores.items()))
 
 
+TARGETS = HELD_OUT + SEEN[::7]           # 14 classes for REACT: 8 that the toy's CLIP has never seen, and 6 that it has
+
+
+def react_world(args):
+    """For REACT (Diss. Ch. 2): class names, templates, a corpus of captioned pictures, and what a CLIP is tested on.
+
+    A third of the corpus shows a target among other things. Two thirds of it, and all pictures of the test, lie on dark paper,
+    which the toy's CLIP has never seen; the captions do not say so. Pictures with captions to retrieve are as CLIP knows them.
+    """
+    out, rng = Path(args.out), random.Random(args.seed)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    others, dark = [pair for pair in PAIRS if pair not in TARGETS], lambda scene: Scene(scene.things, rng.randint(60, 120))
+
+    def single(pair):
+        while True:
+            for t in sample_scene(rng, PAIRS, [pair]).things:
+                if t.pair == pair: return Scene((t,))
+
+    def save(name, scenes, texts):
+        for i, scene in enumerate(scenes):
+            draw(scene).save(out / "images" / f"{name}_{i}.png")
+        (out / f"{name}.tsv").write_text("".join(f"{name}_{i}.png\t{text}\n" for i, text in enumerate(texts)))
+
+    scenes = [sample_scene(rng, PAIRS, TARGETS) if i % 3 == 0 else sample_scene(rng, others) for i in range(args.pictures)]
+    scenes = [dark(scene) if rng.random() < 2 / 3 else scene for scene in scenes]
+    save("corpus", scenes, [caption(scene, rng) for scene in scenes])
+    shown = [pair for pair in TARGETS for _ in range(args.tests)]
+    save("test", [dark(single(pair)) for pair in shown], [" ".join(pair) for pair in shown])
+    scenes = [sample_scene(rng) for _ in range(300)]
+    save("captions", scenes, [caption(scene, rng) for scene in scenes])
+    (out / "classes.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in TARGETS))
+    (out / "templates.txt").write_text("a {}.\na picture of a {}.\nthere is a {}.\n")
+    print(f"{out}: a corpus of {args.pictures} pictures, {len(shown)} to classify as one of {len(TARGETS)}, 300 with captions")
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, run in (("world", world), ("report", report), ("answer_first", turn_answers), ("ablations", ablations),
-                         ("family", family)):
+                         ("family", family), ("react", react_world)):
         sub = commands.add_parser(command, help=run.__doc__, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--out", required=True)
@@ -598,6 +634,10 @@ def arguments(argv):
             sub.add_argument("--data", required=True)
         if command == "report":
             sub.add_argument("--minutes", nargs="*", default=[], metavar="PHASE=MINUTES", help="copied into results.json")
+        if command == "react":
+            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--pictures", type=int, default=6000, help="pictures of the corpus")
+            sub.add_argument("--tests", type=int, default=25, help="pictures of each class to classify")
         if command == "world":
             sub.add_argument("--seed", type=int, default=0)
             sub.add_argument("--side", type=int, default=SIDE, choices=[SIDE, 2 * SIDE],

@@ -428,6 +428,8 @@ def theta_table(model, theta):
         trains = sum(p.numel() for name, p in parameters.items() if name in theta)
         said = "frozen" if not trains else "yes" if trains == n else f"{trains:,} of them"
         lines.append(f"  {part:<12}{n:>18,}   {said:<7}  {str(kind)[6:]}")
+    if k := getattr(model.g.config, "gated_layers", 0):
+        lines.append(f"  g has {k} gated layers (gated.py): only minLLaVA can run what is saved, not transformers or vLLM")
     return lines
 
 
@@ -619,7 +621,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def plot_losses(folder):
+def plot_losses(folder, ylabel="loss per answer token"):
     """loss.png from log.jsonl; where a resumed run did a step twice, the later one counts."""
     import matplotlib
     matplotlib.use("Agg")
@@ -630,7 +632,7 @@ def plot_losses(folder):
     fig, ax = plt.subplots(figsize=(7, 4))
     ax.plot(list(loss), list(loss.values()), lw=0.8, label="training")
     ax.plot(list(val), list(val.values()), "o-", ms=3, label="held out")
-    ax.set(xlabel="step", ylabel="loss per answer token", title=folder)
+    ax.set(xlabel="step", ylabel=ylabel, title=folder)
     ax.legend()
     fig.savefig(os.path.join(folder, "loss.png"), dpi=120)
     plt.close(fig)

@@ -68,6 +68,7 @@ def parsers():
     import data
     import eval as eval_py
     import generate_data
+    import react
     import sample
     import serve
     import toy
@@ -77,6 +78,7 @@ def parsers():
     return {"train.py": train.resolve, "data.py": data.arguments, "generate_data.py": generate_data.arguments,
             "toy.py": toy.arguments, "toy_pretrain.py": toy_pretrain.arguments, "eval.py": eval_py.arguments,
             "academic.py": academic.arguments, "convert.py": convert.arguments,
+            "react.py": react.arguments,
             "sample.py": lambda argv: typed_flags(sample.Config, argv, "", sample.CHOICES),
             "serve.py": lambda argv: typed_flags(serve.Config, argv, "", sample.CHOICES)}
 
@@ -102,6 +104,7 @@ def test_the_commands_of_the_run_scripts_parse():
         for line in path.read_text().replace("\\\n", " ").splitlines():
             if found := re.search(r"^[^#]*\b(?:python|torchrun \S+) (\w+\.py) (.*)", line):
                 rest = re.sub(r'--recipe "?\$\{?[\w:.-]+\}?"?', "--recipe toy", open_ended.sub("", found[2]))
+                rest = rest.replace('--train "$1"', "--train full")
                 words = shlex.split(re.sub(r"\$\w+|\$\{.*?\}", "1", rest), comments=True)
                 read[found[1]](words)
                 seen.add(" ".join([found[1], *(w for w in words[:2] if not w.startswith("-"))]))

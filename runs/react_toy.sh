@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# REACT in miniature (Diss. Ch. 2, Table 2.6 and the retrieval-size row), offline, on two CPU cores: class names, a corpus, and
+# a toy CLIP that has never seen dark paper.
+#     bash runs/react_toy.sh [seed] [folder]      about 10 minutes of processor time; folder is emptied first
+source "$(dirname "$0")/env.sh"
+SEED=${1:-0} OUT=${2:-out/react_toy}
+W=$OUT/world
+export OMP_NUM_THREADS=1     # two trainings run side by side
+rm -rf "$OUT"
+
+retrieve() {   # retrieve K: texts near the queries (T2T); CLIP's own image tower would find what it knows already
+    python react.py retrieve --index "$OUT/index" --clip toy_parts/clip --classes "$W/classes.txt" --templates "$W/templates.txt" --keys text --k "$1" --out "$OUT/retrieved_$1"
+}
+tune() {       # tune ROW LR K
+    python react.py train --clip toy_parts/clip --retrieved "$OUT/retrieved_$3" --train "$1" --lr "$2" --out "$OUT/$1_$3" --gated_layers 2 --no-augment --global_batch_size 64 --epochs 1000 --max_steps 250 --workers 0 --seed "$SEED" > "$OUT/$1_$3.log"
+}
+
+python toy.py react --out "$W" --seed "$SEED"
+python react.py index --clip toy_parts/clip --corpus "$W/corpus.tsv" --images "$W/images" --out "$OUT/index" --workers 0
+for k in 5 20 60; do retrieve "$k"; done
+GATED=3e-3 OWN=3e-4          # the paper's rates, 5e-4 and 5e-5, are as far apart
+tune locked_text_gated_image $GATED 60 & tune locked_text $OWN 60; wait $!
+tune locked_image $OWN 60 & tune full $OWN 60; wait $!
+tune gated_text $GATED 60 & tune gated_both $GATED 60; wait $!
+tune locked_text_gated_image $GATED 5 & tune locked_text_gated_image $GATED 20; wait $!
+python react.py eval --models toy_parts/clip "$OUT"/{locked_image,locked_text,full,gated_text,locked_text_gated_image,gated_both}_60 "$OUT"/locked_text_gated_image_{5,20} --test "$W/test.tsv" --classes "$W/classes.txt" --templates "$W/templates.txt" --pairs "$W/captions.tsv" --images "$W/images" --workers 0 --out "$OUT/results.json"
