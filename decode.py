@@ -67,7 +67,11 @@ class Fast:
     def cache(self, B, room):
         """`kv`: (K, V) of each layer, (B, G, room, d), of which the first `length` places are taken."""
         shape = B, self.G, -(-room // ROOM) * ROOM, self.d
-        return SimpleNamespace(length=0, kv=[(self.norm.new_zeros(shape), self.norm.new_zeros(shape)) for _ in self.layers])
+        kv = [(self.norm.new_zeros(shape), self.norm.new_zeros(shape)) for _ in self.layers]
+        if self.compiled:                                # else CUDA graphs would copy it at each step
+            for x in sum(kv, ()):
+                torch._dynamo.mark_static_address(x)
+        return SimpleNamespace(length=0, kv=kv)
 
     def extend(self, cache, H, position, mask):
         """As `Plain.extend`."""
@@ -83,9 +87,10 @@ class Fast:
             sees = torch.arange(window, device=H.device) <= slots[:, None]                   # (n, window)
             if mask is not None:
                 sees = sees & F.pad(mask, (0, window - end)).bool()[:, None]                 # (B, n, window)
-            sees = sees.expand(len(H), n, window).repeat(1, self.H // self.G, 1)[:, None]    # (B, 1, H/G n, window)
+            sees = sees.expand(len(H), n, window)[:, None]                   # (B, 1, n, window)
         step = self.step if static else self.blocks
         cos, sin = (x[:, :, None] for x in self.rope(H, position))           # (B, n, 1, d)
+        sin = torch.cat([-sin[..., :self.d // 2], sin[..., self.d // 2:]], -1)               # for halves that change places
         h = step(H, cos, sin, cache.kv, slots, window, sees)                 # (B, D)
         cache.length = end
         return self.head(h)                              # (B, V)
@@ -97,18 +102,12 @@ class Fast:
         norm = lambda x, weight: F.rms_norm(x, (D,), weight, self.eps)
         for layer, (K, V) in zip(self.layers, kv):
             qk, v = layer.qkv(norm(h, layer.norm_1)).view(B, n, H + 2 * G, d).split([H + G, G], 2)
-            a, b = qk.chunk(2, -1)
-            q, k = (qk * cos + torch.cat([-b, a], -1) * sin).split([H, G], 2)                # (B, n, H, d), (B, n, G, d)
+            q, k = torch.addcmul(qk * cos, qk.roll(d // 2, -1), sin).split([H, G], 2)        # (B, n, H, d), (B, n, G, d)
             K.index_copy_(2, slots, k.transpose(1, 2))   # (B, G, room, d)
             V.index_copy_(2, slots, v.transpose(1, 2))
-            K, V = K[:, :, :window], V[:, :, :window]
-            if sees is None and n > 1:
-                y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, is_causal=True, enable_gqa=True).transpose(1, 2)
-            else:                                        # the H/G heads that share a key are so many queries: no key is copied
-                q = q.view(B, n, G, H // G, d).permute(0, 2, 3, 1, 4).flatten(2, 3)          # (B, G, H/G n, d)
-                y = F.scaled_dot_product_attention(q, K, V, attn_mask=sees)
-                y = y.view(B, G, H // G, n, d).permute(0, 3, 1, 2, 4)        # (B, n, G, H/G, d)
-            h = h + layer.o(y.reshape(B, n, H * d))
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), K[:, :, :window], V[:, :, :window], attn_mask=sees,
+                                               is_causal=sees is None and n > 1, enable_gqa=H != G)      # (B, H, n, d)
+            h = h + layer.o(y.transpose(1, 2).reshape(B, n, H * d))
             gate, up = layer.gate_up(norm(h, layer.norm_2)).chunk(2, -1)
             h = h + layer.down(F.silu(gate) * up)
         return norm(h[:, -1], self.norm)
@@ -152,7 +151,7 @@ def together(pack, *linears):
         weight = torch.cat([m.weight.data for m in linears])
         bias = None if bias is None else torch.cat([m.bias.data for m in linears])
     if pack and weight.numel() >= PACKED:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)        # laid out for 8 rows: as good for one
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     for m, part in zip(linears, weight.split([m.out_features for m in linears])):
         m.weight.data = part
