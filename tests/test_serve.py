@@ -9,9 +9,11 @@ import http.server
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -723,6 +725,34 @@ def test_a_server_is_held_against_what_the_checkpoint_says(checkpoint, chats, tm
             sample.main(["--model", str(folder), "--check", url + "/v1"])
     with pytest.raises(FileNotFoundError, match="--parity 4 writes it"):
         sample.main(["--model", str(checkpoint), "--check", url])
+
+
+@pytest.mark.slow
+def test_transformers_serve_gives_the_same_answers(chats, tmp_path, capsys):
+    """A checkpoint of a v1 template is what `transformers serve` takes: the same greedy answers, as many prompt tokens."""
+    pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
+    folder, questions = save(tiny_llava(), tmp_path / "model", "vicuna_v1"), tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps({"question_id": n, "text": text, "image": "0_0.tiff"}) + "\n"
+                                 for n, text in enumerate(["Who?", "What is 0.0?"])))
+    sample.main(["--model", str(folder), "--questions", str(questions), "--images", str(chats / "images"), "--parity", "2",
+                 "--max_new_tokens", "12"])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, "serve", str(folder), "--port", str(port), "--device", "cpu"],
+                               env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.5)
+        capsys.readouterr()
+        sample.main(["--model", str(folder), "--check", f"http://127.0.0.1:{port}"])
+    finally:
+        process.kill()
+    out = capsys.readouterr().out
+    tokens = re.findall(r"the same \((\d+) prompt tokens, here (\d+)\)", out)
+    assert len(tokens) == 2 and all(used == ours for used, ours in tokens)
 
 
 def test_what_stops_the_server_from_starting_is_a_plain_error(checkpoint, url, tmp_path):
