@@ -37,8 +37,8 @@ from model import DTYPES, choose_device
 from records import typed_flags, whole_lines
 from retrieve import (Index, Pictures, Retrieve, index, open_index, queries_of, read_lines, read_pairs, read_templates,
                       retrieve, said, texts_of)
-from train import (check_first_step, fingerprints, ignore_sigterm, load_state, lr_at, only_run_in, peak_memory, plot_losses,
-                   restarts, save_state, start)
+from train import (asked_to_stop, check_first_step, fingerprints, ignore_sigterm, load_state, lr_at, only_run_in, open_log,
+                   peak_memory, plot_losses, restarts, save_state, start)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -222,12 +222,7 @@ def train(config):
     loader = DataLoader(batches, sampler=range(first, total), batch_size=None, num_workers=config.workers,
                         worker_init_fn=ignore_sigterm, pin_memory=machine.device.type == "cuda")
     before = fingerprints(clip) if first == 0 else None
-    stopping = []                                        # Ctrl-C or a scheduler asks; the step is finished and saved first
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopping.append(number))
-    if machine.rank == 0:
-        whole_lines(log_path, repair=True)               # a kill may have torn the last one
-    log = open(log_path, "a") if machine.rank == 0 else None
+    stopping, log = asked_to_stop(), open_log(log_path) if machine.rank == 0 else None
 
     # ---- the loop
     if first:

@@ -638,6 +638,20 @@ def plot_losses(folder, ylabel="loss per answer token"):
     plt.close(fig)
 
 
+def asked_to_stop():
+    """A list that gets the number of each signal from now on by which Ctrl-C or a scheduler asks to stop."""
+    stopping = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopping.append(number))
+    return stopping
+
+
+def open_log(path):
+    """log.jsonl, to append to; a kill may have torn its last line."""
+    whole_lines(path, repair=True)
+    return open(path, "a")
+
+
 def ignore_sigterm(worker):
     """A scheduler's SIGTERM reaches all processes; those that load data go on, for the step that is finished and saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -695,12 +709,7 @@ def main(argv=None):
                         worker_init_fn=ignore_sigterm, pin_memory=machine.device.type == "cuda")
     before = fingerprints(model) if first == 0 else None
 
-    stopping = []                                        # Ctrl-C or a scheduler asks; the step is finished and saved first
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopping.append(number))
-    if machine.rank == 0:
-        whole_lines(log_path, repair=True)               # a kill may have torn the last one
-    log = open(log_path, "a") if machine.rank == 0 else None
+    stopping, log = asked_to_stop(), open_log(log_path) if machine.rank == 0 else None
 
     def write(record):
         if log:
