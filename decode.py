@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 FAMILY = ("llama", "mistral", "qwen2")                   # `model_type`s whose layers are what Fast.blocks writes out
 PACKED = 2 ** 18                                         # of smaller weights, oneDNN's products take longer than torch's
+MOST = 2 ** 31                                           # weights of a model that is packed: it is a copy
 ROOM = 256                                               # a cache's length is a multiple of it: a compiled step is used again
 
 
@@ -54,8 +55,9 @@ class Fast:
         self.H, self.G, self.d = config.num_attention_heads, config.num_key_value_heads, base.layers[0].self_attn.head_dim
         self.rope, self.eps, self.norm = base.rotary_emb, config.rms_norm_eps, base.norm.weight
         self.compiled = compiled
-        pack = not compiled and base.norm.weight.dtype == torch.float32 and base.norm.weight.device.type == "cpu" and (
-            torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"))
+        weight, x86 = self.norm, torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+        pack = x86 and not compiled and weight.dtype == torch.float32 and weight.device.type == "cpu" and (
+            sum(p.numel() for p in f_phi.parameters()) < MOST)
         self.head = together(pack, f_phi.get_output_embeddings())
         self.layers = [SimpleNamespace(
             norm_1=layer.input_layernorm.weight, norm_2=layer.post_attention_layernorm.weight,
@@ -142,8 +144,8 @@ class Past:
 
 
 def together(pack, *linears):
-    """One function for what several nn.Linear make of the same input, side by side. Weights that are one another's neighbours
-    already, or quantised, or behind adapters, stay as they are; others are laid together, and their layers look into that."""
+    """One function for what several nn.Linear make of the same input, side by side. Weights that are quantised, or behind
+    adapters, stay as they are; others are laid together, and their layers look into that, or, packed, keep theirs."""
     if not all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in linears):
         return lambda x: torch.cat([m(x) for m in linears], -1)
     weight, bias = linears[0].weight.data, linears[0].bias
