@@ -637,7 +637,7 @@ def arguments(argv):
         if command == "react":
             sub.add_argument("--seed", type=int, default=0)
             sub.add_argument("--pictures", type=int, default=6000, help="pictures of the corpus")
-            sub.add_argument("--tests", type=int, default=25, help="pictures of each class to classify")
+            sub.add_argument("--tests", type=int, default=100, help="pictures of each class to classify")
         if command == "world":
             sub.add_argument("--seed", type=int, default=0)
             sub.add_argument("--side", type=int, default=SIDE, choices=[SIDE, 2 * SIDE],
