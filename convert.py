@@ -361,7 +361,8 @@ def to_original(args):
     for key, found, allowed in (("projector_hidden_act", config.projector_hidden_act, ["linear", "gelu"]),
                                 ("text_config.model_type", text.model_type, [*KINDS]),
                                 ("minllava.aspect", meta.get("aspect", "crop"), [*ASPECTS.values()]),
-                                ("vision_feature_select_strategy", config.vision_feature_select_strategy, ["default"])):
+                                ("vision_feature_select_strategy", config.vision_feature_select_strategy, ["default"]),
+                                ("vision_config.gated_layers", getattr(config.vision_config, "gated_layers", 0), [0])):
         if found not in allowed:
             raise ValueError(f"{folder}: {key} in config.json is {found!r}; the original has one of {allowed}")
     vision, llm = args.vision or meta.get("vision"), args.llm or meta.get("llm")

@@ -698,6 +698,8 @@ def main(argv=None):
 
     if config.dry_run:
         say("\n".join(dry_run(config, machine, model, theta, data, train_on[np.argsort(-lengths[train_on])])))
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     optimizer = adamw(theta, config, machine)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)

@@ -634,6 +634,8 @@ def test_the_customised_tower_is_g_of_a_LLaVA(retrieved, clip, chats, tmp_path):
     X = torch.randn(2, 3, 28, 28)
     assert not torch.equal(model.grid_features(X), base.grid_features(X))
     assert json.loads((tmp_path / "s2" / "config.json").read_text())["architectures"] == ["GatedLlavaForConditionalGeneration"]
+    code, said = run_script(tmp_path, "convert.py", "--to_original", "--model", "s2", "--out", "theirs")
+    assert code == 1 and "vision_config.gated_layers in config.json is 2; the original has one of [0]" in said, said
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "x.png")
     code, said = run_script(tmp_path, "sample.py", "--model", "s2", "--image", "x.png", "--question", "What?",
                             "--max_new_tokens", "3", "--device", "cpu")
