@@ -9,7 +9,6 @@ COURSE: compare layers (--attn_layers 0, --attn_layers -1) and heads, and the sa
 import os
 import re
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from PIL import Image
 from data import collate, encode, render
 from images import MAX_RESIZED
 
-matplotlib.use("Agg")
 SIDE = 448                                               # pixels of a map's longer side
 
 
@@ -104,14 +102,14 @@ def on_picture(view, size, weights):
         grid = weights[torch.from_numpy(numbers)].cpu()[None, None]          # (1, 1, rows, columns)
         large = F.interpolate(grid, (bottom - top, right - left), mode="bilinear", align_corners=False)[0, 0].numpy()
         large *= grid.sum().item() / max(large.sum(), 1e-12)
-        inside = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
-        (y0, y1), (x0, x1) = inside
+        y0, y1, x0, x1 = max(top, 0), min(bottom, height), max(left, 0), min(right, width)
         total[y0:y1, x0:x1] += large[y0 - top:y1 - top, x0 - left:x1 - left]
     return total
 
 
 def overlay(picture, heat):
     """The picture (PIL) under its map, the brightest part being where most attention lies."""
+    import matplotlib                                    # not at the top: answers alone need none
     heat = Image.fromarray(np.uint8(255 * heat / max(heat.max(), 1e-12))).resize(picture.size, Image.Resampling.BILINEAR)
     strength = np.asarray(heat, np.float32)[..., None] / 255                 # (H, W, 1)
     colours = matplotlib.colormaps["inferno"](strength[..., 0])[..., :3] * 255
@@ -122,6 +120,8 @@ def overlay(picture, heat):
 def save_overlays(words, pictures, folder):
     """Write one PNG a word and picture, 03_cat.png, or 03_cat_2.png for the second picture, and words.png with all of them.
     Returns their paths."""
+    import matplotlib
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     os.makedirs(folder, exist_ok=True)
     paths, across = [], min(len(words), 8)

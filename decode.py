@@ -163,9 +163,8 @@ def together(pack, *linears):
 def decoder_of(f_phi, compiled=False):
     """`Fast` where it knows the model, else `Plain`. Not while f_phi is trained: Fast may keep copies of its weights."""
     config = f_phi.config
-    known = config.model_type in FAMILY and config.hidden_act == "silu" and not any(
-        kind != "full_attention" for kind in getattr(config, "layer_types", None) or [])
-    known = known and not getattr(config, "sliding_window", None)
+    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
+    known = config.model_type in FAMILY and config.hidden_act == "silu" and not windows
     if compiled and not known:
         raise ValueError(f"--compile: a language model of type {config.model_type} is not one of {', '.join(FAMILY)} with "
                          "full attention; leave it out")
