@@ -391,8 +391,8 @@ def main(argv=None):
     args = Config(**typed_flags(Config, argv, "Ask a LLaVA checkpoint.", CHOICES))
     if args.check:
         return check(args)
-    if bool(args.questions) != bool(args.answers or args.parity):
-        raise ValueError("--questions goes with --answers, or with --parity")
+    if bool(args.answers) + bool(args.parity) != bool(args.questions):
+        raise ValueError("--questions goes with --answers or with --parity, and each of these with it")
     if (args.rank or args.top_k_tokens or args.show_attn) and args.question is None:
         raise ValueError("--rank, --top_k_tokens and --show_attn need a --question")
     if args.show_attn and not args.image:

@@ -302,6 +302,7 @@ def compile_layers(model, machine):
         if machine.rank == 0:
             print(f"--compile is not possible here, going on without: {str(error).splitlines()[0][:200]}")
         return
+    torch._functorch.config.activation_memory_budget = 0.95  # what is quick to compute is not kept for the backward pass
     for layer in model.f_phi.base_model.layers:
         layer.forward = compiled_in_training(layer.forward)
 

@@ -111,6 +111,7 @@ def test_both_orders_hold_the_same_samples():
     assert padding["bucketed"] < 0.05 < padding["random"], padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_contest_is_of_equal_losses(stage, capsys, monkeypatch):
     """Ours, with each lever, and transformers' model give one loss; one that does not is not timed."""

@@ -1,5 +1,4 @@
 """Answering fast (decode.py) and looking inside (attention.py): equal to transformers' modules, cached equal to uncached."""
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import attention
 import decode
 import sample
 import tiles
-from conftest import ROOT, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from data import TEMPLATES, collate, prompt
 from decode import Fast, Past, Plain, decoder_of
 from images import view_of
@@ -81,6 +80,7 @@ def test_what_is_not_known_keeps_the_modules_of_transformers(more, kind):
     assert type(decoder_of(tiny_llm("mistral", **more))) is kind
 
 
+@pytest.mark.slow
 def test_compiled_steps_answer_the_same():
     """--compile: static shapes, a mask over the whole cache, in a batch that shrinks."""
     model = tiny_llava()
@@ -295,9 +295,8 @@ def test_8_bit_weights_change_the_logits_little_and_g_not(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_without_torchao_the_error_says_what_to_install(talker, tmp_path):
+def test_without_torchao_the_error_says_what_to_install(talker, tmp_path, monkeypatch):
     """A library that is missing is named, with the command that installs it."""
-    code = ("import sys; sys.modules['torchao'] = None; import sample; "
-            f"sample.main(['--model', {str(tmp_path / 'model')!r}, '--question', 'Who?', '--int8'])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "--int8 needs torchao: pip install torchao" in done.stderr
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="--int8 needs torchao: pip install torchao"):
+        sample.main(["--model", str(tmp_path / "model"), "--question", "Who?", "--int8"])

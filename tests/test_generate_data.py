@@ -346,6 +346,7 @@ def test_a_failing_server_is_asked_a_bounded_number_of_times(serve, tmp_path):
 FAULTS = {"429": 0.05, "500": 0.05, "reset": 0.04, "half": 0.04, "garbage": 0.04, "unparsable": 0.04}
 
 
+@pytest.mark.slow
 def test_through_faults_no_sample_is_lost_or_doubled(serve, tmp_path):
     """320 requests, 64 workers: each has one record with its own words, or one reject with its reason."""
     url, log = serve(seconds=0.2, faults=FAULTS)
@@ -361,6 +362,7 @@ def test_through_faults_no_sample_is_lost_or_doubled(serve, tmp_path):
     assert min(asked.values()) > 0 and asked["good"] + asked["unparsable"] == 320
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
     """SIGKILL, again and again; a torn last line; then the records equal those of a run that nobody disturbed."""
     url, log = serve(seconds=0.15, faults={"500": 0.05, "reset": 0.05, "half": 0.05})
@@ -427,6 +429,7 @@ def test_settings_that_no_reply_fits_leave_the_outputs_alone(serve, tmp_path):
         assert json.loads((tmp_path / "out" / "instruct.json").read_text()) == made, flags
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_output_are_refused(serve, tmp_path):
     url, _ = serve(seconds=1.0)
     contexts = write_contexts(tmp_path / "c.jsonl", 2)
@@ -439,6 +442,7 @@ def test_two_processes_on_one_output_are_refused(serve, tmp_path):
     process.join()
 
 
+@pytest.mark.slow
 def test_shards_merge_into_what_one_machine_makes(tmp_path):
     """--shard i/n asks for a part each; --merge writes the same instruct.json, and says so if a shard is missing."""
     toy.main(["world", "--out", str(tmp_path / "world"), "--pictures", "30", "--questions", "120"])

@@ -281,6 +281,7 @@ def test_reviews_that_somebody_else_made_are_not_overwritten(tmp_path):
 # Nothing is paid twice
 
 
+@pytest.mark.slow
 def test_killed_while_judging_it_goes_on_and_pays_nothing_twice(serve, tmp_path):
     """SIGKILL of a real process, twice, and a torn last line; a server that fails; then every review is the question's own."""
     says = {f"number {i}?": f"{1 + i % 9} 5\n{i}" for i in range(30)}

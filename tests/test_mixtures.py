@@ -242,6 +242,7 @@ def test_without_skip_bad_the_sources_stand_above_the_bad_samples(command, tmp_p
         train.main(argv)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_resumed_bit_for_bit_and_never_another_one(command, mixture, tmp_path):
     """Ours: amounts, fraction and seed are the run's; after a kill the same samples are drawn, or the run is refused."""
     flags = ["--fraction", 0.75, "--epochs", 2]

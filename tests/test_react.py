@@ -125,6 +125,7 @@ def test_each_row_of_table_2_6_trains_as_many_parameters_as_it_says(row, count):
         assert count + outside == 89_835_801
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision, k, gated, total", [
     (B_16, 6, 42_527_244, 192_147_981), (L_14, 6, 75_577_356, None), (BIG_G, 12, 398_980_632, None)],
     ids=["B/16", "L/14", "bigG/14"])
@@ -500,6 +501,7 @@ def test_recomputed_activations_give_the_same_losses(retrieved, clip, tmp_path):
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(retrieved, clip, tmp_path):
     """SIGKILL after a saved step, then --resume: the log and the weights of a run that was left alone."""
     command = training(retrieved, clip, "out", "--save_every", "1", "--max_steps", "30", "--lr", "0.01")
@@ -521,6 +523,7 @@ def test_a_killed_run_goes_on_bit_for_bit(retrieved, clip, tmp_path):
     assert weights[0] == weights[1], "the resumed run ended elsewhere"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(retrieved, clip, tmp_path):
     """The global batch's features are gathered with gradients: the losses and the result of two ranks are those of one."""
     one = training(retrieved, clip, tmp_path / "one", "--lr", "0.01", "--train", "full")
@@ -586,6 +589,7 @@ def test_a_linear_probe_learns_what_is_linear():
     assert react.linear_probe(u[:90], y[torch.randperm(90)], u[90:], y[90:], 3) < 0.7
 
 
+@pytest.mark.slow
 def test_base_and_customised_are_compared_in_one_table(retrieved, clip, corpus, tmp_path, capsys):
     """Zero-shot, linear probe and retrieval of each model; numbers are those of a plain loop."""
     react.main(training(retrieved, clip, tmp_path / "out", "--lr", "0.01"))

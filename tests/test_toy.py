@@ -63,6 +63,7 @@ def test_a_larger_picture_has_the_same_things_as_details():
         assert toy.scene_of("\n".join(f"{t.name}: {box}" for t, box in boxes)).things == scene.things
 
 
+@pytest.mark.slow
 def test_larger_pictures_come_with_as_many_near_ones_for_stage_1(tmp_path):
     """What tiles will show, W has to know from squares: half of the pairs show things near; none a held-out pair."""
     toy.main(["world", "--out", str(tmp_path), "--seed", "1", "--pictures", "20", "--questions", "120", "--side", "128"])

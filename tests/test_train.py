@@ -244,7 +244,8 @@ def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None):
     return shown
 
 
-@pytest.mark.parametrize("stage", [1, 2, pytest.param("NeXT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, "NeXT"])
 def test_two_processes_train_as_one(stage, flags, straight, tmp_path):
     """`torchrun` over 2 real processes, with accumulation, equals one process in loss and weights: also where one rank
     has pictures and the other only text, and at the short last batch of the epoch. Both processes end."""
