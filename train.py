@@ -612,6 +612,7 @@ def dry_run(config, machine, model, theta, data, order):
             *(f"  {part:<20}{n / 1e9:>8.2f} GB" for part, n in {**parts, "together": sum(parts.values())}.items()),
             f"  {'measured':<20}{peak_memory(machine.device) / 1e9:>8.2f} GB at the peak, "
             + ("allocated on the GPU" if gpu else "of this process, with Python and all that it has loaded"),
+            *["  activations are counted as they are without --compile, which keeps fewer"] * config.compile,
             *plan(need, micro * accumulated, total if config.memory is None else config.memory * 1e9)]
 
 

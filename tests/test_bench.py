@@ -79,6 +79,21 @@ def test_activations_are_counted_without_computing_them(aspect, stage, lr_g):
     assert abs(got / want - 1) < 0.03, f"{got} bytes are counted, {want} are kept (ids, masks and the splice are not counted)"
 
 
+@pytest.mark.slow
+def test_compiled_layers_keep_less():
+    """What normalisation, rotation and SiLU make of what is kept anyway is made again in the backward pass."""
+    numbers = {}
+    for compiled in (False, True):
+        model = tiny_llava()
+        model.set_stage(2)
+        train.place(model, train.Config(compile=compiled), train.Machine(0, 1, torch.device("cpu"), torch.float32, ""))
+        own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+            loss, _ = model(**batch_of(model, 4, text=60, answers=6))
+        numbers[compiled] = sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in own)
+    assert numbers[True] < 0.65 * numbers[False], numbers
+
+
 def test_memory_is_divided_among_ranks_and_saved_by_recomputation():
     """Weights, gradients and moments: 16 bytes a number that trains, on all ranks together; a layer that runs again keeps its
     input alone."""

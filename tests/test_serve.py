@@ -328,6 +328,7 @@ def crowd(url, model, seconds, clients=50):
         return [one for some in pool.map(one, range(clients)) for one in some]
 
 
+@pytest.mark.slow
 def test_fifty_clients_at_once_all_get_their_own_answers(checkpoint, talker, tmp_path):
     """None is dropped, none gets another's answer. (The command above asks for a minute, and looks at the memory.)"""
     with server(tmp_path / "crowd", checkpoint, "--max_per_client", 50) as url:
@@ -492,7 +493,8 @@ def test_moderation_sees_question_and_answer_and_nothing_passes_it_unseen(endles
         flags.add("bc")
         for stream in (False, True):
             reply = post(url, ask | {"stream": stream})
-            assert "the answer was flagged by moderation (violence)" in reply.text and "abc" not in reply.text
+            assert "the answer was flagged by moderation (violence)" in reply.text
+            assert not re.search('"content": *"[^"]', reply.text), "some of it was shown"
             assert reply.status_code == (200 if stream else 400) and "[DONE]" not in reply.text
         flags.clear()
         for broken[:] in ((b"no", 500), (b"no", 200), (b"{}", 200), (b'{"results": []}', 200), (b'{"results": [{}]}', 200)):
@@ -661,6 +663,7 @@ def test_pictures_are_dropped_pasted_taken_from_the_examples_and_removed(url, ta
     assert ask_page(page, QUESTION) and page.locator(".question img").count() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"viewport": {"width": 360, "height": 640}, "has_touch": True, "color_scheme": "dark"},
                                  {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}])
 def test_the_page_fits_a_phone_and_a_keyboard(how, url, tab):

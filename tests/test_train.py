@@ -835,6 +835,7 @@ FAMILY = {"pad": [*MLP, "--aspect", "pad"], "anyres": [*MLP, "--aspect", "anyres
           "hd": [*MLP, "--aspect", "hd", "--no-global_picture"], "LoRA": ["--lora_rank", "4", "--lora_dropout", "0.3"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FAMILY)
 def test_the_family_trains_and_resumes_bit_for_bit(what, flags, straight, tmp_path, monkeypatch):
     """Two layers, tiles, a vision tower that trains, adapters with dropout: each is a run that can be cut and goes on."""
