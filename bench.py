@@ -27,6 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,18 +36,19 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
 from transformers import (AddedToken, AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel,
                           LlamaConfig, PreTrainedTokenizerFast)
 
 import retrieve
 import train as training
 from cost import Longest, Setting, estimate, fitting, flops_of
-from data import IGNORE, collate, micro_batches, plan_epoch
+from data import IGNORE, TEMPLATES, Conversations, Steps, collate, micro_batches, plan_epoch
 from decode import Fast, Plain
 from images import load_image, preprocess, view_of
 from model import DTYPES, LLaVA, choose_device, choose_dtype
 from peers import Given, careful_loop, count, nanovlm, trainer, transformers_model, wait
-from records import IMAGE, typed_flags
+from records import IMAGE, Records, typed_flags
 
 #       f_phi: words, D, inner, layers, heads, kv heads, tied;  g: D_v, inner, layers, heads, pixels, patch
 VIT_L = (1024, 4096, 24, 16, 224, 14)
@@ -60,6 +62,7 @@ BATCHES = {"toy": {1: (8, 8), 2: (32, 32)}, "135m": {1: (16, 16), 2: (8, 8)},   
            "1b": {1: (32, 16), 2: (16, 4)}, "7b": {1: (32, 16), 2: (16, 4)}}
 WARM = 2                                                 # steps before the clock starts: what is compiled is compiled then
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16, as their maker states
+RATE = 52                                                # pictures/s of an H100 in stage 1 of 7B at an MFU of 50% (recipes)
 
 
 @dataclass(frozen=True)
@@ -442,6 +445,31 @@ def data(args):
     torch.set_num_threads(threads)
     print(f"JPEG of 640 x 480 to {size} x {size}: ours {40 / np.median(times['ours']):.0f} pictures/s a core; "
           f"CLIPImageProcessorPil takes {times_as_long(times['theirs'], times['ours'])}; equal pixels")
+    for workers in (1, 2):
+        print(f"{workers} workers: {waiting(file, size, workers):.1%} of a step is waited for data where a GPU takes {RATE} "
+              "pictures/s")
+
+
+def waiting(file, size, workers, micro=16, steps=60):
+    """The share of a step that train.py's loader lets wait, of a GPU that is not here: a pause stands for what it computes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            with open(os.path.join(folder, f"{i}.jpg"), "wb") as f:
+                f.write(file.getvalue())
+        with open(os.path.join(folder, "chat.json"), "w") as f:
+            json.dump([{"id": str(i), "image": f"{i % 64}.jpg", "conversations": [
+                {"from": "human", "value": IMAGE}, {"from": "gpt", "value": "word " * 15}]} for i in range(steps * micro)], f)
+        records = Records([os.path.join(folder, "chat.json")])
+        chats = Conversations(records, folder, word_tokenizer(), TEMPLATES["plain"], view_of("crop", size, 14))
+        loader = DataLoader(Steps(chats, np.arange(steps * micro), np.ones(steps * micro), micro, micro), batch_size=None,
+                            sampler=range(steps), num_workers=workers)
+        waited, ended = [], time.perf_counter()
+        for _ in loader:
+            waited.append(time.perf_counter() - ended)
+            time.sleep(micro / RATE)
+            ended = time.perf_counter()
+    waited = sum(waited[10:])                            # the first are of the workers' start
+    return waited / (waited + (steps - 10) * micro / RATE)
 
 
 @torch.no_grad()

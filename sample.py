@@ -243,12 +243,8 @@ def read_answers(path, model_id):
     return answers
 
 
-def answer_file(talker, args):
-    """Answer every record of --questions ({question_id, image?, text}) into --answers, LLaVA's format for both.
-
-    Goes on where an earlier run was stopped. Questions of about the same length (16 tokens more or less) and the same picture
-    share a batch, in which it is loaded and encoded once; the file ends up in their order.
-    """
+def read_questions(args):
+    """The records of --questions, {question_id, image?, text}; ValueError if one lacks what it needs."""
     questions, problem_of = list(read_json(args.questions)), functools.cache(picture_problem)     # a picture is read once
     for i, q in enumerate(questions):
         if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
@@ -256,6 +252,16 @@ def answer_file(talker, args):
         for name in image_names(q):
             if problem := problem_of(args.images, name):
                 raise ValueError(f"{args.questions}[{i}] (id {q['question_id']}): {problem}")
+    return questions
+
+
+def answer_file(talker, args):
+    """Answer every record of --questions into --answers, LLaVA's format for both.
+
+    Goes on where an earlier run was stopped. Questions of about the same length (16 tokens more or less) and the same picture
+    share a batch, in which it is loaded and encoded once; the file ends up in their order.
+    """
+    questions = read_questions(args)
     model_id = os.path.basename(os.path.normpath(args.model))
     key = lambda record, text: json.dumps([record["question_id"], record[text]])   # MME asks two questions under one id
     done = Counter(key(a, "prompt") for a in read_answers(args.answers, model_id))
@@ -301,7 +307,7 @@ def write_parity(talker, args):
     """The first questions with their pictures, prompts, ids and greedy answers, beside the checkpoint: parity.json, by which
     another program that serves this folder can be held against it (`check`)."""
     samples = []
-    for q in list(read_json(args.questions))[:args.parity]:
+    for q in read_questions(args)[:args.parity]:
         pictures = [load_image(image_path(args.images, name)) for name in image_names(q)]
         turns = [talker.ask(q["text"], len(pictures))]
         batch = talker.batch([(turns, pictures)])
