@@ -37,8 +37,8 @@ from model import DTYPES, choose_device
 from records import typed_flags, whole_lines
 from retrieve import (Index, Pictures, Retrieve, index, open_index, queries_of, read_lines, read_pairs, read_templates,
                       retrieve, said, texts_of)
-from train import (asked_to_stop, check_first_step, fingerprints, ignore_sigterm, load_state, lr_at, only_run_in, open_log,
-                   peak_memory, plot_losses, restarts, save_state, start)
+from train import (asked_to_stop, check_first_step, fingerprints, finish, ignore_sigterm, load_state, lr_at, only_run_in,
+                   open_log, peak_memory, plot_losses, restarts, save_state, start)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -275,12 +275,9 @@ def train(config):
         save(config.out, clip, tokenizer, config, facts)
         plot_losses(config.out, "loss")
         alone.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")
-    if dist.is_initialized():
-        dist.barrier()
-        del wrapped                                      # else its destructor joins gloo's threads while it holds the GIL
-        dist.destroy_process_group()
+    del wrapped                                          # else its destructor joins gloo's threads while it holds the GIL
+    finish()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

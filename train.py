@@ -648,6 +648,14 @@ def asked_to_stop():
     return stopping
 
 
+def finish():
+    """End with all ranks; from here on a signal means what it meant before `asked_to_stop`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def open_log(path):
     """log.jsonl, to append to; a kill may have torn its last line."""
     whole_lines(path, repair=True)
@@ -700,8 +708,7 @@ def main(argv=None):
 
     if config.dry_run:
         say("\n".join(dry_run(config, machine, model, theta, data, train_on[np.argsort(-lengths[train_on])])))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        finish()
         return 0
     optimizer = adamw(theta, config, machine)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -776,12 +783,9 @@ def main(argv=None):
     if machine.rank == 0:
         plot_losses(config.out)
         alone.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     say(f"saved {config.out} after {timedelta(seconds=round(time.time() - began))}")
-    if dist.is_initialized():
-        dist.barrier()
-        del wrapped                                      # else its destructor joins gloo's threads while it holds the GIL
-        dist.destroy_process_group()
+    del wrapped                                          # else its destructor joins gloo's threads while it holds the GIL
+    finish()
     return 0
 
 

@@ -1,9 +1,11 @@
 """What is measured is what is said: FLOPs and memory against torch's own counters, equal losses before any time."""
+import io
 import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,6 +126,16 @@ def test_both_orders_hold_the_same_samples():
     assert rows["bucketed"] == rows["random"] and len(rows["random"]) == 24
     padding = {order: 1 - np.divide(*np.sum([bench.count(batch[order]) for batch in batches], 0)[1:]) for order in rows}
     assert padding["bucketed"] < 0.05 < padding["random"], padding
+
+
+def test_a_fast_device_waits_for_data_and_a_slow_one_does_not(monkeypatch):
+    """The loader is train.py's own; two pictures a step."""
+    Image.new("RGB", (640, 480), "red").save(file := io.BytesIO(), "JPEG")
+    share = {}
+    for rate in (10, 1_000_000):
+        monkeypatch.setattr(bench, "RATE", rate)
+        share[rate] = bench.waiting(file, 224, workers=1, micro=2, steps=14)
+    assert share[10] < 0.2 < 0.8 < share[1_000_000], share
 
 
 @pytest.mark.slow
