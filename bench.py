@@ -453,7 +453,7 @@ def data(args):
 def waiting(file, size, workers, micro=16, steps=60):
     """The share of a step that train.py's loader lets wait, of a GPU that is not here: a pause stands for what it computes."""
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
+        for i in range(64):                              # under names of their own: a batch holds a picture once
             with open(os.path.join(folder, f"{i}.jpg"), "wb") as f:
                 f.write(file.getvalue())
         with open(os.path.join(folder, "chat.json"), "w") as f:

@@ -243,9 +243,9 @@ def read_answers(path, model_id):
     return answers
 
 
-def read_questions(args):
-    """The records of --questions, {question_id, image?, text}; ValueError if one lacks what it needs."""
-    questions, problem_of = list(read_json(args.questions)), functools.cache(picture_problem)     # a picture is read once
+def read_questions(args, most=None):
+    """The (first `most`) records of --questions, {question_id, image?, text}; ValueError if one lacks what it needs."""
+    questions, problem_of = list(read_json(args.questions))[:most], functools.cache(picture_problem)     # read once each
     for i, q in enumerate(questions):
         if not isinstance(q, dict) or "question_id" not in q or not isinstance(q.get("text"), str):
             raise ValueError(f"{args.questions}[{i}]: a question needs question_id and text")
@@ -307,7 +307,7 @@ def write_parity(talker, args):
     """The first questions with their pictures, prompts, ids and greedy answers, beside the checkpoint: parity.json, by which
     another program that serves this folder can be held against it (`check`)."""
     samples = []
-    for q in read_questions(args)[:args.parity]:
+    for q in read_questions(args, args.parity):
         pictures = [load_image(image_path(args.images, name)) for name in image_names(q)]
         turns = [talker.ask(q["text"], len(pictures))]
         batch = talker.batch([(turns, pictures)])

@@ -31,6 +31,17 @@ def batch_of(model, B, text, answers, squares=1):
     return {"input_ids": ids, "labels": labels, "X_v": torch.randn(B * squares, 3, model.view.size, model.view.size)}
 
 
+def keeper(model):
+    """A hook for what autograd keeps, and the storages that it has seen, but for those of the weights."""
+    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(t):
+        if (key := t.untyped_storage()._cdata) not in own:
+            seen.setdefault(key, t.untyped_storage())
+        return t
+    return keep, seen
+
+
 @pytest.mark.parametrize("stage, train_g", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 def test_flops_are_those_that_torch_counts(stage, train_g, projector):
@@ -61,15 +72,10 @@ def test_activations_are_counted_without_computing_them(aspect, stage, lr_g):
     longest, size = Longest(70, 9, [(50, 30)]), (50, 30)
     squares = real.view.tiling.plan(*size).pictures if real.view.tiling else 1
     pictures = real.view.tokens(*size)
-    own, seen, before_head = {p.untyped_storage()._cdata for p in real.parameters()}, {}, []
+    (keep, seen), before_head = keeper(real), []
     batch = batch_of(real, 2, 70, 9, 0)
     batch["input_ids"][:, :pictures] = real.image_id
     batch |= {"X_v": torch.randn(2 * squares, 3, 28, 28), "sizes": [size] * 2}
-
-    def keep(t):
-        if (key := t.untyped_storage()._cdata) not in own:
-            seen.setdefault(key, t.untyped_storage())
-        return t
 
     real.f_phi.get_output_embeddings().register_forward_pre_hook(lambda *_: before_head.append(dict(seen)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -89,10 +95,10 @@ def test_compiled_layers_keep_less():
         model = tiny_llava()
         model.set_stage(2)
         train.place(model, train.Config(compile=compiled), train.Machine(0, 1, torch.device("cpu"), torch.float32, ""))
-        own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        keep, seen = keeper(model)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss, _ = model(**batch_of(model, 4, text=60, answers=6))
-        numbers[compiled] = sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in own)
+        numbers[compiled] = sum(s.nbytes() for s in seen.values())
     assert numbers[True] < 0.65 * numbers[False], numbers
 
 

@@ -493,8 +493,8 @@ def test_moderation_sees_question_and_answer_and_nothing_passes_it_unseen(endles
         flags.add("bc")
         for stream in (False, True):
             reply = post(url, ask | {"stream": stream})
-            assert "the answer was flagged by moderation (violence)" in reply.text
-            assert not re.search('"content": *"[^"]', reply.text), "some of it was shown"
+            shown = re.sub('"chatcmpl-[0-9a-f]+"', "", reply.text)           # an id may hold these letters by chance
+            assert "the answer was flagged by moderation (violence)" in shown and "abc" not in shown
             assert reply.status_code == (200 if stream else 400) and "[DONE]" not in reply.text
         flags.clear()
         for broken[:] in ((b"no", 500), (b"no", 200), (b"{}", 200), (b'{"results": []}', 200), (b'{"results": [{}]}', 200)):
