@@ -21,7 +21,7 @@ from transformers import (AddedToken, CLIPVisionConfig, CLIPVisionModel, LlamaCo
                           MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 from model import LLaVA
-from records import IMAGE
+from parts.files import IMAGE
 
 torch.set_num_threads(1)     # such small matrices gain nothing from a second thread, and lose much on a busy machine
 
@@ -157,12 +157,19 @@ def be_script(script, argv, folder, stdin, stdout, file_size):
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = [script, *map(str, argv)]
-    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    if script.endswith(".py"):
+        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    else:                                                # "extras.react", as in python -m extras.react
+        sys.path.insert(0, ROOT)
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def start_script(folder, script, *argv, stdin="", file_size=None, fifo=False):
-    """Start a script with `folder` as its working folder; returns the process. Its output goes to folder/output, which is a
-    FIFO if `fifo`; `file_size` limits the bytes that it may write to a file."""
+    """Start a script ("train.py") or a module ("extras.react") with `folder` as its working folder.
+
+    Returns the process. Its output goes to folder/output, which is a FIFO if `fifo`; `file_size`
+    limits the bytes that it may write to a file.
+    """
     (folder / "input").write_text(stdin)
     (folder / "output").unlink(missing_ok=True)
     os.mkfifo(folder / "output") if fifo else (folder / "output").touch()

@@ -1,0 +1,93 @@
+"""
+What a client may ask in OpenAI's chat API, read strictly: what is not understood is refused.
+
+https://platform.openai.com/docs/api-reference/chat
+"""
+import base64
+
+NUMBERS = {              # that a request may name, and their ranges
+    "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "max_tokens": (1, 2 ** 31),
+    "max_completion_tokens": (1, 2 ** 31), "seed": (-2 ** 63, 2 ** 63 - 1), "n": (1, 1)}
+OPTIONS = {*NUMBERS, "messages", "model", "stop", "stream", "stream_options", "user"}
+
+
+class Refusal(Exception):
+    """What a client is told instead of an answer: a status, and an error in the API's form."""
+
+    def __init__(self, message, param=None, code=None, status=400):
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        if code == "queue_full":
+            kind = "rate_limit_error"
+        self.json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def conversation_of(messages):
+    """The API's messages as [(text, [address of each picture]), ...], user and assistant by turns.
+
+    Pictures stand before the words of their turn, as in training.
+    """
+    if not isinstance(messages, list) or len(messages) % 2 == 0:
+        raise Refusal("messages is no list that begins and ends with one of the user, and "
+                      "alternates user, assistant", "messages")
+    turns = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        role = message.get("role") if isinstance(message, dict) else None
+        expected = ("user", "assistant")[i % 2]
+        if role in ("system", "developer"):
+            raise Refusal(f"{where}: the system message of this model is part of its template; "
+                          "leave yours out", where)
+        if role != expected:
+            raise Refusal(f"{where} is from {role!r} where {expected!r} belongs", where)
+        turns.append(parts_of(message.get("content"), role, where))
+    return turns
+
+
+def parts_of(content, role, where):
+    """(text, [address of each picture]) of one message, whose content is a text or parts."""
+    texts, urls = [], []
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    for part in content if isinstance(content, list) else [None]:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                text.encode()            # half a surrogate pair is a ValueError here
+                texts.append(text)
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
+                urls.append(url)
+            case _:
+                raise Refusal(f"{where}.content is neither text nor a list of text parts and, from "
+                              "a user, image_url parts", where)
+    return "\n".join(texts), urls
+
+
+def check_options(body):
+    """Raises Refusal unless what a request names beside its messages is known and in range."""
+    for name in body.keys() - OPTIONS:
+        if body[name] not in (None, False, 0, "", [], {}, {"type": "text"}):     # it asks for more
+            known = ", ".join(sorted(OPTIONS))
+            raise Refusal(f"{name!r} is not supported; taken are {known}", name)
+    for name, (low, high) in NUMBERS.items():
+        value = body.get(name)
+        kinds = {int, type(low)}         # but no bool, which is an int to isinstance
+        if value is not None and (type(value) not in kinds or not low <= value <= high):
+            raise Refusal(f"{name} {value!r}: it is a number from {low} to {high}", name)
+    for name, kind in (("stream", bool), ("stream_options", dict), ("stop", str | list)):
+        if not isinstance(body.get(name), kind | None):
+            raise Refusal(f"{name} {body[name]!r} is not of the API's type", name)
+    if not all(isinstance(text, str) and text for text in body.get("stop") or []):
+        raise Refusal(f"stop {body['stop']!r}: a text, or some, that are not empty", "stop")
+
+
+def picture_bytes(url, where):
+    """The file that an address holds. Nothing is fetched: whose address might it be?"""
+    head, _, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        raise Refusal(f"{where}: send the picture itself, as a data: address with ;base64; this "
+                      "server fetches none from elsewhere")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise Refusal(f"{where}: not base64 ({error})") from error

@@ -1,0 +1,568 @@
+"""
+Other people's checkpoints: folders of `liuhaotian/llava-*` to ours, and back.
+
+    python -m extras.convert --model liuhaotian/llava-v1.5-7b --out OUT      a model: v1, 1.5, 1.6
+    python -m extras.convert --model DIR --llm lmsys/vicuna-7b-v1.5 --out OUT
+            a LoRA folder, merged; or the folder of a stage 1, which holds mm_projector.bin alone
+    python -m extras.convert --model DIR --delta --llm huggyllama/llama-7b --out OUT
+            a v0 delta, and the LLaMA that it is for
+    python -m extras.convert --to_original --model OURS --out OUT            back
+
+`train.py --init OUT` and `sample.py --model OUT` go on from there. A name, shape or setting that is
+not understood is an error before anything is written. A weight is read when its file is written, so
+memory peaks at about one file (--shard), plus CLIP where the checkpoint has none inside. Tested on
+small made-up folders of these layouts, never on a released one.
+"""
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig
+
+from parts import checkpoints
+from parts.checkpoints import COMPUTED, LINEAR_1, LINEAR_2, check_weights, has_file, hf_keys
+from parts.files import IMAGE, run_main, typed_flags, write_json
+from parts.gated import VisionTower
+from parts.templates import TEMPLATES, check_template, template_for
+from parts.tiles import NEXT
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str                   # what to convert: a folder or a hub id
+    out: str                     # a new folder
+    llm: str = None              # under an adapter, a projector or a delta; back: its tokenizer
+    vision: str = None           # CLIP, a folder or a hub id; else the one that config.json names
+    delta: bool = False          # --model is a v0 delta, to be added to --llm
+    to_original: bool = False    # from ours, or any llava-hf folder, to the original's layout
+    template: str = "auto"       # auto: from config.json and the tokenizer
+    shard: str = "2GB"           # size of a written file; about as much memory is needed
+
+
+# -----------------------------------------------------------------------------
+# Names: ours, which are llava-hf's, and the original's
+
+PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
+            "image_newline": "model.image_newline"}
+TOWER = {"vision_tower.": "model.vision_tower.vision_tower."}
+MLP = {LINEAR_1: "model.mm_projector.0.", LINEAR_2: "model.mm_projector.2."}
+LINEAR = {LINEAR_1: "model.mm_projector."}       # our linear_2 is the identity then
+PEFT_PREFIX = re.compile(r"^(base_model\.model\.|model\.(?=model\.))")   # of training with LoRA
+EMBEDDING = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+
+
+def original_names(names, mlp, tower):
+    """{our name: the original's} of the weights that it has; with CLIP's if `tower`."""
+    prefixes = PREFIXES | (MLP if mlp else LINEAR)
+    if tower:
+        prefixes |= TOWER
+    found = {}
+    for name in names:
+        for ours, theirs in prefixes.items():
+            if name.startswith(ours):
+                found[name] = theirs + name.removeprefix(ours)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Tables: a checkpoint as {name: Weight}, of which nothing is read before it is written
+
+
+class Weight(NamedTuple):
+    meta: torch.Tensor           # its shape and dtype, without memory
+    read: Callable               # () -> the tensor
+
+
+def load_tensors(path, only=None):
+    """{name: tensor} of a weight file, or of one weight of it; mapped, so reading costs nothing."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:             # load_file would touch every weight
+                return {name: f.get_tensor(name) for name in ([only] if only else f.keys())}
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a whole file of weights ({first_line(error)})") from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path}: holds other things than named weights")
+    return state
+
+
+def first_line(error):
+    return str(error).splitlines()[0][:200]
+
+
+def read_tensor(path, name):
+    return load_tensors(path, name)[name].detach()
+
+
+def table_of(files):
+    """The table of some files. Each read maps its file anew, so its pages go with the tensor."""
+    table = {}
+    for path in files:
+        new = {}
+        for name, value in load_tensors(path).items():
+            if not COMPUTED.search(name):
+                new[name] = Weight(value.to("meta"), partial(read_tensor, path, name))
+        twice = sorted(new.keys() & table.keys())
+        if twice:
+            raise ValueError(f"{path}: {len(twice)} weights that another file has too, "
+                             f"e.g. {twice[:5]}")
+        table |= new
+    return table
+
+
+def table_in_memory(state):
+    """The table of tensors that are there already."""
+    return {name: Weight(value.to("meta"), value.detach) for name, value in state.items()}
+
+
+def shapes_of(table):
+    return {name: weight.meta for name, weight in table.items()}
+
+
+def weight_files(folder):
+    """The files of a whole model, .safetensors before .bin; [] if there is none."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def weights_of_config(config):
+    """{our name: meta tensor} of every weight of transformers' model of a LlavaConfig."""
+    with torch.device("meta"):
+        wanted = hf_keys(AutoModelForImageTextToText.from_config(config).state_dict())
+    if config.text_config.tie_word_embeddings:
+        del wanted[HEAD]
+    return wanted
+
+
+def write_table(table, folder, shard):
+    """The table as model.safetensors, or as files of at most `shard` ("2GB") and their index."""
+    split = split_torch_state_dict_into_shards(shapes_of(table), max_shard_size=shard)
+    folder.mkdir(parents=True)
+    for file, names in tqdm(split.filename_to_tensors.items(), disable=not sys.stderr.isatty()):
+        tensors = {name: table[name].read().contiguous() for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def read_resized(weight, rows):
+    """A weight with this many rows: cut, or grown by the mean, as by `grow_vocabulary`."""
+    value = weight.read()
+    mean = value.float().mean(0).to(value.dtype)
+    return torch.cat([value[:rows], mean.expand(max(0, rows - len(value)), -1)])
+
+
+def resize_vocabulary(table, rows):
+    """The table with so many rows, one a token, in embedding and head."""
+    resized = {}
+    for name in table.keys() & {EMBEDDING, HEAD}:
+        weight = table[name]
+        meta = weight.meta.new_empty(rows, weight.meta.shape[1])
+        resized[name] = Weight(meta, partial(read_resized, weight, rows))
+    return table | resized
+
+
+def read_sum(delta, base):
+    """delta + base; the delta may have rows of added tokens behind the base's."""
+    value = delta.read().clone()
+    old = base.read()
+    value[:len(old)] += old.to(value.dtype)
+    return value
+
+
+def add_delta(delta, base, where):
+    """v0: delta + LLaMA. What LLaMA lacks (projector, added tokens) is in the delta as it is."""
+    table = {name: weight for name, weight in delta.items() if "mm_projector" in name}
+    differ = sorted((delta.keys() - table.keys()) ^ base.keys())
+    if differ:
+        raise ValueError(f"{where}: {len(differ)} weights are only in the delta or only in --llm, "
+                         f"e.g. {differ[:5]}")
+    for name, old in base.items():
+        new, old_shape = delta[name], old.meta.shape
+        if new.meta.shape[1:] != old_shape[1:] or len(new.meta) < len(old.meta):
+            raise ValueError(f"{where}: {name} is {(*new.meta.shape,)}, in --llm {(*old_shape,)}; "
+                             "pass the LLaMA that it is on")
+        table[name] = Weight(new.meta, partial(read_sum, new, old))
+    return table
+
+
+def read_merged(weight, A, B, scale):
+    """W + scale B A, computed in fp32, in W's own format."""
+    W = weight.read()
+    return (W.float() + scale * (B.float() @ A.float())).to(W.dtype)
+
+
+def add_lora(table, folder):
+    """The table with the LoRA adapter of a folder merged."""
+    lora = checkpoints.read_settings(folder, "adapter_config.json")
+    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
+                "layer_replication", "bias"):
+        if lora.get(key) not in (None, False, {}, [], "none"):
+            raise ValueError(f"{folder}/adapter_config.json: {key} is {lora[key]!r}; only plain "
+                             "LoRA can be merged")
+    r = lora["r"]
+    scale = lora["lora_alpha"] / (math.sqrt(r) if lora.get("use_rslora") else r)
+    path = next(folder.glob("adapter_model.*"), folder / "adapter_model.safetensors")
+    advice = "pass the language model that it was trained on"
+    pairs = {}
+    for key, value in load_tensors(path).items():
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", PEFT_PREFIX.sub("", key))
+        if not found or f"{found[1]}.weight" not in table:
+            raise ValueError(f"{path}: {key} belongs to no weight of --llm; {advice}")
+        pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = value
+    for name, pair in pairs.items():
+        weight = table[name]
+        rows, columns = weight.meta.shape
+        shapes = {matrix: (*value.shape,) for matrix, value in pair.items()}
+        needed = {"A": (r, columns), "B": (rows, r)}
+        if shapes != needed:
+            raise ValueError(f"{path}: {name} has {shapes}, but rank {r} and --llm need {needed}; "
+                             + advice)
+        read = partial(read_merged, weight, pair["A"], pair["B"], scale)
+        table[name] = Weight(weight.meta, read)
+    return table
+
+
+# -----------------------------------------------------------------------------
+# Folders
+
+TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin", "mm_projector.bin", "adapter_model.*",
+                "non_lora_trainables.bin"]
+
+
+def local_folder(name, flag):
+    """A folder as it is; a hub id's files, downloaded."""
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        files = ["*.json", *TOKENIZER_FILES, *WEIGHT_FILES]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"--{flag} {name}: neither a folder nor a hub id that can be "
+                                f"downloaded ({first_line(error)})") from error
+
+
+def load_original_tokenizer(folder):
+    """The tokenizer of an original folder or of a language model, with <image>.
+
+    It is read away from config.json: for a model_type "llava", transformers would read a
+    tokenizer.model without its blanks.
+    """
+    if not has_file(folder, "tokenizer_config.json"):
+        raise FileNotFoundError(f"{folder}: no tokenizer_config.json, which says what <s> and "
+                                "blanks are")
+    with tempfile.TemporaryDirectory() as alone:
+        for file in TOKENIZER_FILES:
+            if has_file(folder, file):
+                shutil.copy(folder / file, alone)
+        return checkpoints.load_tokenizer(alone)
+
+
+class Source(NamedTuple):
+    """What --model is, put together with its base."""
+    table: dict                  # under the original's names
+    config_folder: Path          # where its config.json is
+    tokenizer_folder: Path
+    stage: int                   # that made it
+
+
+def find_source(args, folder):
+    """The `Source` of a folder: a whole model, or a part of one and --llm under it."""
+    files = weight_files(folder)
+    is_lora = has_file(folder, "adapter_config.json")
+    rest = folder / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    if is_lora:
+        part = "a LoRA adapter"
+    elif not files:
+        part = "a projector"
+    else:
+        part = "a delta" if args.delta else None
+    if not files and not rest.is_file():
+        raise FileNotFoundError(f"{folder}: no LLaVA folder; it has neither model*.safetensors or "
+                                f"pytorch_model*.bin nor {rest.name}")
+    if args.delta and part != "a delta":
+        raise ValueError(f"{folder} is {part}: leave out --delta")
+    if args.llm and not part:
+        raise ValueError(f"{folder} is a whole model, or a delta that --delta must call one: "
+                         "leave out --llm")
+    if not part:
+        return Source(table_of(files), folder, folder, 2)
+    if not args.llm:
+        named = ", which adapter_config.json names" if is_lora else ""
+        raise ValueError(f"{folder} is {part} without its base: pass --llm, the language model "
+                         f"that it was trained on{named}")
+
+    base = local_folder(args.llm, "llm")
+    if not weight_files(base):
+        raise FileNotFoundError(f"--llm {base}: neither model*.safetensors nor pytorch_model*.bin")
+    table = table_of(weight_files(base))
+    if part == "a delta":
+        table = add_delta(table_of(files), table, folder)
+    else:
+        more = {PEFT_PREFIX.sub("", name): weight for name, weight in table_of([rest]).items()}
+        twice = sorted(more.keys() & table.keys())
+        if twice:
+            raise ValueError(f"{rest} and --llm {base} both have {twice[:5]}; pass the language "
+                             "model as it was before LLaVA")
+        table |= more
+    if is_lora:
+        table = add_lora(table, folder)
+    config_folder = folder if has_file(folder, "config.json") else base
+    tokenizer_folder = folder if has_file(folder, "tokenizer_config.json") else base
+    return Source(table, config_folder, tokenizer_folder, 1 if part == "a projector" else 2)
+
+
+# -----------------------------------------------------------------------------
+# Configurations
+
+# A language model's kind, and what the original calls a LLaVA of it: model_type, architecture.
+KINDS = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+         "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+         "qwen2": ("llava_qwen", "LlavaQwenForCausalLM")}
+KIND_OF = {theirs: kind for kind, (theirs, _) in KINDS.items()} | {kind: kind for kind in KINDS}
+KIND_OF["llava"] = "llama"       # v1
+OUR_ASPECT = {"square": "crop", "pad": "pad", "anyres": "anyres"}    # of image_aspect_ratio
+ORIGINAL_ASPECT = {"crop": "square", "pad": "pad", "anyres": "anyres", "anyres_hf": "anyres"}
+
+
+def check_settings(folder, settings):
+    """Raises ValueError if a (name, value found, values allowed) of `settings` is wrong."""
+    for name, found, allowed in settings:
+        if found not in allowed:
+            raise ValueError(f"{folder}: {name} in config.json is {found!r}; what can be converted "
+                             f"has one of {list(allowed)}")
+
+
+def original_view(raw, vision_config, folder):
+    """aspect and tiling as an original's config.json says them."""
+    ratio = raw.get("image_aspect_ratio") or "square"
+    check_settings(folder, [
+        ("image_aspect_ratio", ratio, OUR_ASPECT),
+        ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ["patch"])])
+    if ratio != "anyres":
+        return {"aspect": OUR_ASPECT[ratio], "tiling": None}
+    merge_type = raw.get("mm_patch_merge_type", "flat")
+    check_settings(folder, [("mm_patch_merge_type", merge_type, ["spatial_unpad"])])
+    size = vision_config.image_size
+    pinpoints = raw.get("image_grid_pinpoints")          # [[336, 672], ...], or that as text
+    sides = [int(side) for side in re.findall(r"\d+", json.dumps(pinpoints))]
+    if not sides or len(sides) % 2 or any(side == 0 or side % size for side in sides):
+        raise ValueError(f"{folder}: image_grid_pinpoints in config.json is {pinpoints!r}; pairs "
+                         f"of multiples of {size}, the pixels of the vision tower, are needed")
+    pairs = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]   # (width, height)
+    tiling = NEXT._replace(pinpoints=pairs, tile=size, patch=vision_config.patch_size)
+    old = (raw.get("minllava") or {}).get("tiling") or {}
+    if old.get("rule") == "hf":                          # of a model that was ours
+        pairs = [pair[::-1] for pair in pairs]
+        tiling = tiling._replace(pinpoints=pairs, rule="hf")
+        return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
+    return {"aspect": "anyres", "tiling": tiling._asdict()}
+
+
+def our_config(raw, vision_config, mlp, dtype, folder):
+    """The LlavaConfig of an original's config.json."""
+    model_type = raw.get("model_type")
+    if "text_config" in raw:
+        model_type = "llava-hf's, which is ours already"
+    check_settings(folder, [("model_type", model_type, KIND_OF)])
+    view = original_view(raw, vision_config, folder)
+    kind = KIND_OF[model_type]
+    known = AutoConfig.for_model(kind).to_dict().keys() | {"rope_theta", "rope_scaling"}
+    known -= {"model_type", "architectures", "transformers_version", "dtype"}
+    text_config = AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k in known})
+    layer = raw.get("mm_vision_select_layer", -2)
+    projector = "mlp2x_gelu" if mlp else "linear"
+    return checkpoints.llava_config(vision_config, text_config, dtype, layer, projector, view)
+
+
+def load_vision_config(vision):
+    try:
+        return CLIPVisionConfig.from_pretrained(vision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vision {vision}: no CLIP can be loaded from there "
+                         f"({first_line(error)})") from error
+
+
+def our_meta(args, raw, config, tokenizer, stage):
+    """What we add to config.json: template, stage, and where the model came from."""
+    old = {}
+    if args.template == "auto":                          # what convert_to_original left
+        old = dict(raw.get("minllava") or {})
+    chat = old.get("chat", args.template)
+    if chat == "auto":                                   # OURS: by the vocabulary
+        chat = template_for(config.text_config, tokenizer).name
+        if "[PAD]" in tokenizer.get_vocab():             # only v0 added it
+            chat = "llava_v0"
+        print(f"template {chat}, guessed from the tokenizer; the folder does not say, and "
+              "--template would")
+    meta = {"template": "plain" if stage == 1 else chat, "chat": chat, "stage": stage,
+            "recipe": None, **old, "init": args.model}
+    if raw.get("mm_use_im_start_end"):
+        meta["im_start_end"] = True
+        print("it was trained on <im_start><image><im_end> where others have <image>; its "
+              "questions should have them too")
+    return meta | config.minllava                        # aspect and tiling are config.json's own
+
+
+# -----------------------------------------------------------------------------
+# The two directions
+
+
+def convert_to_ours(args):
+    """Convert a folder of the original's."""
+    folder = local_folder(args.model, "model")
+    table, config_folder, tokenizer_folder, stage = find_source(args, folder)
+    raw = checkpoints.read_settings(config_folder, "config.json")
+    vision = args.vision or raw.get("mm_vision_tower")
+    if not vision:
+        raise ValueError(f"{folder}: no config.json names its CLIP (mm_vision_tower); pass "
+                         "--vision")
+    vision_config = load_vision_config(vision)
+    mlp = "model.mm_projector.0.weight" in table
+    inside = any(name.startswith(TOWER["vision_tower."]) for name in table)
+    weight = table.get("model.embed_tokens.weight") or next(iter(table.values()))
+    dtype = weight.meta.dtype
+    config = our_config(raw, vision_config, mlp, dtype, folder)
+
+    wanted = weights_of_config(config)
+    names = original_names(wanted, mlp, inside)
+    original = {theirs: wanted[ours] for ours, theirs in names.items()}
+    check_weights(shapes_of(table), original, folder,
+                  "pass the --vision and --llm that it was trained with")
+    ours = {name: table[theirs] for name, theirs in names.items()}
+    if not inside:
+        g = checkpoints.load_part(VisionTower, vision, dtype, "vision")
+        state = {f"vision_tower.{name}": value for name, value in g.state_dict().items()}
+        ours |= table_in_memory(hf_keys(state))
+    if not mlp:
+        bias = ours[LINEAR_1 + "bias"].meta
+        ours |= table_in_memory(checkpoints.identity_layer(len(bias), bias.dtype))
+
+    tokenizer = load_original_tokenizer(tokenizer_folder)
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:                            # no spare row for <image>
+        config.text_config.vocab_size = -(-len(tokenizer) // 64) * 64
+        ours = resize_vocabulary(ours, config.text_config.vocab_size)
+    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE)
+    config.pad_token_id = tokenizer.pad_token_id
+    llm = args.model if tokenizer_folder == folder else args.llm
+    config.minllava = our_meta(args, raw, config, tokenizer, stage) | {
+        "vision": vision, "vision_inside": inside, "llm": llm, "vocab_size": rows}
+    template = TEMPLATES[config.minllava["template"]]
+    check_template(template, tokenizer)
+    tokenizer.chat_template = checkpoints.chat_template(template)
+    checkpoints.check_view(config.minllava, vision_config, folder)
+
+    write_table(ours, Path(args.out), args.shard)
+    ends = config.text_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    checkpoints.save_settings(args.out, tokenizer, ends, vision_config, config.minllava)
+    config.save_pretrained(args.out)
+    print(f"{args.out}: {len(ours)} weights, {config.minllava}")
+
+
+def convert_to_original(args):
+    """Convert a folder of ours, or any llava-hf folder, to the original's layout."""
+    folder = local_folder(args.model, "model")
+    config, meta = checkpoints.load_settings(folder)
+    text, ours = config.text_config, getattr(config, "minllava", None) or {}
+    check_settings(folder, [
+        ("text_config.model_type", text.model_type, KINDS),
+        ("minllava.aspect", meta["aspect"], ORIGINAL_ASPECT),
+        ("vision_config.gated_layers", getattr(config.vision_config, "gated_layers", 0), [0])])
+    vision, llm = args.vision or meta.get("vision"), args.llm or meta.get("llm")
+    if not vision or not llm:
+        raise ValueError(f"{folder}: config.json does not say what it was made of: pass --vision, "
+                         "the CLIP that the original will name, and --llm, for its tokenizer")
+    mlp = config.projector_hidden_act == "gelu"
+    if mlp and "aspect" not in ours and not meta["tiling"]:
+        meta["aspect"] = "pad"                           # llava-hf's 1.5 crops; the original pads
+    table = hf_keys(table_of(weight_files(folder)))
+    check_weights(shapes_of(table), weights_of_config(config), folder, "pass a whole folder")
+    if not mlp:
+        names = [LINEAR_2 + "weight", LINEAR_2 + "bias"]
+        checkpoints.check_identity({name: table[name].read() for name in names}, folder)
+
+    image_id, rows = config.image_token_index, text.vocab_size
+    if rows == -(-(image_id + 1) // 64) * 64:            # it was grown for <image>
+        rows = image_id
+    rows = meta.get("vocab_size", rows)
+    inside = bool(meta["tiling"]) or meta.get("vision_inside", "vision" not in meta)
+    table = resize_vocabulary(table, rows)
+    names = original_names(table, mlp, inside)
+    llm = local_folder(llm, "llm")
+    vocabularies = []
+    for tokenizer in (AutoTokenizer.from_pretrained(folder), load_original_tokenizer(llm)):
+        ids = tokenizer.get_vocab().items()
+        vocabularies.append({token: i for token, i in ids if i < rows})
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(f"--llm {llm}: its tokenizer is not that of {folder}; pass the language "
+                         "model that it was made of")
+
+    original = original_config(config, meta, ours, rows) | {
+        "mm_vision_tower": vision, "unfreeze_mm_vision_tower": inside}
+    table = {theirs: table[name] for name, theirs in names.items()}
+    write_table(table, Path(args.out), args.shard)
+    for path in [*(llm / file for file in TOKENIZER_FILES), folder / "generation_config.json"]:
+        if path.is_file():
+            shutil.copy(path, args.out)
+    write_json(Path(args.out) / "config.json", original)
+    print(f"{args.out}: {len(names)} weights in the original's layout")
+
+
+def original_config(config, meta, ours, rows):
+    """config.json as the original has it; what we add to ours stays in it."""
+    text = config.text_config.to_dict()
+    rope = text.pop("rope_parameters")                   # two settings in transformers 4
+    theta, scaling = rope.pop("rope_theta"), rope.pop("rope_type")
+    del text["dtype"]
+    model_type, architecture = KINDS[config.text_config.model_type]
+    original = text | {
+        "model_type": model_type, "architectures": [architecture], "vocab_size": rows,
+        "torch_dtype": str(config.dtype).removeprefix("torch."), "rope_theta": theta,
+        "rope_scaling": None if scaling == "default" else rope | {"type": scaling},
+        "mm_hidden_size": config.vision_config.hidden_size, "use_mm_proj": True,
+        "mm_projector_type": checkpoints.projector_of(config),
+        "mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": meta.get("im_start_end", False), "mm_use_im_patch_token": False,
+        "image_aspect_ratio": ORIGINAL_ASPECT[meta["aspect"]], "minllava": ours}
+    if meta["tiling"]:                                   # (width, height), as the original reads
+        pinpoints = [pair[::-1] for pair in checkpoints.hf_pinpoints(meta["tiling"])]
+        original |= {"image_grid_pinpoints": pinpoints, "mm_patch_merge_type": "spatial_unpad"}
+    return original
+
+
+def main(argv=None):
+    choices = {"template": ["auto", *TEMPLATES]}
+    args = Config(**typed_flags(Config, argv, __doc__.strip().splitlines()[0], choices))
+    if os.path.exists(args.out):
+        raise ValueError(f"--out {args.out} exists; name a new folder")
+    if args.to_original:
+        convert_to_original(args)
+    else:
+        convert_to_ours(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,363 @@
+"""
+Looking inside a checkpoint: where it looked, what else it could have said, how it sees in tiles.
+
+    python -m extras.probe attention --model DIR --image dog.jpg --question "What?" --out looks.png
+    python -m extras.probe alternatives --model DIR --image dog.jpg --question "What is it?" --top 3
+    python -m extras.probe rank --model DIR --question "What barks?" --answers "A dog." "A cat."
+    python -m extras.probe tiles --image dog.jpg --out tiles.png
+
+Attention is where information may have come from, no proof that it was used: some visual tokens
+draw attention at every word. COURSE: compare layers (--layers 0, --layers -1) and heads, and the
+same word in two questions.
+"""
+import base64
+import io
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import sample
+from data import collate, sample_of
+from model import IGNORE
+from parts import checkpoints
+from parts.files import run_command, run_main
+from parts.pictures import open_image
+from parts.views import view_from, view_of
+
+MAP_SIDE = 448           # pixels of a map's longer side
+
+# -----------------------------------------------------------------------------
+# Answers behind a question: given ones, and the model's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    model: str                           # checkpoint folder
+    question: str                        # answered greedily
+    image: str = None                    # a picture: path or http(s) address
+    max_new_tokens: int = 512
+    template: str = None                 # for a checkpoint that does not name its own
+    device: str = "auto"                 # cuda, mps or cpu
+    dtype: str = "auto"                  # bf16 or fp32
+
+    CHOICES = sample.Config.CHOICES
+
+
+def open_question(config):
+    """(talker, turns, pictures)"""
+    talker = sample.Talker(sample.Config(
+        model=config.model, temperature=0.0, max_new_tokens=config.max_new_tokens,
+        template=config.template, device=config.device, dtype=config.dtype))
+    pictures = [open_image(config.image)] if config.image else []
+    return talker, [talker.ask(config.question, len(pictures))], pictures
+
+
+def with_answer(talker, turns, pictures, answer):
+    """A conversation and an answer, as a sample in which that answer alone is scored."""
+    prompt = talker.prompt(turns, pictures)
+    turns = [*turns, {"from": "gpt", "value": answer}]
+    answered = sample_of(turns, prompt["pictures"], talker.model.tokenizer, talker.template,
+                         talker.view)
+    n = len(prompt["input_ids"])
+    return answered | {"labels": [IGNORE] * n + answered["labels"][n:]}
+
+
+def model_inputs(talker, samples):
+    """What model.forward takes."""
+    batch = collate(samples, talker.view)
+    inputs = ("input_ids", "labels", "X_v", "visual_index")
+    return {name: batch[name].to(talker.model.device) for name in inputs}
+
+
+def rank_answers(talker, turns, pictures, answers):
+    """[(log p, answer), ...] of given answers behind one prompt, the likeliest first, Eq. (3)."""
+    samples = [with_answer(talker, turns, pictures, answer) for answer in answers]
+    log_p = talker.model.score(**model_inputs(talker, samples))
+    return sorted(zip(log_p.tolist(), answers, strict=True), reverse=True)
+
+
+@torch.no_grad()
+def alternatives(talker, turns, pictures, top):
+    """A greedy answer (A,), the likeliest ids at each of its steps (A, top), their p (A, top)."""
+    new = []
+    "".join(talker.stream(turns, pictures, ids=new))
+    prompt = talker.prompt(turns, pictures)
+    answered = prompt | {"input_ids": prompt["input_ids"] + new, "labels": prompt["labels"] + new}
+    h, targets = talker.model.answer_states(**model_inputs(talker, [answered]))      # (A, D), (A,)
+    logits = talker.model.f_phi.get_output_embeddings()(h).float()                   # (A, V)
+    logits[:, talker.model.image_id] = -torch.inf        # as when it answers: not a word
+    p, ids = logits.softmax(-1).topk(top)
+    return targets, ids, p
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig(ProbeConfig):
+    answers: list[str]                   # to rank
+
+
+def print_ranking(config):
+    """Rank given answers to a question by log p."""
+    for log_p, answer in rank_answers(*open_question(config), config.answers):
+        print(f"{log_p:10.3f}  {answer}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlternativesConfig(ProbeConfig):
+    top: int = 5                         # how many at each step
+
+
+def print_alternatives(config):
+    """Print what else could have been said at each step, with probabilities."""
+    talker, turns, pictures = open_question(config)
+    spell = talker.model.tokenizer.decode
+    steps = zip(*alternatives(talker, turns, pictures, config.top), strict=True)
+    for i, ids, p in steps:
+        others = [f"{spell(j)!r} {x:.3f}" for j, x in zip(ids.tolist(), p.tolist(), strict=True)]
+        print(f"{spell(i.item())!r:<16}" + "  ".join(others))
+
+
+# -----------------------------------------------------------------------------
+# Where it looked
+
+
+def words_and_attention(talker, turns, pictures, answer, layers=None, heads=None):
+    """[(word, [a map (rows, columns) of each picture]), ...] of an answer.
+
+    A map sums to the share of attention that its visual tokens got, a mean over the word's tokens.
+    layers, heads    which of them, as text ("0,5,-1"); None: all. ValueError for what there is not.
+    """
+    config = talker.model.f_phi.config
+    layers = parse_numbers(layers, config.num_hidden_layers, "layers")
+    heads = parse_numbers(heads, config.num_attention_heads, "heads")
+    answered = with_answer(talker, turns, pictures, answer)
+    weights = attention_of(talker, answered, layers, heads)      # (A, visual tokens)
+    counts = [talker.view.tokens(*picture.size) for picture in pictures]
+    ids = [label for label in answered["labels"] if label != IGNORE]
+    text = ""
+    tokens = {}                          # {number of a word: its tokens}
+    for k in range(len(ids)):
+        longer = talker.model.to_text(ids[:k + 1], [talker.template.STOP])
+        if longer != text:               # else it is a blank, or STOP
+            text = longer
+            tokens.setdefault(len(text.split()) - 1, []).append(k)
+    words = []
+    for number, word in enumerate(text.split()):
+        parts = weights[tokens[number]].mean(0).split(counts)
+        seen = zip(pictures, parts, strict=True)
+        words.append((word, [map_of(talker.view, picture.size, part) for picture, part in seen]))
+    return words
+
+
+def parse_numbers(text, n, what):
+    """"0,5,-1" to [0, 5, n - 1]; None to all n numbers."""
+    if text is None:
+        return list(range(n))
+    try:
+        return [range(n)[int(part)] for part in text.split(",")]
+    except (ValueError, IndexError):
+        raise ValueError(f"--{what} {text!r}: numbers with commas between them, from 0 to {n - 1}, "
+                         f"or -{n} to -1 from the end") from None
+
+
+@torch.no_grad()
+def attention_of(talker, answered, layers, heads):
+    """(A, visual tokens): a mean over layers and heads.
+
+    The attention of an answer's token is that of the position which predicts it.
+    """
+    f_phi = talker.model.f_phi
+    batch = model_inputs(talker, [answered])
+    predicts = (batch["labels"][0, 1:] != IGNORE).nonzero()[:, 0]                # (A,)
+    visual = (batch["input_ids"][0] == talker.model.image_id).nonzero()[:, 0]    # (visual tokens,)
+    found = []
+
+    def watch(module, inputs, output):   # output[1] is (1, heads, T, T), of one layer at a time
+        weights = output[1][0, heads][:, predicts][..., visual]
+        found.append(weights.float().mean(0))
+
+    usual = f_phi.config._attn_implementation
+    f_phi.set_attn_implementation("eager")       # the only one that has the weights at hand
+    hooks = [f_phi.base_model.layers[i].self_attn.register_forward_hook(watch) for i in layers]
+    try:
+        talker.model.answer_states(**batch)
+    finally:
+        f_phi.set_attn_implementation(usual)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).mean(0)
+
+
+def map_of(view, size, weights):
+    """Weights of a picture's visual tokens as a map of it: each over the pixels that it saw."""
+    scale = MAP_SIDE / max(size)
+    size_of_map = [max(1, round(side * scale)) for side in size]
+    total = np.zeros(size_of_map[::-1], np.float32)
+    for box, numbers in grids_of(view, *size):
+        left, top, right, bottom = (round(edge * scale) for edge in box)
+        if right <= left or bottom <= top:
+            continue                     # a strip too thin for the map
+        grid = weights[torch.from_numpy(numbers)].float().cpu().numpy()      # (rows, columns)
+        large = Image.fromarray(grid)
+        large = large.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        share = grid.sum() / max(np.asarray(large).sum(), 1e-12)
+        layer = Image.new("F", size_of_map)
+        layer.paste(large, (left, top))  # what hangs over the edge falls off
+        total += share * np.asarray(layer)
+    return total
+
+
+def grids_of(view, width, height):
+    """Where a picture's visual tokens lie: [(box in its pixels, their numbers (rows, columns))]."""
+    side = view.size // view.patch
+    square = np.arange(view.N).reshape(side, side)
+    if view.aspect == "crop":
+        return [(centred(width, height, min(width, height)), square)]
+    if view.aspect == "pad":
+        return [(centred(width, height, max(width, height)), square)]
+    grids = []
+    if view.tiling.global_picture == "stretched":
+        grids.append(((0, 0, width, height), square))
+    elif view.tiling.global_picture:
+        grids.append((centred(width, height, max(width, height)), square))
+    plan = view.tiling.plan(width, height)
+    shape = len(plan.rows), len(plan.columns) + 1
+    numbers = np.arange(plan.tokens)[-shape[0] * shape[1]:].reshape(shape)
+    pixels = view.patch * width / plan.scaled[0]     # of the picture, in a patch of its canvas
+    left, top = (offset / view.patch for offset in plan.offset)
+    edges = (plan.columns.start - left, plan.rows.start - top,
+             plan.columns.stop - left, plan.rows.stop - top)
+    return [*grids, ([edge * pixels for edge in edges], numbers[:, :-1])]    # without row ends
+
+
+def centred(width, height, edge):
+    """The box of a square in the middle of a picture."""
+    left, top = (width - edge) / 2, (height - edge) / 2
+    return left, top, left + edge, top + edge
+
+
+def overlay(picture, heat):
+    """The picture (PIL) under its map, the brightest part being where most attention lies."""
+    heat = Image.fromarray(np.uint8(255 * heat / max(heat.max(), 1e-12)))
+    heat = heat.resize(picture.size, Image.Resampling.BILINEAR)
+    strength = np.asarray(heat, np.float32)[..., None] / 255                 # (H, W, 1)
+    colours = matplotlib.colormaps["inferno"](strength[..., 0])[..., :3] * 255
+    dimmed = np.asarray(picture, np.float32) * 0.35 * (1 - strength)
+    return Image.fromarray(np.uint8(dimmed + colours * (0.35 + 0.65 * strength)))
+
+
+def data_url(picture, form="PNG"):
+    """A picture (PIL) as an address that holds it."""
+    file = io.BytesIO()
+    picture.save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(ProbeConfig):
+    image: str                           # a picture: path or http(s) address
+    out: str                             # PNG to write: the picture under each word's attention
+    layers: str = None                   # of which layers, e.g. 0,5,-1; their mean (default: all)
+    heads: str = None                    # of which heads, likewise
+
+
+def draw_attention(config):
+    """Draw where the model looked at each word of its answer."""
+    import matplotlib.pyplot as plt
+
+    talker, turns, pictures = open_question(config)
+    answer = sample.print_answer(talker, turns, pictures)
+    words = words_and_attention(talker, turns, pictures, answer, config.layers, config.heads)
+    across = max(1, min(len(words), 8))
+    down = max(1, -(-len(words) // across))
+    figure, axes = plt.subplots(down, across, squeeze=False, layout="constrained",
+                                figsize=(1.6 * across, 1.8 * down))
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (word, maps) in zip(axes.flat, words, strict=False):
+        ax.imshow(overlay(pictures[0], maps[0]))
+        ax.set_title(word, fontsize=10)
+    figure.savefig(config.out, format="png", dpi=200)
+    print(f"wrote {config.out}")
+
+
+# -----------------------------------------------------------------------------
+# Tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesConfig:
+    image: str                           # a picture: path or http(s) address
+    out: str                             # picture to write
+    aspect: str = "anyres"               # LLaVA-NeXT's; hd is LLaVA-1.5-HD's
+    model: str = None                    # checkpoint whose own tiles are drawn
+
+    CHOICES = {"aspect": ["anyres", "anyres_hf", "hd", "hd_tiles"]}
+
+
+def draw_tiles(config):
+    """Draw how a picture is seen: numbered tiles, what is cut off (grey), row ends (orange)."""
+    view = view_of(config.aspect, 224 if config.aspect.startswith("hd") else 336, 14)
+    if config.model:
+        settings, meta = checkpoints.load_settings(config.model)
+        view = view_from(meta, settings.vision_config)
+    if not view.tiling:
+        raise ValueError(f"{config.model} sees pictures as {view.aspect}, not in tiles")
+    picture = open_image(config.image)
+    plot_tiles(picture, view).save(config.out)
+    plan = view.tiling.plan(*picture.size)
+    print(f"{picture.width} x {picture.height} pixels, scaled to {plan.scaled[0]} x "
+          f"{plan.scaled[1]} on {plan.grid[0]} x {plan.grid[1]} tiles of {view.size}")
+    total = f"{len(plan.rows)} rows x ({len(plan.columns)} + 1 row end) = {plan.tokens:,} tokens"
+    if view.tiling.global_picture:
+        total = f"{view.N} (global picture) + {total}"
+    print(total)
+    print(f"wrote {config.out}")
+
+
+def plot_tiles(picture, view):
+    """A drawing (PIL) of the global picture and, to its right, the canvas."""
+    plan = view.tiling.plan(*picture.size)
+    tile, patch = view.size, view.patch
+    wide, high = plan.canvas
+    left = tile + patch if view.tiling.global_picture else 0
+    image = Image.new("RGB", (left + wide + patch, high), "white")
+    pen = ImageDraw.Draw(image, "RGBA")
+    places = [(left + x, y) for y in range(0, high, tile) for x in range(0, wide, tile)]
+    if left:
+        places.insert(0, (0, (high - tile) // 2))
+    for square, place in zip(view.squares(picture), places, strict=True):
+        image.paste(square, place)
+    x0, x1 = left + plan.columns.start * patch, left + plan.columns.stop * patch
+    y0, y1 = plan.rows.start * patch, plan.rows.stop * patch
+    right = left + wide
+    above = (left, 0, right, y0)
+    below = (left, y1, right, high)
+    beside = [(left, 0, x0, high), (x1, 0, right, high)]
+    for box in (above, below, *beside):
+        pen.rectangle(box, fill=(230, 230, 230, 200))
+    for y in range(y0, y1, patch):
+        pen.rectangle((x1, y, x1 + patch, y + patch), fill="orange", outline="white")
+    for number, (x, y) in enumerate(places):
+        pen.rectangle((x, y, x + tile, y + tile), outline="crimson", width=3)
+        pen.text((x + 12, y + 8), str(number), fill="crimson", font_size=24)
+    return image
+
+
+COMMANDS = {
+    "attention": (draw_attention, AttentionConfig),
+    "alternatives": (print_alternatives, AlternativesConfig),
+    "rank": (print_ranking, RankConfig),
+    "tiles": (draw_tiles, TilesConfig),
+}
+
+
+def main(argv=None):
+    matplotlib.use("Agg")                # draws without a screen
+    return run_command(COMMANDS, argv, __doc__)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,489 @@
+"""
+REACT: customising CLIP by retrieval (Diss. Ch. 2). From class names alone: retrieve image-text
+pairs of a large corpus (extras/retrieve.py), train gated blocks in a locked CLIP on them
+(parts/gated.py), classify zero-shot better.
+
+    torchrun --nproc_per_node=8 -m extras.react train --clip DIR|ID --retrieved out/retrieved \\
+        --out out/react
+    python -m extras.react eval --models DIR|ID out/react --test FILE --classes FILE \\
+        --templates FILE
+
+The result is a CLIP folder; `train.py --vision out/react` takes its image tower as g.
+"""
+import dataclasses
+import json
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPImageProcessorPil
+
+from extras.retrieve import (
+    CorpusPictures,
+    left_out_report,
+    load_clip,
+    open_index,
+    queries_of,
+    read_pairs,
+    read_templates,
+    read_terms,
+    text_features,
+    tokenise_for_clip,
+)
+from parts.files import check_least, read_lines, run_command, run_main, write_json
+from parts.gated import gate
+from parts.ranks import DTYPES, Machine, Optimizer, choose_device, micro_batching
+from parts.run import Run, config_table, theta_table
+from parts.views import preprocess
+from train import lr_at
+
+# Diss. Table 2.6, with the parameters that train in ViT-B/32 with 6 gated layers: which towers are
+# gated, and which names train besides logit_scale.
+ROWS = {
+    "locked_text_gated_image": (["vision_model"], r"\.gated\."),             # 42.5M: REACT
+    # OFFICIAL: text_projection is locked, too (87.8M); the table's number has it
+    "locked_text": ([], r"vision_model|visual_projection|text_projection"),  # 88.1M
+    "locked_image": ([], r"text_model|text_projection"),                     # 63.4M
+    "gated_text": (["text_model"], r"\.gated\."),                            # 18.9M
+    "full": ([], r""),                                                       # 151.3M
+    # OURS: the gated blocks of both towers, 61.4M. The table says 89.8M, and not of what; these
+    # and all that lies outside of both towers' layers would be as many. It is not settled.
+    "gated_both": (["vision_model", "text_model"], r"\.gated\."),
+}
+
+
+def customise(clip, row, k=6):
+    """Gate and freeze a CLIP for a row of Diss. Table 2.6, in place.
+
+    Returns theta, {name: parameter}. ValueError if a tower has fewer than k layers.
+    OFFICIAL: the last 6 layers of B/32, B/16 and L/14 are gated, the last 12 of bigG/14.
+    """
+    towers, trained = ROWS[row]
+    for tower in towers:
+        gate(getattr(clip, tower), k)
+    for name, p in clip.named_parameters():
+        trains = name == "logit_scale" or re.search(trained, name)
+        p.requires_grad_(bool(trains))
+    return {name: p for name, p in clip.named_parameters() if p.requires_grad}
+
+
+# -----------------------------------------------------------------------------
+# The loss
+
+
+def react_loss(u, v, tau, gamma):
+    """L_i2t + L_t2i, sums over the batch (Diss. Eqs. 2.4-2.6).
+
+    u, v (B, D): features of pictures and texts, of length 1; tau multiplies. Positive for i are all
+    k with v_k . v_i >= gamma, and i itself. With gamma 1 and different texts it is 2 B times the
+    loss of CLIP. OFFICIAL: the public code has no gamma, and trains with that.
+    """
+    positive = v @ v.T >= gamma                          # (B, B)  k in P(i) = Q(i)
+    positive.fill_diagonal_(True)                        # rounding makes v . v less than 1
+    share = positive / positive.sum(1, keepdim=True)     # (B, B)  1 / |P(i)|, of image i
+    logits = tau * u @ v.T                               # (B, B)
+    i2t = -(share * logits.log_softmax(1)).sum()         # ()  Diss. Eq. 2.5
+    t2i = -(share.T * logits.log_softmax(0)).sum()       # ()  Diss. Eq. 2.6
+    return i2t + t2i
+
+
+class Gather(torch.autograd.Function):
+    """Features of all ranks, one below the other, (B, D) -> (ranks B, D), with gradients.
+
+    Every rank then computes the same loss of the same features, so each has the gradient of its own
+    features already; times the ranks, because DistributedDataParallel averages over them.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ranks = dist.get_world_size()
+        return grad.chunk(ranks)[dist.get_rank()] * ranks
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True)
+class ReactConfig:
+    clip: str                           # the CLIP to customise, a hub id or a folder
+    retrieved: str                      # what python -m extras.retrieve retrieve wrote
+    out: str                            # output folder: a CLIP
+    train: str = "locked_text_gated_image"      # COURSE: Diss. Table 2.6, a row of ROWS
+    gated_layers: int = 6               # the last so many of a tower; 12 for bigG/14
+    gamma: float = 0.9                  # Diss. Eq. 2.4: texts as similar as this are positives
+    resume: bool = False                # go on where a run with the same flags was stopped
+    augment: bool = True                # a random part of the picture, mirrored half of the time
+    epochs: int = 32
+    max_steps: int = None               # stop earlier; the schedule ends there, too
+    lr: float = 5e-4                    # peak; 5e-5 where CLIP's own weights train
+    weight_decay: float = 0.1           # not for biases, norms, gates and logit_scale
+    warmup_ratio: float = 0.075         # 5,000 of 66,600 steps, linear; then cosine to 0
+    global_batch_size: int = 4096       # pairs a step over all ranks, each compared with each
+    checkpoint_activations: bool = False        # run the layers again in the backward pass
+    seed: int = 42
+    save_every: int = 500               # steps between two states to go on from
+    keep: int = 1                       # how many of these states are kept
+    workers: int = 4                    # processes that decode pictures, for each rank
+    device: str = "auto"                # cuda, mps or cpu
+    dtype: str = "auto"                 # bf16, fp16 or fp32 compute; weights are kept in fp32
+
+    CHOICES: ClassVar[dict] = {"train": list(ROWS), "dtype": ["auto", *DTYPES],
+                               "device": ["auto", "cuda", "mps", "cpu"]}
+
+
+def random_part(picture, size, rng):
+    """A part of 8% to all of a picture, 3:4 to 4:3, as a square of `size` pixels, maybe mirrored.
+
+    OFFICIAL: then colour jitter, RandAugment and random erasing, which are left out here.
+    """
+    area = picture.width * picture.height * rng.uniform(0.08, 1)
+    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    w = min(picture.width, (area * ratio) ** 0.5)
+    h = min(picture.height, (area / ratio) ** 0.5)
+    x = rng.uniform(0, picture.width - w)
+    y = rng.uniform(0, picture.height - h)
+    part = picture.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+    if rng.random() < 0.5:
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return part
+
+
+class ReactSteps(Dataset):
+    """Step number -> this rank's share of its batch, in a list: a function of seed and step."""
+
+    def __init__(self, corpus, pairs, tokenizer, config, clip_config, machine):
+        self.corpus = corpus
+        self.pairs = pairs               # (n,) numbers of pairs in the corpus
+        self.tokenizer = tokenizer
+        self.config = config
+        self.clip_config = clip_config
+        B = config.global_batch_size
+        if B > len(pairs):
+            raise ValueError(f"--global_batch_size {B}: at most the {len(pairs)} pairs that were "
+                             "retrieved")
+        self.share, _ = micro_batching(B, None, machine.world_size)
+        self.first = machine.rank * self.share
+        self.per_epoch = len(pairs) // B
+
+    def __getitem__(self, step):
+        config = self.config
+        epoch, position = divmod(step, self.per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(self.pairs)
+        start = position * config.global_batch_size + self.first
+        X, texts, where = [], [], []
+        for i in order[start:start + self.share]:
+            pair = self.corpus[i]
+            picture = pair.picture()
+            size = self.clip_config.vision_config.image_size
+            if config.augment:
+                rng = np.random.default_rng([config.seed, epoch, i])
+                picture = random_part(picture, size, rng)
+            X.append(preprocess(picture, size))
+            texts.append(pair.text)
+            where.append(pair.where)
+        ids = tokenise_for_clip(texts, self.tokenizer, self.clip_config.text_config)
+        return [{"X_v": torch.stack(X), "input_ids": ids, "images": len(X), "where": where,
+                 "attention_mask": (ids != ids[:, -1:]).long()}]
+
+
+def read_retrieved(folder):
+    """(report.json, corpus, pairs (n,)) of what was retrieved. ValueError if they do not match."""
+    path = Path(folder, "report.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"--retrieved {folder}: no report.json; it is the --out folder of "
+                                "python -m extras.retrieve retrieve")
+    report = json.loads(path.read_text())
+    index, corpus, _ = open_index(report["index"])
+    pairs = np.array([row["pair"] for row in read_lines(Path(folder, "retrieved.jsonl"))])
+    if index["crc"] != report["crc"] or len(pairs) != report["pairs"]:
+        raise ValueError(f"--retrieved {folder}: {len(pairs)} pairs, and report.json is of another "
+                         f"corpus, or of {report['pairs']} pairs; retrieve again")
+    return report, corpus, pairs
+
+
+def react_optimizer(theta, config, machine):
+    """OFFICIAL: AdamW; what has less than two dimensions does not decay: biases, norms, gates."""
+    matrices = [p for p in theta.values() if p.ndim >= 2]
+    rest = [p for p in theta.values() if p.ndim < 2]
+    groups = [{"params": matrices, "peak": config.lr, "weight_decay": config.weight_decay},
+              {"params": rest, "peak": config.lr, "weight_decay": 0.0}]
+    if not matrices:
+        groups = groups[1:]
+    return Optimizer(groups, machine, betas=(0.9, 0.98), eps=1e-6)
+
+
+def save_clip(folder, clip, tokenizer):
+    """A CLIP as a Hugging Face folder, with its tokenizer and its image processor."""
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = clip.config.vision_config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size},
+                                      crop_size={"height": size, "width": size})
+    processor.save_pretrained(folder)
+
+
+def global_loss(u, v, tau, gamma, world_size):
+    """The loss over all ranks' features, on the scale of CLIP's own, a mean of 2 B terms."""
+    if world_size > 1:
+        u = Gather.apply(u)                              # (B, D)
+        v = Gather.apply(v)                              # (B, D)
+    return react_loss(u, v, tau, gamma) / (2 * len(u))
+
+
+def customise_and_train(config, machine, run):
+    """One run, from its banner to the customised CLIP. Returns the exit code."""
+    report, corpus, pairs = read_retrieved(config.retrieved)
+    torch.manual_seed(config.seed)       # the initial values of gated blocks
+    clip, tokenizer = load_clip(config.clip)
+    theta = customise(clip, config.train, config.gated_layers)
+    clip.to(machine.device)
+    if config.checkpoint_activations:
+        clip.train().gradient_checkpointing_enable()
+    clip.config.minllava = {"train": config.train, "base": config.clip, "retrieved": report}
+    steps = ReactSteps(corpus, pairs, tokenizer, config, clip.config, machine)
+    total = min(steps.per_epoch * config.epochs, config.max_steps or math.inf)
+
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    origin = {name: "default" if value == defaults[name] else "command line"
+              for name, value in vars(config).items()}
+    machine.print0(*config_table(config, origin), *theta_table(clip, theta))
+    if config.train == "gated_both":
+        machine.print0("Diss. Table 2.6 does not settle what this row trains")
+    machine.print0(f"data: {len(pairs):,} pairs of {report['corpus']:,}, by {report['queries']:,} "
+                   f"queries; {config.global_batch_size} a step, {steps.per_epoch} steps an epoch, "
+                   f"{total} in all\n")
+
+    def save(folder):
+        if machine.rank == 0:
+            save_clip(folder, clip, tokenizer)
+
+    def render(batch):
+        return f"tau {clip.logit_scale.exp().item():.2f}; another --lr, or --dtype fp32?"
+
+    optimizer = react_optimizer(theta, config, machine)
+    run.watch(clip, theta, optimizer, zlib.crc32(pairs.tobytes(), report["crc"]))
+    run.rehearse(save, load_clip)
+    first = run.resume()
+    parallel = machine.wrap(clip)
+    for step, [batch] in run.steps(steps, first, total, render):
+        optimizer.set_lr(lr_at(step, total, config.warmup_ratio))
+        optimizer.zero_grad()
+        with machine.forward(parallel):
+            X_v = batch["X_v"].to(machine.device)        # (share, 3, H, W)
+            u, v, tau = parallel(X_v, batch["input_ids"].to(machine.device))
+        loss = global_loss(u, v, tau, config.gamma, machine.world_size)
+        value = loss.item()
+        run.stop_if(not math.isfinite(value) or value == 0, f"the loss is {value}")
+        optimizer.backward(loss)
+        norm = optimizer.step()
+        run.stop_if(optimizer.is_lost, f"the gradient's norm is {norm}")
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, math.log(100))    # OFFICIAL: after each step
+        run.check_first_step()
+        run.log_step(value, optimizer.lr, norm, tau=tau.item())
+        if run.is_due(config.save_every):
+            run.save_state()
+        if run.stopping:
+            return run.goodbye()
+
+    save(config.out)
+    run.finish("loss")
+    return 0
+
+
+def train_clip(config):
+    """Customise a CLIP on retrieved pairs (Diss. Eqs. 2.4-2.6, Table 2.6)."""
+    check_least(config, global_batch_size=1, epochs=1, max_steps=1, save_every=1, keep=1, workers=0)
+    machine = Machine(config.device, config.dtype)
+    with Run(config, machine) as run:
+        return customise_and_train(config, machine, run)
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True)
+class ReactEvalConfig:
+    models: list[str]                   # CLIPs to compare, the base first
+    test: list[str] = ()                # pictures to classify: a corpus whose texts are class names
+    classes: str = None                 # text file, a class name a line
+    templates: str = None               # text file, a template a line, averaged
+    probe: list[str] = ()               # pictures with class names that a linear probe learns from
+    pairs: list[str] = ()               # pictures with captions, for image-text retrieval
+    images: str = "."                   # the folder that names in .tsv and .json are relative to
+    out: str = None                     # JSON file for the table
+    batch_size: int = 256
+    workers: int = 4                    # processes that decode pictures
+    device: str = "auto"                # cuda, mps or cpu
+    dtype: str = "fp32"                 # bf16, fp16 or fp32
+
+    CHOICES: ClassVar[dict] = {"dtype": list(DTYPES), "device": ["auto", "cuda", "mps", "cpu"]}
+
+
+def class_vectors(clip, tokenizer, classes, templates):
+    """A zero-shot classifier (C, D): of each class the mean of its texts' features, of length 1."""
+    queries = queries_of(classes, templates)
+    v = text_features(clip, tokenizer, [text for _, _, text in queries])
+    v = v.unflatten(0, (len(classes), len(templates)))   # (C, templates, D)
+    return F.normalize(v.mean(1), dim=-1)                # (C, D)
+
+
+@torch.no_grad()
+def image_features(clip, pairs, config):
+    """u (pairs, D) on the CPU. Raises ValueError for a picture that cannot be read."""
+    pictures = CorpusPictures(pairs, clip.config.vision_config.image_size)
+    dtype = DTYPES[config.dtype]
+    parts = []
+    for X, _, readable in DataLoader(pictures, config.batch_size, num_workers=config.workers):
+        if not readable.all():
+            first_bad = pairs[sum(map(len, parts)) + readable.tolist().index(False)]
+            raise ValueError(f"a picture to test cannot be read: {first_bad.problem()}")
+        with torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
+            parts.append(clip.images(X.to(clip.device)).cpu())
+    return torch.cat(parts)
+
+
+def fit_probe(u, y, penalty, C):
+    """W (1 + D, C) of a logistic regression: a bias, and a vector of weights with an L2 penalty."""
+    W = torch.zeros(u.shape[1] + 1, C, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([W], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = F.cross_entropy(u @ W[1:] + W[0], y) + penalty * W[1:].square().sum()
+        loss.backward()
+        return loss
+    lbfgs.step(closure)
+    return W.detach()
+
+
+def probe_accuracy(W, u, y):
+    return ((u @ W[1:] + W[0]).argmax(1) == y).float().mean().item()
+
+
+def linear_probe(u, y, u_test, y_test, C):
+    """Accuracy of logistic regression on frozen features, with the best of seven penalties on a
+    fifth that is held out."""
+    generator = torch.Generator().manual_seed(0)
+    held = torch.randperm(len(u), generator=generator) < len(u) // 5
+    accuracy = {}
+    for penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
+        W = fit_probe(u[~held], y[~held], penalty, C)
+        accuracy[penalty] = probe_accuracy(W, u[held], y[held])
+    best = max(accuracy, key=accuracy.get)
+    return probe_accuracy(fit_probe(u, y, best, C), u_test, y_test)
+
+
+def recall_at(similar, belongs, k):
+    """Share of rows of `similar` (rows, columns) that have one of their own columns, which
+    `belongs` (rows, columns) marks, among the k most similar."""
+    best = similar.topk(min(k, similar.shape[1])).indices
+    return belongs.gather(1, best).any(1).float().mean().item()
+
+
+def retrieval_recalls(clip, tokenizer, pairs, config):
+    """Recall of texts for pictures and of pictures for texts; a picture may have several texts."""
+    pictures = {pair.where: pair for pair in pairs}
+    number = {where: i for i, where in enumerate(pictures)}
+    owner = torch.tensor([number[pair.where] for pair in pairs])             # (texts,)
+    belongs = owner == torch.arange(len(pictures))[:, None]                  # (pictures, texts)
+    u = image_features(clip, list(pictures.values()), config)
+    v = text_features(clip, tokenizer, [pair.text for pair in pairs]).cpu()
+    similar = u @ v.T                                                        # (pictures, texts)
+    recalls = {}
+    for k in (1, 5):
+        recalls[f"I2T R@{k}"] = recall_at(similar, belongs, k)
+        recalls[f"T2I R@{k}"] = recall_at(similar.T, belongs.T, k)
+    return recalls
+
+
+def labels_of(pairs, classes):
+    """y (pairs,): the number of each pair's class name. Raises ValueError for other names."""
+    unknown = sorted({pair.text for pair in pairs} - set(classes))
+    if unknown:
+        raise ValueError(f"{len(unknown)} class names of the pictures are not in --classes, e.g. "
+                         f"{unknown[:3]}")
+    return torch.tensor([classes.index(pair.text) for pair in pairs])
+
+
+def read_test(sources, config):
+    """The pairs of a corpus to evaluate on, all of it."""
+    left_out = []
+    pairs = list(read_pairs(sources, config.images, left_out))
+    if left_out:
+        raise ValueError(f"what is evaluated must be complete: {left_out_report(left_out)}")
+    return pairs
+
+
+def evaluate_clips(config):
+    """Zero-shot classification, linear probe, image-text retrieval; base against customised.
+
+    OURS: top-1, as on ImageNet; ELEVATER's 20 sets have metrics of their own, and its toolkit.
+    """
+    together = {bool(config.test), bool(config.classes), bool(config.templates)}
+    if len(together) > 1 or not (config.test or config.pairs) or (config.probe and not config.test):
+        raise ValueError("--test, --classes and --templates go together (--probe may join them), "
+                         "or --pairs, or both")
+    test = read_test(config.test, config)
+    probe = read_test(config.probe, config)
+    pairs = read_test(config.pairs, config)
+    classes = read_terms(config.classes, "class names") if test else []
+    templates = read_templates(config.templates) if test else []
+    y = labels_of(test, classes)
+    y_probe = labels_of(probe, classes)
+    table = {}
+    for name in config.models:
+        clip, tokenizer = load_clip(name)
+        clip.to(choose_device(config.device))
+        row = table[name] = {}
+        if test:
+            u = image_features(clip, test, config)                           # (pictures, D)
+            W = class_vectors(clip, tokenizer, classes, templates).cpu()     # (C, D)
+            row["zero-shot"] = ((u @ W.T).argmax(1) == y).float().mean().item()
+        if probe:
+            u_probe = image_features(clip, probe, config)
+            row["linear probe"] = linear_probe(u_probe, y_probe, u, y, len(classes))
+        if pairs:
+            row |= retrieval_recalls(clip, tokenizer, pairs, config)
+    print(f"{len(test)} pictures of {len(classes)} classes, {len(templates)} templates; "
+          f"{len(pairs)} texts to retrieve")
+    print_percents(table)
+    if config.out:
+        write_json(config.out, table)
+
+
+def print_percents(table):
+    """{model: {column: share}} as a table."""
+    columns = next(iter(table.values()))
+    width = max(map(len, ["percent", *table]))
+    print(f"{'percent':<{width}}" + "".join(f"{column:>14}" for column in columns))
+    for name, row in table.items():
+        print(f"{name:<{width}}" + "".join(f"{100 * share:>14.1f}" for share in row.values()))
+
+
+COMMANDS = {"train": (train_clip, ReactConfig), "eval": (evaluate_clips, ReactEvalConfig)}
+
+
+def main(argv=None):
+    return run_command(COMMANDS, argv, __doc__)
+
+
+if __name__ == "__main__":
+    run_main(main)

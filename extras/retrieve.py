@@ -1,0 +1,594 @@
+"""
+Retrieval for REACT (Diss. Ch. 2): class names x templates are queries; the nearest image-text pairs
+of a large corpus are what comes back.
+
+    python -m extras.retrieve index --clip DIR|ID --corpus SHARD.tar ... --out out/index
+    python -m extras.retrieve retrieve --index out/index --clip DIR|ID --classes FILE \\
+        --templates FILE --out out/retrieved
+
+    corpus --index--> features of every picture and text, and a FAISS index of each
+    classes x templates (Diss. Eq. 2.1) --retrieve--> texts near them (T2T, Diss. Eq. 2.2), or
+                                                      pictures near them (T2I, Diss. Eq. 2.3)
+
+A corpus is webdataset shards (.tar), .tsv (picture, tab, text), JSON lines (image, caption) or a
+folder with a .txt beside every picture. The same index command goes on after a kill. Its folder:
+
+    pairs.jsonl, ends.npy     every pair, see `Pair`, and where its line ends
+    image.npy, text.npy       features (pairs, D), float16, of length 1, or 0 for a bad picture
+    image.faiss, text.faiss   what is searched
+    left_out.jsonl            what of the corpus is not in it, and why
+    index.json                of which corpus and CLIP all that is, and how far it has come
+"""
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from parts.checkpoints import load_part
+from parts.files import (
+    check_least,
+    read_json,
+    read_lines,
+    run_command,
+    run_main,
+    write_json,
+    write_lines,
+)
+from parts.gated import GatedCLIP
+from parts.pictures import PICTURE_EXTENSIONS, image_path, load_image
+from parts.ranks import choose_device, choose_dtype
+from parts.views import preprocess
+
+MAX_FLAT = 10_000            # pairs; more are searched by HNSW
+MAX_HNSW = 10_000_000        # pairs; 23 GB at 512 dimensions; more are compressed
+ROWS = 2 ** 16               # features in memory at once
+KEYS = {"image": "T2I", "text": "T2T"}
+
+
+def import_faiss():
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError("retrieval needs FAISS: pip install faiss-cpu") from error
+    return faiss
+
+
+# -----------------------------------------------------------------------------
+# CLIP
+
+
+def load_clip(name, dtype=torch.float32):
+    """(CLIP, its tokenizer) from a hub id or a folder, gated or not."""
+    clip = load_part(GatedCLIP, name, dtype, "clip")
+    return clip.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def tokenise_for_clip(texts, tokenizer, config):
+    """Texts as CLIP reads them, cut at its context: ids (B, T). A row may end several times.
+
+    OURS: CLIP pools at the id in its config. An old 2 there stands for the largest id of all, which
+    is the end in the tokenizer.
+    """
+    end = config.eos_token_id
+    if end == 2:
+        end = tokenizer.eos_token_id
+    length = config.max_position_embeddings - 2
+    words = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=length)
+    T = 2 + max(map(len, words.input_ids))
+    rows = [[tokenizer.bos_token_id, *ids] for ids in words.input_ids]
+    return torch.tensor([row + [end] * (T - len(row)) for row in rows])
+
+
+@torch.inference_mode()
+def text_features(clip, tokenizer, texts, batch_size=256):
+    """v (texts, D) float32, of length 1."""
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        some_texts = texts[start:start + batch_size]
+        ids = tokenise_for_clip(some_texts, tokenizer, clip.config.text_config)
+        parts.append(clip.texts(ids.to(clip.device)))
+    return torch.cat(parts)
+
+
+def fingerprint_of(clip):
+    """A number that tells the weights of one CLIP from those of another."""
+    crc = 0
+    for _, weight in sorted(clip.state_dict().items()):
+        crc = zlib.crc32(weight.cpu().float().numpy().tobytes(), crc)
+    return crc
+
+
+# -----------------------------------------------------------------------------
+# The corpus
+
+
+class Pair(NamedTuple):
+    """A picture and its text. The picture is a file, or bytes in the middle of one: of a shard."""
+    file: str
+    start: int
+    size: int            # bytes; -1: to the end
+    text: str
+
+    @property
+    def where(self):
+        return self.file if self.size < 0 else f"{self.file} at byte {self.start}"
+
+    def picture(self):
+        """The PIL picture. FileNotFoundError, or ValueError for what is no picture."""
+        with open(self.file, "rb") as f:
+            f.seek(self.start)
+            return load_image(io.BytesIO(f.read(self.size)), self.where)
+
+    def problem(self):
+        """Why the picture cannot be read, or None."""
+        try:
+            self.picture()
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+
+def pairs_in_tar(path, left_out):
+    """The pairs of a shard: members that share a name, one a picture and one .txt.
+
+    Pictures stay where they lie in the shard; only the texts are read.
+    """
+    texts, pictures = {}, {}
+    try:
+        with tarfile.open(path, "r:") as tar:            # "r:" refuses compressed files
+            for member in tar:
+                name, extension = os.path.splitext(member.name)
+                if extension == ".txt":
+                    texts[name] = tar.extractfile(member).read()
+                elif extension.lower() in PICTURE_EXTENSIONS:
+                    pictures[name] = member.offset_data, member.size
+            # tarfile takes a damaged header for the end of the shard
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(2 ** 20).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}; what follows is lost")
+    except (tarfile.TarError, OSError) as error:
+        left_out.append((path, f"not a complete, uncompressed tar file: {error}"))
+    for name in sorted(texts.keys() ^ pictures.keys()):
+        missing = "text" if name in pictures else "picture"
+        left_out.append((f"{path}: {name}", f"no {missing} beside it"))
+    for name, place in pictures.items():
+        if name in texts:
+            yield Pair(path, *place, texts[name].decode(errors="replace"))
+
+
+def pairs_in_folder(folder, left_out):
+    """x.jpg beside x.txt."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() not in PICTURE_EXTENSIONS:
+            continue
+        text = file.with_suffix(".txt")
+        if text.is_file():
+            yield Pair(str(file), 0, -1, text.read_text(errors="replace"))
+        else:
+            left_out.append((str(file), "no .txt beside it"))
+
+
+def rows_of(path):
+    """Yield (picture, text) of a list: lines of picture, tab, text; or JSON (image, caption)."""
+    if path.suffix == ".tsv":
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                picture, _, text = line.partition("\t")
+                yield picture, text
+    else:
+        for record in read_json(path):
+            record = record if isinstance(record, dict) else {}
+            yield record.get("image"), record.get("caption")
+
+
+def pairs_in_list(path, images, left_out):
+    """The pairs of `rows_of`, with pictures in the folder `images`."""
+    for number, (picture, text) in enumerate(rows_of(path)):
+        if isinstance(picture, str) and isinstance(text, str):
+            yield Pair(image_path(images, picture), 0, -1, text)
+        else:
+            left_out.append((f"{path}[{number}]", 'not {"image": text, "caption": text}'))
+
+
+def read_pairs(sources, images, left_out):
+    """Yield the pairs of all sources; what cannot be one goes to `left_out`, as (where, why)."""
+    for source in sources:
+        path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        if path.is_dir():
+            pairs = pairs_in_folder(path, left_out)
+        elif path.suffix == ".tar":
+            pairs = pairs_in_tar(source, left_out)
+        elif path.suffix in (".tsv", ".json", ".jsonl"):
+            pairs = pairs_in_list(path, images, left_out)
+        else:
+            raise ValueError(f"{source}: a corpus is a folder, or a file named .tsv, .json, .jsonl "
+                             "or .tar")
+        for pair in pairs:
+            text = " ".join(pair.text.split())
+            if text:
+                yield pair._replace(text=text)
+            else:
+                left_out.append((pair.where, "its text is empty"))
+
+
+class Corpus:
+    """The pairs of an index folder, read from disk one by one."""
+
+    def __init__(self, folder):
+        self.file = os.path.join(folder, "pairs.jsonl")
+        self.ends = np.load(os.path.join(folder, "ends.npy"), mmap_mode="r")
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        start, end = self.ends[i:i + 2]
+        with open(self.file, "rb") as f:
+            f.seek(start)
+            return Pair(*json.loads(f.read(end - start)))
+
+
+def list_pairs(out, config):
+    """Write pairs.jsonl, ends.npy and left_out.jsonl. Returns the pairs' checksum and number."""
+    ends, crc, left_out = [0], 0, []
+    with open(out / "pairs.jsonl", "wb") as f:
+        for pair in read_pairs(config.corpus, config.images, left_out):
+            line = json.dumps(pair).encode() + b"\n"
+            crc = zlib.crc32(line, crc)
+            ends.append(ends[-1] + f.write(line))
+    np.save(out / "ends.npy", np.array(ends))
+    write_lines(out / "left_out.jsonl", left_out)
+    if len(ends) == 1:
+        raise ValueError(f"{' '.join(config.corpus)}: no pair of a picture and a text in it; "
+                         f"{left_out_report(left_out)}")
+    return crc, len(ends) - 1
+
+
+def left_out_report(left_out, most=5):
+    """What was left out, for people: how many, and a few of them."""
+    lines = [f"{len(left_out)} left out"]
+    lines += [f"{where}: {why}" for where, why in left_out[:most]]
+    return "\n  ".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Features
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    clip: str                           # CLIP, a hub id or a folder
+    corpus: list[str]                   # folders, .tsv, .json, .jsonl, .tar shards
+    out: str                            # index folder; an unfinished one is gone on with
+    images: str = "."                   # the folder that names in .tsv and .json are relative to
+    kind: str = "auto"                  # flat (exact), hnsw, compressed; auto: by the pairs
+    batch_size: int = 256
+    workers: int = 4                    # processes that decode pictures
+    device: str = "auto"                # cuda, mps or cpu
+    dtype: str = "auto"                 # bf16, fp16 or fp32
+
+    CHOICES: ClassVar[dict] = {"kind": ["auto", "flat", "hnsw", "compressed"]}
+
+
+class CorpusPictures(Dataset):
+    """(X, text, whether the picture can be read) of each pair; X is 0 where it cannot."""
+
+    def __init__(self, corpus, size):
+        self.corpus = corpus
+        self.size = size
+
+    def __len__(self):
+        return len(self.corpus)
+
+    def __getitem__(self, i):
+        pair = self.corpus[i]
+        try:
+            X = preprocess(pair.picture(), self.size)
+        except (ValueError, OSError):
+            return torch.zeros(3, self.size, self.size), pair.text, False
+        return X, pair.text, True
+
+
+@torch.inference_mode()
+def encode_pairs(clip, tokenizer, corpus, first, config):
+    """Yield (index of a batch's first pair, u, v), from pair `first` on.
+
+    u, v (B, D) float16, of length 1, or 0 where there is no picture.
+    """
+    dtype, _ = choose_dtype(config.dtype, clip.device)
+    pictures = CorpusPictures(corpus, clip.config.vision_config.image_size)
+    loader = DataLoader(pictures, config.batch_size, sampler=range(first, len(corpus)),
+                        num_workers=config.workers)
+    bar = tqdm(total=len(corpus), initial=first, desc="encoding", disable=None)
+    for X, texts, readable in loader:
+        ids = tokenise_for_clip(texts, tokenizer, clip.config.text_config)
+        with torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
+            u, v, _ = clip(X.to(clip.device), ids.to(clip.device))
+        u, v = (features.half().cpu() * readable[:, None] for features in (u, v))
+        yield first, u, v
+        first += len(X)
+        bar.update(len(X))
+
+
+def index_corpus(config):
+    """Features and an index of a corpus of image-text pairs (Diss. Eqs. 2.2, 2.3)."""
+    faiss = import_faiss()               # missing, it is better met before the hours of encoding
+    check_least(config, batch_size=1, workers=0)
+    clip, tokenizer = load_clip(config.clip)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = begin_index(out, config, fingerprint_of(clip))
+    corpus = Corpus(out)
+    shape = len(corpus), clip.config.projection_dim
+    mode = "r+" if facts["done"] else "w+"
+    features = {key: np.lib.format.open_memmap(out / f"{key}.npy", mode, np.float16, shape)
+                for key in KEYS}
+    clip.to(choose_device(config.device))
+    for start, u, v in encode_pairs(clip, tokenizer, corpus, facts["done"], config):
+        facts["done"] = start + len(u)
+        for key, part in (("image", u), ("text", v)):
+            features[key][start:facts["done"]] = part
+            features[key].flush()        # what is counted as done is on disk
+        write_json(out / "index.json", facts)
+
+    is_readable = features["image"].any(1)
+    bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
+    left_out = read_lines(out / "left_out.jsonl") + [(pair.where, pair.problem()) for pair in bad]
+    report = left_out_report(left_out)
+    if not is_readable.any():
+        raise ValueError(f"{out}: not one of {len(corpus)} pictures can be read; {report}")
+    for key in KEYS:
+        index = build_index(features[key], np.flatnonzero(is_readable), facts["kind"])
+        faiss.write_index(index, str(out / f"{key}.faiss"))
+    write_lines(out / "left_out.jsonl", left_out)
+    print(f"{out}: {is_readable.sum():,} pairs, {facts['kind']}; {report}")
+
+
+def begin_index(out, config, fingerprint):
+    """What index.json says: of a new index, whose pairs are listed first, or of one to go on with.
+
+    Raises ValueError if that was begun with another CLIP or corpus.
+    """
+    facts = {"clip": config.clip, "fingerprint": fingerprint, "corpus": list(config.corpus),
+             "images": config.images, "sizes": file_sizes(config.corpus)}
+    if not (out / "index.json").exists():
+        crc, n = list_pairs(out, config)
+        kind = config.kind
+        if kind == "auto":
+            kind = kind_for(n)
+        facts |= {"crc": crc, "pairs": n, "kind": kind, "done": 0}
+        write_json(out / "index.json", facts)
+        return facts
+    old = json.loads((out / "index.json").read_text())
+    for key in ("fingerprint", "corpus", "images", "sizes"):
+        if old[key] != facts[key]:
+            what = "CLIP" if key == "fingerprint" else "corpus"
+            raise ValueError(f"{out} was begun with another {what} ({old['clip']}, {old['pairs']} "
+                             f"pairs of {' '.join(old['corpus'])}); take another --out")
+    print(f"{out}: going on at pair {old['done']} of {old['pairs']}")
+    return old
+
+
+def file_sizes(sources):
+    """{file: bytes} of the sources that are files: what tells a corpus that has changed since."""
+    return {source: os.path.getsize(source) for source in sources if os.path.isfile(source)}
+
+
+# -----------------------------------------------------------------------------
+# The index
+
+
+def kind_for(n):
+    """The kind of index that suits n pairs."""
+    if n < MAX_FLAT:
+        return "flat"
+    return "hnsw" if n <= MAX_HNSW else "compressed"
+
+
+def build_index(features, good, kind):
+    """A FAISS index for inner products of the rows `good` of features (n, D), which may be on disk.
+
+    OFFICIAL: autofaiss chooses; HNSW with 32 links for millions, and for 400 million of 512
+    dimensions OPQ256_768,IVF131072_HNSW32,PQ256x8. "compressed" follows that: half a byte a
+    dimension, and about 6 sqrt(n) lists.
+    """
+    faiss = import_faiss()
+    n, D = len(good), features.shape[1]
+    lists = 2 ** max(1, round(np.log2(6 * n ** 0.5)))
+    names = {
+        "flat": "Flat",
+        "hnsw": "HNSW32",
+        "compressed": f"OPQ{D // 2}_{D},IVF{lists}_HNSW32,PQ{D // 2}x8",
+    }
+    index = faiss.index_factory(D, names[kind], faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        drawn = np.random.default_rng(0).permutation(good)[:max(40 * lists, 20_000)]
+        index.train(features[np.sort(drawn)].astype(np.float32))
+    for start in range(0, n, ROWS):
+        index.add(features[good[start:start + ROWS]].astype(np.float32))
+    return index
+
+
+def search_index(index, queries, k):
+    """The k nearest of each query (Q, D) float32: similarities and rows, (Q, k); -1 is none."""
+    faiss = import_faiss()
+    settings = faiss.ParameterSpace()
+    if isinstance(index, faiss.IndexHNSW):       # be thorough: queries are few beside the pairs
+        settings.set_index_parameter(index, "efSearch", 64 * k)
+    elif not isinstance(index, faiss.IndexFlat):
+        settings.set_index_parameter(index, "nprobe", 64)
+    return index.search(queries, min(k, index.ntotal))
+
+
+def open_index(folder):
+    """(index.json, Corpus, the indices of the readable pairs) of an index folder.
+
+    Raises ValueError if it is unfinished, or if the corpus has changed since.
+    """
+    folder = Path(folder)
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(f"{folder}: no index.json; an index is the --out folder of "
+                                "python -m extras.retrieve index")
+    facts = json.loads((folder / "index.json").read_text())
+    if not (folder / "text.faiss").is_file():    # the last to be written
+        raise ValueError(f"{folder}: {facts['done']} of {facts['pairs']} pairs are encoded; the "
+                         "same index command goes on")
+    now = file_sizes(facts["sizes"])
+    if now != facts["sizes"]:
+        raise ValueError(f"{folder} is not of this corpus any more: it had {facts['sizes']} bytes "
+                         f"when it was indexed, and has {now} now; index it again")
+    u = np.load(folder / "image.npy", mmap_mode="r")
+    return facts, Corpus(folder), np.flatnonzero(u.any(1))
+
+
+# -----------------------------------------------------------------------------
+# Queries
+
+
+@dataclass(frozen=True)
+class RetrieveConfig:
+    index: str                          # an index folder
+    clip: str                           # the CLIP that it was made with
+    classes: str                        # text file, a class name a line
+    templates: str                      # text file, a template a line: a photo of a {}.
+    out: str                            # folder for retrieved.jsonl, report.json and grid.png
+    keys: list[str] = ("image",)        # image (T2I), text (T2T), or both
+    k: int = 50                         # COURSE: pairs a query; the retrieval-size row
+    min_score: float = None             # leave out what is less similar to the query than this
+    device: str = "auto"                # cuda, mps or cpu
+
+    CHOICES: ClassVar[dict] = {"keys": list(KEYS)}
+
+
+def read_terms(path, what):
+    """The lines of a text file, `what` they are; each may stand there once."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; {what} are a text file, one a line")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    terms = Counter(line.strip() for line in lines if line.strip())
+    if not terms or max(terms.values()) > 1:
+        raise ValueError(f"{path}: {what} are needed, each once; found {terms.most_common(3)}")
+    return list(terms)
+
+
+def read_templates(path):
+    templates = read_terms(path, "templates")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"{path}: {template!r} is no template; it has one {{}} where the "
+                             "class name stands")
+    return templates
+
+
+def queries_of(classes, templates):
+    """Every class in every template (Diss. Eq. 2.1): [(class, template's number, query), ...]."""
+    return [(name, t, template.replace("{}", name))
+            for name in classes for t, template in enumerate(templates)]
+
+
+def find_pairs(config, queries, v, good):
+    """{pair: {class: [(template, key, score), ...]}} of all that the queries v (Q, D) hit."""
+    hits = {}
+    for key in config.keys:
+        index = import_faiss().read_index(os.path.join(config.index, f"{key}.faiss"))
+        scores, rows = search_index(index, v, config.k)
+        if config.min_score is not None:
+            rows[scores < config.min_score] = -1
+        for q, (name, t, _) in enumerate(queries):
+            for score, row in zip(scores[q].tolist(), rows[q].tolist(), strict=True):
+                if row >= 0:
+                    by_class = hits.setdefault(int(good[row]), {})
+                    by_class.setdefault(name, []).append((t, key, round(score, 4)))
+    return hits
+
+
+def rank_by_class(hits, classes):
+    """{class: [(best score, pair), ...]}, the best first. ValueError if a class has no pair."""
+    ranked = {name: [] for name in classes}
+    for i, by_class in hits.items():
+        for name, found in by_class.items():
+            best = max(score for _, _, score in found)
+            ranked[name].append((best, i))
+    empty = [name for name in classes if not ranked[name]]
+    if empty:
+        raise ValueError(f"{len(empty)} of {len(classes)} classes have no pair at all, e.g. "
+                         f"{empty[:5]}; a lower --min_score, other names or templates, or a larger "
+                         "corpus")
+    return {name: sorted(pairs, reverse=True) for name, pairs in ranked.items()}
+
+
+def retrieve_pairs(config):
+    """The pairs nearest to class names x templates, each once (Diss. Eqs. 2.1-2.3)."""
+    check_least(config, k=1)
+    classes = read_terms(config.classes, "class names")
+    templates = read_templates(config.templates)
+    facts, corpus, good = open_index(config.index)
+    clip, tokenizer = load_clip(config.clip)
+    if fingerprint_of(clip) != facts["fingerprint"]:
+        raise ValueError(f"--clip {config.clip} is not the model that {config.index} has features "
+                         f"of, which was {facts['clip']}")
+    queries = queries_of(classes, templates)
+    clip.to(choose_device(config.device))
+    v = text_features(clip, tokenizer, [text for _, _, text in queries])     # (Q, D)
+    hits = find_pairs(config, queries, v.cpu().numpy(), good)
+    ranked = rank_by_class(hits, classes)
+
+    out = Path(config.out)
+    write_lines(out / "retrieved.jsonl", [{"pair": i, "hits": hits[i]} for i in sorted(hits)])
+    report = {"index": config.index, "crc": facts["crc"], "clip": config.clip, "k": config.k,
+              "keys": [KEYS[key] for key in config.keys], "min_score": config.min_score,
+              "queries": len(queries), "pairs": len(hits), "corpus": len(good), "classes": {}}
+    for name, pairs in ranked.items():
+        mean = float(np.mean(pairs, 0)[0])
+        texts = [corpus[i].text for _, i in pairs[:3]]
+        report["classes"][name] = {"pairs": len(pairs), "mean_score": round(mean, 4), "best": texts}
+    write_json(out / "report.json", report)
+    draw_grid(out / "grid.png", {name: ranked[name][:6] for name in classes[:12]}, corpus)
+    sizes = [len(pairs) for pairs in ranked.values()]
+    print(f"{out}: {len(queries):,} queries ({len(classes)} classes x {len(templates)} templates) "
+          f"hit {len(hits):,} of {len(good):,} pairs; a class has {min(sizes)} to {max(sizes)}")
+
+
+def draw_grid(path, ranked, corpus):
+    """The best pairs of some classes, as pictures with their texts.
+
+    Look at them: what retrieval finds decides what can be learnt.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(len(ranked), 6, figsize=(12, 2.3 * len(ranked)), squeeze=False)
+    for row, (name, pairs) in zip(axes, ranked.items(), strict=True):
+        row[0].set_ylabel(name)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+        for ax, (_, i) in zip(row, pairs, strict=False):
+            ax.imshow(corpus[i].picture())
+            ax.set_title(corpus[i].text[:40], fontsize=7)
+    fig.savefig(path, dpi=70, bbox_inches="tight")
+    plt.close(fig)
+
+
+COMMANDS = {"index": (index_corpus, IndexConfig), "retrieve": (retrieve_pairs, RetrieveConfig)}
+
+
+def main(argv=None):
+    return run_command(COMMANDS, argv, __doc__)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,85 @@
+"""
+What people have written about pictures, read from disk: COCO's annotation files, captions.
+
+Nothing here needs torch. Files are streamed: instances_train2017.json alone has 450 MB.
+"""
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import ijson
+
+PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$|://", re.I)     # or an address
+
+
+def coco_rows(path, key):
+    """The rows of one list of an annotation file, one at a time."""
+    with open(path, "rb") as f:
+        yield from ijson.items(f, f"{key}.item", use_float=True)
+
+
+def coco_records(captions, instances=None):
+    """Yield {"id", "image", "captions", "instances": [{"category", "bbox"}, ...]} of each picture
+    that has captions, in the order of the captions file's images.
+
+    bbox    [x1, y1, x2, y2] as fractions of the picture; COCO's own is x, y, width, height in pixels
+    Raises ValueError if these are not COCO's captions_*.json and instances_*.json.
+    """
+    try:
+        images = {row["id"]: row for row in coco_rows(captions, "images")}
+        sentences = defaultdict(list)
+        for row in coco_rows(captions, "annotations"):
+            sentences[row["image_id"]].append(row["caption"])
+        boxes = coco_boxes(images, instances) if instances else {}
+    except (ijson.JSONError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{captions}, {instances}: not COCO's annotations: "
+                         f"{type(error).__name__} {error}") from error
+    for key, row in images.items():
+        if key in sentences:
+            yield {"id": Path(row["file_name"]).stem, "image": row["file_name"],
+                   "captions": sentences[key], "instances": boxes.get(key, [])}
+
+
+def coco_boxes(images, instances):
+    """{image id: [{"category", "bbox"}, ...]}; COCO has boxes without area, which are left out."""
+    names = {row["id"]: row["name"] for row in coco_rows(instances, "categories")}
+    boxes = defaultdict(list)
+    for row in coco_rows(instances, "annotations"):
+        x, y, w, h = row["bbox"]
+        image = images.get(row["image_id"])     # the captions file may be about fewer pictures
+        if image and min(w, h) > 0:
+            width, height = image["width"], image["height"]
+            corners = [x / width, y / height, (x + w) / width, (y + h) / height]
+            boxes[image["id"]].append({"category": names[row["category_id"]], "bbox": corners})
+    return boxes
+
+
+def read_pairs(path, columns="image caption"):
+    """Yield (image, caption) of a TSV, of JSON lines with these fields, or of a folder of pictures
+    that each have their caption in a .txt file beside them.
+
+    columns    a TSV's, in order; CC3M's own file is "caption image", with an address for the image
+    Raises ValueError that names the line, FileNotFoundError.
+    """
+    if os.path.isdir(path):
+        for picture in sorted(Path(path).rglob("*")):
+            if PICTURE_NAME.search(picture.name):
+                caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
+                yield str(picture.relative_to(path)), " ".join(caption.split())
+        return
+    is_json = path.endswith((".json", ".jsonl"))
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            cells = zip(columns.split(), line.rstrip("\n").split("\t"), strict=False)
+            try:
+                row = json.loads(line) if is_json else dict(cells)
+                image, caption = row["image"], " ".join(row["caption"].split())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: image and caption are needed, as JSON or "
+                                 f"in --columns {columns!r} with tabs between") from error
+            if PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
+                raise ValueError(f"{path}, line {number}: image {image!r} and caption {caption!r} "
+                                 f"look swapped; --columns {columns!r} must name them in order")
+            yield image, caption

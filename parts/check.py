@@ -1,0 +1,250 @@
+"""
+Every sample and every picture, checked before step 0, so that no run stops at step 22 or trains on
+garbage. `python data.py check` prints what is found; train.py refuses to start on it.
+"""
+import argparse
+import functools
+import os
+import sys
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from parts.files import image_names, record_problem
+from parts.pictures import absence, image_path, image_problem
+from parts.templates import TEMPLATES
+from parts.views import ASPECTS
+
+# Columns of the table that `inspect_data` returns, a row for each sample.
+TOKENS, SCORED, IMAGES, TURNS, DROPPED, MISSING, RENAMED = range(7)
+
+
+class Inspection(Dataset):
+    """function(item) for every item, so that a DataLoader's workers can share the work."""
+
+    def __init__(self, function, items):
+        self.function = function
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.function(self.items[i])
+
+    def results(self, workers, title):
+        """{item: function(item)}, with a progress bar on a terminal."""
+        loader = DataLoader(self, batch_size=64, num_workers=workers, collate_fn=list)
+        bar = tqdm(total=len(self), desc=title, disable=not sys.stderr.isatty())
+        found = []
+        for batch in loader:
+            found += batch
+            bar.update(len(batch))
+        bar.close()
+        return dict(zip(self.items, found, strict=True))
+
+
+def inspect_data(data, workers=0):
+    """Check every sample of a data.Conversations and decode every picture once.
+
+    Returns ({index: problem}, table): a row (TOKENS, SCORED, ...) for each sample. Where `data` has
+    no tokenizer, tokens are 0; where a sample is bad, all is 0 but MISSING and RENAMED.
+    """
+    problems = {}
+    names = {}                           # as an ordered set
+    for i, record in enumerate(data.records):
+        problem = record_problem(record, data.folder)
+        if problem:
+            problems[i] = problem
+        else:
+            names |= dict.fromkeys(image_names(record))
+
+    look_up = functools.partial(inspect_picture, data.folder)
+    pictures = Inspection(look_up, list(names)).results(workers, "pictures")
+    table = np.zeros((len(data), 7), np.int32)
+    good = [i for i in range(len(data)) if i not in problems]
+    for i in good:
+        for name in image_names(data.records[i]):
+            problem, is_missing, is_renamed = pictures[name]
+            table[i, MISSING] += is_missing
+            table[i, RENAMED] += is_renamed
+            if problem:
+                problems.setdefault(i, problem)
+
+    good = [i for i in good if i not in problems]
+    measure = functools.partial(measure_sample, data)
+    samples = Inspection(measure, good).results(workers, "samples")
+    for i, (problem, row) in samples.items():
+        table[i, :MISSING] = row
+        if problem:
+            problems[i] = problem
+    return dict(sorted(problems.items())), table
+
+
+def inspect_picture(folder, name):
+    """(problem or None, is it missing?, is it there under another extension?)"""
+    problem = image_problem(folder, name)
+    is_missing = problem == absence(folder, name)
+    is_renamed = not problem and image_path(folder, name) != os.path.join(folder, name)
+    return problem, is_missing, is_renamed
+
+
+def measure_sample(data, i):
+    """(problem or None, the first five columns) of a sample whose form and pictures are good."""
+    record = data.records[i]
+    turns = len(record["conversations"])
+    if data.tokenizer is None:
+        return None, (0, 0, len(image_names(record)), turns, 0)
+    try:
+        tokens, scored, images, fitting = data.measure(i)
+    except ValueError as error:
+        return str(error), (0, 0, 0, 0, 0)
+    return None, (tokens, scored, images, fitting, turns - fitting)
+
+
+def refuse(data, problems, table, skip_bad, context):
+    """Raises ValueError, with file, index and id, for data that cannot be trained on.
+
+    skip_bad   bad samples are left out and reported, not refused
+    context    tokens that the language model can read at once
+    """
+    if problems and not skip_bad:
+        raise ValueError("\n".join([
+            f"{len(problems)} of {len(data)} samples are bad (--skip_bad leaves them out):",
+            *report_sources(data, problems, table), list_problems(problems, data.records, 20)]))
+    longest = table[:, TOKENS].argmax()
+    if table[longest, TOKENS] > context:
+        raise ValueError(f"{data.records.where(longest)}: {table[longest, TOKENS]} tokens, but the "
+                         f"language model's context is {context}; --max_length {context} leaves "
+                         "trailing turns out")
+
+
+def hold_out(records, problems, n, seed):
+    """(indices to train on, n indices held out) of the good samples."""
+    good = np.array([i for i in range(len(records)) if i not in problems], int)
+    held_out = np.random.default_rng(seed).permutation(good)[:n]
+    is_copy = np.isin(records.texts[good], records.texts[held_out])      # of what is held out
+    train_on = good[~is_copy]
+    if not len(train_on):
+        raise ValueError(f"{len(good)} good samples, of which --val_samples {n} would be held out; "
+                         "lower it")
+    return train_on, held_out
+
+
+# -----------------------------------------------------------------------------
+# What is found, as lines
+
+
+def samples_of_sources(data):
+    """[(file, its records, the indices of its samples), ...]"""
+    records = data.records
+    starts = np.cumsum([0, *records.counts])
+    return [(file, total, np.arange(starts[k], starts[k + 1]))
+            for k, (file, total) in enumerate(zip(records.files, records.totals, strict=True))]
+
+
+def report_sources(data, problems, table):
+    """A line for each source: its samples, what is bad, what is missing."""
+    lines = []
+    for file, total, samples in samples_of_sources(data):
+        good = [i for i in samples if i not in problems]
+        drawn = "" if len(samples) == total else f" drawn from {total}"
+        line = (f"{file}: {len(samples)} samples{drawn}, {len(samples) - len(good)} bad, "
+                f"{table[samples, MISSING].sum()} images missing, "
+                f"{(table[good, IMAGES] == 0).sum()} text only")
+        renamed = table[samples, RENAMED]
+        if renamed.any():
+            name, found = first_renamed(data, samples[renamed > 0][0])
+            line += f"; {renamed.sum()} found under another extension, e.g. {name} as {found}"
+        lines.append(line)
+    return lines
+
+
+def first_renamed(data, i):
+    """A sample's first picture that has another extension than its name, and the file's name."""
+    for name in image_names(data.records[i]):
+        path = image_path(data.folder, name)
+        if path != os.path.join(data.folder, name):
+            return name, os.path.basename(path)
+
+
+def report_stats(data, problems, table):
+    """For each source: turns, images, token lengths, and what is trimmed."""
+    lines = []
+    headlines = report_sources(data, problems, table)
+    for headline, (_, _, samples) in zip(headlines, samples_of_sources(data), strict=True):
+        lines.append(headline)
+        rows = table[[i for i in samples if i not in problems]]
+        if not len(rows):
+            continue
+        with_images = (rows[:, IMAGES] > 0).sum()
+        lines.append(f"  answers per sample    {quantiles(rows[:, TURNS] / 2)}")
+        lines.append(f"  images                {rows[:, IMAGES].sum()} in {with_images} samples, "
+                     f"{len(rows) - with_images} text only")
+        if data.tokenizer:
+            tokens = rows[:, TOKENS]
+            scored = rows[:, SCORED]
+            share = 100 * scored.sum() / tokens.sum()
+            dropped = rows[:, DROPPED]
+            lines.append(f"  tokens per sample     {quantiles(tokens)}   ({data.view.cost})")
+            lines.append(f"  scored tokens         {scored.sum()} of {tokens.sum()} "
+                         f"({share:.1f}%), {(scored == 0).sum()} samples without any")
+            lines.append(f"  trimmed at {data.max_length:<10} {(dropped > 0).sum()} samples lose "
+                         f"{dropped.sum() // 2} answers")
+    return lines
+
+
+def quantiles(values):
+    low, median, high, most = np.quantile(values, [0, 0.5, 0.95, 1])
+    return f"min {low:.0f}   median {median:.0f}   95% {high:.0f}   max {most:.0f}"
+
+
+def list_problems(problems, records, most=None):
+    """The first `most` problems with file, index and id, a line each, and how many there are."""
+    lines = [f"{records.where(i)}: {problem}" for i, problem in list(problems.items())[:most]]
+    if len(lines) < len(problems):
+        lines.append(f"... and {len(problems) - len(lines)} more")
+    return "\n".join([*lines, f"{len(records)} samples, {len(problems)} bad"])
+
+
+def show_sample(data, i, show):
+    """Print sample i as training sees it. Raises ValueError for what is wrong with it."""
+    if data.tokenizer is None:
+        raise ValueError("show needs --model DIR or --llm DIR for the tokenizer")
+    if not 0 <= i < len(data):
+        raise ValueError(f"--index {i}: the file has samples 0 to {len(data) - 1}")
+    where = data.records.where(i)
+    problem = record_problem(data.records[i], data.folder)
+    if problem:
+        raise ValueError(f"{where}: {problem}")
+    sample = data[0, i, True]
+    tokens, scored, *_ = data.measure(i)
+    names = [name for name, _ in sample["pictures"]]
+    print(f"{where}, template {data.template.name}, {tokens} tokens, {scored} scored, "
+          f"images {names}")
+    print(show(sample["input_ids"], sample["labels"], data.tokenizer))
+
+
+def parse_args(argv):
+    """The command line of data.py."""
+    parser = argparse.ArgumentParser(description="Check, show or measure data.", allow_abbrev=False)
+    add = parser.add_argument
+    add("command", choices=["check", "show", "stats"])
+    add("files", nargs="+", metavar="FILE", help="JSON or JSON lines; FILE=0.5, FILE=20000: a part")
+    add("--fraction", type=float, default=1.0, help="share that is taken of every file")
+    add("--seed", type=int, default=42, help="train.py's, which decides on the parts")
+    add("--images", metavar="DIR", help="folder that the image names are relative to")
+    add("--model", metavar="DIR", help="checkpoint: its tokenizer, template and view")
+    add("--llm", metavar="DIR|ID", help="language model: its tokenizer")
+    add("--template", choices=TEMPLATES)
+    add("--image_position", choices=["random", "first", "as_written"], default="random")
+    add("--aspect", choices=ASPECTS, default="crop", help="how pictures are seen, without --model")
+    add("--max_length", type=int, default=2048)
+    add("--index", type=int, default=0, help="which sample to show")
+    add("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    if args.model and (args.llm or args.aspect != "crop"):
+        raise ValueError("--model brings its own language model and aspect; leave --llm and "
+                         "--aspect out")
+    return args

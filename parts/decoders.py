@@ -1,0 +1,228 @@
+"""
+f_phi as it answers: some tokens at a time, behind a cache of keys and values (for parts/engine.py).
+
+    prompt --extend--> logits of the next word --extend--> ...         the cache grows in place
+
+`Plain` is any language model of transformers with transformers' own cache. `Fast` is the Llama
+family (Llama, Mistral, Qwen2) written out: what several projections make of one input is a single
+product, and keys and values have their place from the start, so that a second question about a
+picture finds the first one's there. On x86 processors, weights are packed for oneDNN, whose
+products of a few rows take as little as half the time of torch's.
+
+Letters in shape comments:
+    B rows   n new tokens   D width of f_phi   V vocabulary   H query heads
+    G heads of keys and values   d width of a head
+"""
+import platform
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+FAMILY = ("llama", "mistral", "qwen2")   # each `model_type` whose layers `Fast` writes out
+MIN_PACKED = 2 ** 18     # weights of a product; oneDNN takes longer than torch for smaller ones
+MAX_PACKED = 2 ** 31     # weights of a model; packing is a copy, which a larger one cannot afford
+ROOM = 256               # a cache's length is a multiple of it, so a compiled step fits again
+
+
+class Plain:
+    """Any language model, by transformers' own modules."""
+    reuses = False       # whether a cache can be cut back, to go on from there
+
+    def __init__(self, f_phi):
+        self.f_phi = f_phi
+
+    def cache(self, B, room):
+        return SimpleNamespace(length=0, past=DynamicCache(config=self.f_phi.config))
+
+    def extend(self, cache, H, position, mask):
+        """Append H (B, n, D) to a cache; returns the logits (B, V) behind the last of them.
+
+        position (B, n); mask (B, all so far) is 0 at padding, or None where there is none.
+        """
+        out = self.f_phi(inputs_embeds=H, attention_mask=mask, position_ids=position,
+                         past_key_values=cache.past, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def select(self, cache, rows):
+        """Go on with these rows alone."""
+        cache.past.batch_select_indices(rows)
+
+
+class Fast:
+    """The Llama family, for answers alone: it reads the weights once, so train or load first.
+
+    `compiled`: each step behind the prompt is one compiled program with static shapes (CUDA graphs
+    on GPUs), which takes about a minute to start.
+    """
+    reuses = True
+
+    def __init__(self, f_phi, compiled=False):
+        config = f_phi.config
+        base = f_phi.base_model
+        packed = not compiled and can_be_packed(f_phi)
+        self.H = config.num_attention_heads
+        self.G = config.num_key_value_heads
+        self.d = base.layers[0].self_attn.head_dim
+        self.rotary = base.rotary_emb
+        self.eps = config.rms_norm_eps
+        self.last_norm = base.norm.weight
+        self.head = Product([f_phi.get_output_embeddings()], packed)
+        self.layers = [layer_of(layer.self_attn, layer.mlp, layer, packed) for layer in base.layers]
+        self.compiled = compiled
+        self.step = self.blocks
+        if compiled:
+            self.step = torch.compile(self.blocks, dynamic=False, mode="reduce-overhead")
+
+    def cache(self, B, room):
+        """kv: (keys, values) of each layer, (B, G, room, d); `length` of their places are taken."""
+        shape = (2, B, self.G, round_up(room), self.d)
+        kv = [self.last_norm.new_zeros(shape).unbind() for _ in self.layers]
+        if self.compiled:                # without the mark, CUDA graphs would copy it at each step
+            for keys, values in kv:
+                torch._dynamo.mark_static_address(keys)
+                torch._dynamo.mark_static_address(values)
+        return SimpleNamespace(length=0, kv=kv)
+
+    def extend(self, cache, H, position, mask):
+        """As `Plain.extend`."""
+        n = H.shape[1]
+        start = cache.length
+        end = start + n
+        room = cache.kv[0][0].shape[2]
+        if end > room:                   # the conversation outgrows what its first answer was given
+            more = (0, 0, 0, round_up(end) - room)
+            cache.kv = [(F.pad(keys, more), F.pad(values, more)) for keys, values in cache.kv]
+        static = self.compiled and n == 1
+        window = cache.kv[0][0].shape[2] if static else end
+        slots = torch.arange(start, end, device=H.device)                    # (n,)
+        # None lets attention take a faster way: one token sees all, a whole prompt what is before
+        sees = None
+        if static or mask is not None or (start > 0 and n > 1):
+            sees = visible(slots, window, mask).expand(len(H), 1, n, window)
+        cos, sin = self.rotary(H, position)                                  # (B, n, d)
+        sin[..., :self.d // 2].neg_()    # of halves that change places, one changes its sign
+        step = self.step if static else self.blocks
+        h = step(H, cos[:, :, None], sin[:, :, None], cache.kv, slots, window, sees)     # (B, D)
+        cache.length = end
+        return self.head(h)                                                  # (B, V)
+
+    def blocks(self, h, cos, sin, kv, slots, window, sees):
+        """All layers over h (B, n, D). Returns the last token's h (B, D).
+
+        Keys and values go to `slots` of kv. `sees` (B, 1, n, window) says which of the first
+        `window` places each token attends to; None: in a prompt those before it, else all.
+        """
+        B, n, _ = h.shape
+        heads = [self.H + self.G, self.G]
+        for layer, (keys, values) in zip(self.layers, kv, strict=True):
+            qkv = layer.qkv(self.norm(h, layer.norm_1))  # (B, n, (H + 2 G) d)
+            qk, v = qkv.view(B, n, -1, self.d).split(heads, 2)
+            qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)  # rotary positions
+            q, k = qk.split([self.H, self.G], 2)         # (B, n, H, d), (B, n, G, d)
+            keys.index_copy_(2, slots, k.transpose(1, 2))
+            values.index_copy_(2, slots, v.transpose(1, 2))
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys[:, :, :window], values[:, :, :window], attn_mask=sees,
+                is_causal=sees is None and n > 1, enable_gqa=self.H != self.G)   # (B, H, n, d)
+            h = h + layer.o(y.transpose(1, 2).flatten(2))
+            gate, up = layer.gate_up(self.norm(h, layer.norm_2)).chunk(2, -1)
+            h = h + layer.down(F.silu(gate) * up)
+        return self.norm(h[:, -1], self.last_norm)
+
+    def norm(self, h, weight):
+        return F.rms_norm(h, weight.shape, weight, self.eps)
+
+    def select(self, cache, rows):
+        cache.kv = [(keys[rows], values[rows]) for keys, values in cache.kv]
+
+
+def layer_of(attention, mlp, norms, packed):
+    return SimpleNamespace(
+        norm_1=norms.input_layernorm.weight,
+        norm_2=norms.post_attention_layernorm.weight,
+        qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], packed),
+        o=Product([attention.o_proj], packed),
+        gate_up=Product([mlp.gate_proj, mlp.up_proj], packed),
+        down=Product([mlp.down_proj], packed),
+    )
+
+
+class Product:
+    """What several nn.Linear make of the same input, side by side, as one product.
+
+    Weights that are quantised, or behind adapters, stay as they are. Others are laid together; then
+    their layers look into that, so that nothing is held twice, or, if it is packed, keep theirs.
+    """
+
+    def __init__(self, linears, packed):
+        self.linears = linears
+        self.weight = None
+        self.packed = False
+        kinds = {(type(linear), type(linear.weight)) for linear in linears}
+        if kinds != {(nn.Linear, nn.Parameter)}:
+            return
+        self.weight = linears[0].weight.data
+        self.bias = linears[0].bias
+        if len(linears) > 1:
+            self.weight = torch.cat([linear.weight.data for linear in linears])
+            if self.bias is not None:
+                self.bias = torch.cat([linear.bias.data for linear in linears])
+        if packed and self.weight.numel() >= MIN_PACKED:
+            self.packed = True           # laid out for products of 8 rows, and as good for one
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
+            return
+        parts = self.weight.split([linear.out_features for linear in linears])
+        for linear, part in zip(linears, parts, strict=True):
+            linear.weight.data = part
+
+    def __call__(self, x):
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.weight is None:
+            return torch.cat([linear(x) for linear in self.linears], -1)
+        return F.linear(x, self.weight, self.bias)
+
+
+def can_be_packed(f_phi):
+    weight = f_phi.base_model.norm.weight
+    x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return x86 and fp32_on_cpu and sum(p.numel() for p in f_phi.parameters()) < MAX_PACKED
+
+
+def round_up(length):
+    return -(-length // ROOM) * ROOM
+
+
+def visible(slots, window, mask):
+    """Which of the first `window` places the token of each slot sees, (B or 1, 1, n, window)."""
+    sees = torch.arange(window, device=slots.device) <= slots[:, None]       # (n, window)
+    if mask is None:
+        return sees[None, None]
+    no_padding = F.pad(mask, (0, window - mask.shape[1])).bool()             # (B, window)
+    return (sees & no_padding[:, None])[:, None]
+
+
+def decoder_for(f_phi, compiled=False):
+    """`Fast` where it knows the model, else `Plain`."""
+    config = f_phi.config
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    windows = getattr(config, "sliding_window", None) or layer_types - {"full_attention"}
+    if config.model_type in FAMILY and config.hidden_act == "silu" and not windows:
+        return Fast(f_phi, compiled)
+    if compiled:
+        raise ValueError(f"--compile: a language model of type {config.model_type} is not one of "
+                         f"{', '.join(FAMILY)} with full attention; leave it out")
+    return Plain(f_phi)
+
+
+def quantise(f_phi):
+    """Hold f_phi's layers and head in 8 bits, with one scale a row; products stay as precise."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError(f"int8 needs torchao: pip install torchao ({error})") from error
+    quantize_(f_phi, Int8WeightOnlyConfig())

@@ -1,0 +1,383 @@
+"""
+What lies on disk and what is typed: records, JSON lines, flags, read strictly and written at once.
+Nothing here needs torch, so commands that only read and write text start without delay.
+
+A record: {"id": "7", "image": "7.jpg", "conversations": [
+    {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]}
+"""
+import argparse
+import dataclasses
+import fcntl
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ROOT / "prompts"
+IMAGE = "<image>"     # stands for a picture in text; in the tokenizer it is one reserved id
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_json(path):
+    """Yield the records of a JSON array, or of JSON lines, one at a time.
+
+    Raises FileNotFoundError, and ValueError that names line and column of bad JSON.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        yield from split_json(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: bad JSON at {place}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def split_json(text):
+    """Yield the values of a JSON array's text, or those that blanks separate, as in JSON lines."""
+    decode = json.JSONDecoder().raw_decode
+    in_array = text.lstrip().startswith("[")
+    separator = re.compile(r"\s*,\s*|\s*(?=\])" if in_array else r"\s*")
+    end = "]" if in_array else ""                 # "" is what a slice behind the text gives
+    at = re.match(r"\s*\[?\s*", text).end()
+    while text[at:at + 1] != end:
+        value, at = decode(text, at)
+        yield value
+        gap = separator.match(text, at)
+        if not gap:
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        at = gap.end()
+    if text[at + 1:].strip():
+        raise json.JSONDecodeError("Expecting nothing behind the array", text, at + 1)
+
+
+def read_lines(path, repair=False):
+    """The records of a JSON-lines file that we append to, without a last line that a kill tore.
+
+    `repair` cuts a torn line off the file, as whoever goes on to append must. A file that does not
+    exist has no records. Raises ValueError that names a line which is not JSON.
+    """
+    if not os.path.exists(path):
+        return []
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        if repair:
+            os.truncate(path, sum(map(len, lines)))
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    return records
+
+
+def brief_instructions():
+    """Our 11 ways to ask for a brief caption, the questions of stage 1 (the paper has its own)."""
+    return (PROMPTS / "brief_instructions.txt").read_text(encoding="utf-8").splitlines()
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextmanager
+def open_atomic(path):
+    """A text file to write that takes its place when complete; after an error nothing is left."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(f"{path}.tmp")
+    try:
+        # half a surrogate pair, which no encoding has, is written as JSON writes it: \ud83d
+        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as f:
+            yield f
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file at once."""
+    with open_atomic(path) as f:
+        f.write(text)
+
+
+def write_json(path, value, indent=1):
+    """Write one value as JSON, at once."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_lines(path, rows):
+    """Write rows as JSON lines, at once."""
+    with open_atomic(path) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_array(path, records):
+    """Write records, as they come, as a JSON array with one a line; at once."""
+    with open_atomic(path) as f:
+        f.write("[")
+        for i, record in enumerate(records):
+            f.write((",\n" if i else "\n") + json.dumps(record, ensure_ascii=False))
+        f.write("\n]\n")
+
+
+@contextmanager
+def lock_folder(folder):
+    """Make a folder and keep it for this process. Raises ValueError while another one has it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            # the system drops this lock with the process, however that ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing there; wait for it, or write "
+                             "to another place") from None
+        yield folder
+
+
+# --------------------------------------------------------------------------------------------------
+# The records to train on
+
+
+def amount_of(source):
+    """A source of --data as (file, amount).
+
+    "a.json" is all of it, 1.0; "a.json=0.5" that share of it; "a.json=20000" so many of it.
+    """
+    file, sign, amount = str(source).rpartition("=")
+    if not sign or os.path.exists(source):
+        return str(source), 1.0
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", amount) or float(amount) == 0:
+        raise ValueError(f"{source}: no such file; an amount behind = is a share (=0.5) or a count "
+                         "without dot (=200), above 0")
+    return file, float(amount) if "." in amount else int(amount)
+
+
+def draw_samples(file, n, amount, fraction, seed):
+    """Which of a file's n samples are taken, ascending; more than n are whole repeats and a rest.
+
+    It depends on seed, file name, n and amount alone: other sources and folders change nothing, and
+    a smaller amount is part of a larger one.
+    """
+    wanted = n * amount if isinstance(amount, float) else amount
+    count = round(wanted * fraction)
+    if count < 1:
+        raise ValueError(f"{file}: nothing would be left of its {n} samples")
+    name = zlib.crc32(os.path.basename(file).encode())
+    order = np.random.default_rng([seed, name]).permutation(n)
+    repeats = np.tile(np.arange(n), count // n)
+    return np.sort(np.concatenate([repeats, order[:count % n]]))
+
+
+class Records:
+    """The samples of some sources, see `amount_of`; of each source `fraction` is taken.
+
+    They are kept as JSON text in one bytes object: their memory is about the files' size, and
+    worker processes that are forked share it.
+
+    files, totals, counts    of each source: its path, its records, how many samples it gives
+    texts                    (samples,) the number of each sample's text; repeated samples share one
+    checksum                 of the samples and their order
+    """
+
+    def __init__(self, sources, fraction=1.0, seed=0):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"--fraction {fraction}: a share above 0 and up to 1")
+        self.files, self.totals, self.counts = [], [], []
+        texts, lines = [], []
+        for path, amount in map(amount_of, sources):
+            first = len(lines)
+            lines += [json.dumps(record).encode() for record in read_json(path)]
+            total = len(lines) - first
+            if not total:
+                raise ValueError(f"{path}: no records in it")
+            drawn = draw_samples(path, total, amount, fraction, seed)
+            texts.append(first + drawn)
+            self.files.append(path)
+            self.totals.append(total)
+            self.counts.append(len(drawn))
+        self.blob = b"".join(lines)
+        self.ends = np.cumsum([0, *map(len, lines)])
+        self.texts = np.concatenate(texts)
+        self.checksum = zlib.crc32(self.texts.tobytes(), zlib.crc32(self.blob))
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        text = self.texts[i]
+        start, end = self.ends[text:text + 2]
+        return json.loads(self.blob[start:end])
+
+    def source(self, i):
+        """Which file sample i is from, and its index there."""
+        text = int(self.texts[i])
+        file = 0
+        while text >= self.totals[file]:
+            text -= self.totals[file]
+            file += 1
+        return self.files[file], text
+
+    def where(self, i):
+        """'chat.json[1432] (id 000000123)', the name of a sample in every message."""
+        path, index = self.source(i)
+        place = f"{os.path.basename(path)}[{index}]"
+        record = self[i]
+        if not isinstance(record, dict) or record.get("id") is None:
+            return place
+        printable = str(record["id"]).encode(errors="backslashreplace").decode()
+        return f"{place} (id {printable})"
+
+
+def image_names(record):
+    """The names of a sample's pictures: none, one, or several."""
+    images = record.get("image") or []
+    return [images] if isinstance(images, str) else images
+
+
+def record_problem(record, folder):
+    """The first thing that is wrong with a record's form, or None; folder is that of --images."""
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        return f"a {kind} where an object with id, image and conversations belongs"
+    turns = record.get("conversations")
+    names = image_names(record)
+    if not isinstance(turns, list) or not turns:
+        return "no conversations; a list of {from, value} turns is needed"
+    for i, turn in enumerate(turns):
+        problem = turn_problem(turn, ("human", "gpt")[i % 2])
+        if problem:
+            return f"turn {i} {problem}"
+    if len(turns) % 2:
+        return f"{len(turns)} turns: the last question has no answer"
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        return "image is neither a file name nor a list of file names"
+    tags = sum(turn["value"].count(IMAGE) for turn in turns)
+    if tags != len(names):
+        images = "1 image" if len(names) == 1 else f"{len(names)} images"
+        return f"{tags} {IMAGE} tags for {images}; each image needs one tag in a human turn"
+    if names and folder is None:
+        return "has an image, but no image folder is given (--images DIR)"
+    return None
+
+
+def turn_problem(turn, speaker):
+    """The first thing that is wrong with one turn of a conversation, or None."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        return "is not {from, value} with text in value"
+    if turn.get("from") != speaker:
+        return f"is from {turn.get('from')!r} where {speaker!r} belongs; turns alternate human, gpt"
+    if re.search("[\ud800-\udfff]", turn["value"]):
+        return f"({speaker}) holds half a surrogate pair, which is no text"
+    if not turn["value"].strip():
+        return f"({speaker}) is empty"
+    if speaker == "gpt" and IMAGE in turn["value"]:
+        return f"(gpt) holds {IMAGE}; images belong in human turns"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# What is typed
+
+
+def typed_flags(config_class, argv, description, choices=None):
+    """What was typed on a command line, as a dict; its flags are the fields of a dataclass.
+
+    A field without default is a required flag, a bool is --flag / --no-flag, list[str] takes one or
+    more words. The comment behind a field is its help. `choices` says {field: [allowed, ...]}; the
+    class may have it as its attribute CHOICES.
+    """
+    choices = choices or getattr(config_class, "CHOICES", {})
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    notes = comments_of(config_class)
+    for field in dataclasses.fields(config_class):
+        required = field.default is dataclasses.MISSING
+        note = notes.get(field.name, "").replace("%", "%%")
+        if not required and field.default not in (None, "", (), False):      # 0 is False, too
+            words = field.default if isinstance(field.default, tuple) else [field.default]
+            note += f" (default: {' '.join(map(str, words))})"
+        options = {"help": note, "required": required}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type == list[str]:
+            options |= {"nargs": "+", "choices": choices.get(field.name)}
+        else:
+            options |= {"type": field.type, "choices": choices.get(field.name)}
+        parser.add_argument(f"--{field.name}", **options)
+    return vars(parser.parse_args(argv))
+
+
+def comments_of(config_class):
+    """{field: the comment behind it} of a dataclass and the classes that it extends."""
+    notes = {}
+    for part in reversed(config_class.__mro__[:-1]):          # the last one is object
+        source = inspect.getsource(part)
+        notes |= re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE)
+    return notes
+
+
+def check_least(config, **least):
+    """Raises ValueError that names a numeric flag below its least value, infinite or no number."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and not smallest <= value < math.inf:
+            raise ValueError(f"--{name} {value}: a number is needed, {smallest} or more")
+
+
+def parse_command(commands, argv):
+    """A command line -> (function, configuration).
+
+    commands    {"instruct": (function, its config class), "score scienceqa": ..., ...}
+    """
+    for n_words in (2, 1):
+        name = " ".join(argv[:n_words])
+        if name in commands:
+            function, config_class = commands[name]
+            typed = typed_flags(config_class, argv[n_words:], function.__doc__)
+            return function, config_class(**typed)
+    found = f"{argv[0]} is no command" if argv else "no command given"
+    raise ValueError(f"{found}; one of {', '.join(commands)} comes first; -h explains them")
+
+
+def run_command(commands, argv, doc):
+    """Run what a command line asks for; -h alone prints `doc`. argv None is what was typed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        print(textwrap.dedent(doc).strip())
+        return None
+    function, config = parse_command(commands, argv)
+    return function(config)
+
+
+def run_main(main):
+    """Run a program's `main` as a command: errors of a user are one line, never a traceback."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:                  # of `... | head`; nothing may be left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 0
+    except (ValueError, OSError) as error:
+        status = f"error: {error}"
+    except KeyboardInterrupt as error:
+        status = str(error) or "stopped"
+    sys.exit(status)

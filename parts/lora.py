@@ -1,0 +1,135 @@
+"""
+Low-rank adapters of f_phi (LoRA, Hu et al., arXiv 2106.09685): LLaVA-1.5's cheaper stage 2, with
+theta = {W, A, B}.
+
+    W_0 x   becomes   W_0 x + (alpha / r) B A dropout(x)
+
+    W_0 (out, in)  frozen      A (r, in)  starts at random      B (out, r)  starts at zero
+
+OURS: written out, not taken from `peft`, which wraps f_phi, so that every name in a checkpoint
+changes; the arithmetic is two lines. The folders of parts/checkpoints.py are PEFT's own, and the
+tests hold both against each other.
+"""
+import contextlib
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class LoRA(nn.Linear):
+    """A frozen linear layer with its adapter.
+
+    `weight` and `bias` keep their names, so that W_0 is saved and loaded as ever.
+    """
+
+    def __init__(self, linear, rank, alpha, dropout):
+        has_bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, has_bias, device="meta")
+        self.weight = linear.weight                      # (out, in), the tensor itself
+        self.bias = linear.bias                          # (out,)
+        self.alpha = alpha
+        self.scale = alpha / rank
+        self.dropout = dropout
+        # A and B are fp32 on a bf16 W_0, too: bf16 would round small steps away.
+        device = linear.weight.device
+        A = torch.empty(rank, self.in_features, dtype=torch.float32, device=device)
+        B = torch.zeros(self.out_features, rank, dtype=torch.float32, device=device)
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        self.lora_B = nn.Parameter(B)                    # B = 0: the start is W_0, bit for bit
+
+    def forward(self, x):
+        x_dropped = F.dropout(x, self.dropout, self.training)
+        low = F.linear(x_dropped, self.lora_A.to(x.dtype))                   # (..., r)    A x
+        update = F.linear(self.scale * low, self.lora_B.to(x.dtype))         # (..., out)
+        return super().forward(x) + update
+
+    def merge(self, W_0, A, B):
+        """W_0 + (alpha / r) B A, (out, in): summed in fp32, rounded once."""
+        return (W_0 + self.scale * B @ A).to(W_0.dtype)
+
+
+def adapters(module):
+    """{name: LoRA layer} of all within `module`."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRA)}
+
+
+def add_adapters(f_phi, rank, alpha, dropout=0.0):
+    """Freeze f_phi and put an adapter on every linear layer but the head.
+
+    LLaVA-1.5 has rank 128, alpha 256, dropout 0.05. Raises ValueError for what cannot train.
+    """
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise ValueError(f"adapters: rank {rank} is at least 1, alpha {alpha} is above 0, "
+                         f"dropout {dropout} is in [0, 1)")
+    assert not adapters(f_phi), "f_phi has adapters already; call merge_adapters first"
+    f_phi.requires_grad_(False)
+    body = f_phi.base_model                              # all but the head
+    for name, layer in list(body.named_modules()):
+        if isinstance(layer, nn.Linear):
+            body.set_submodule(name, LoRA(layer, rank, alpha, dropout).eval())
+
+
+def adapt(model, rank, had_newline):
+    """Train adapters of f_phi and W (Diss. Sec. 4.3); row ends of tiles stay as they are.
+
+    had_newline   the checkpoint of the model has learnt to see in tiles
+    Raises ValueError where tiles would have to be learnt, too.
+    """
+    if (model.newline is not None) != had_newline:
+        raise ValueError("--lora_rank trains W and adapters alone: an aspect in tiles goes with a "
+                         "checkpoint that has learnt it, and only there")
+    if had_newline:
+        model.newline.requires_grad_(False)
+    add_adapters(model.f_phi, rank, alpha=2 * rank, dropout=0.05)
+
+
+@contextlib.contextmanager
+def dropout_on(f_phi, *seed):
+    """Around forward and backward: the adapters drop out, though the model is in eval mode.
+
+    `seed` is (seed, step, rank); the masks depend on it and on the micro-batches' shapes alone, so
+    that a resumed run has those of one that was never stopped. It becomes torch's global seed.
+    Without adapters nothing happens.
+    """
+    layers = adapters(f_phi).values()
+    if layers:
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
+    try:
+        for layer in layers:
+            layer.train()
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
+
+
+@torch.no_grad()
+def merge_adapters(f_phi):
+    """Put W_0 + (alpha / r) B A in W_0's place: plain linear layers again."""
+    body = f_phi.base_model
+    for name, layer in adapters(body).items():
+        has_bias = layer.bias is not None
+        plain = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
+        merged = layer.merge(layer.weight, layer.lora_A, layer.lora_B)
+        layer.weight.copy_(merged)                       # in place: no second f_phi in memory
+        plain.weight = layer.weight
+        plain.bias = layer.bias
+        body.set_submodule(name, plain.eval())
+
+
+@torch.no_grad()
+def merged_state(model, state):
+    """The model's `state` dict as `merge_adapters` would make it, for a model that trains on.
+
+    What is merged lies on the CPU.
+    """
+    state = dict(state)
+    for name, layer in adapters(model).items():
+        A = state.pop(f"{name}.lora_A")
+        B = state.pop(f"{name}.lora_B")
+        W_0 = state[f"{name}.weight"]
+        state[f"{name}.weight"] = layer.merge(W_0, A, B).cpu()
+    return state

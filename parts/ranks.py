@@ -1,0 +1,346 @@
+"""
+Ranks: this process's device and number format, and the other processes that train with it.
+
+    Machine     joins the other processes of `torchrun`, places a model, sums over ranks
+    Optimizer   AdamW with a peak rate a group, and the loss scale that fp16 needs
+
+With `shard` (FSDP2) each of n ranks keeps 1/n of every weight that f_phi, W and, if it trains, g
+have, of its gradient and of AdamW's two moments. A decoder layer is gathered just before it is
+used, the next one meanwhile, and its gradients are summed and dealt out behind it. A frozen g stays
+whole on every rank: CLIP ViT-L has 0.6 GB in bf16.
+"""
+import contextlib
+import functools
+import math
+import os
+import re
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What LLaVA.forward and LLaVA.generate take of a batch; the rest is for people.
+TRAINING = ("input_ids", "labels", "X_v", "visual_index")
+ANSWERING = ("input_ids", "attention_mask", "X_v", "visual_index")
+
+
+def choose_device(name="auto", index=0):
+    """The device of that name; "auto" takes a GPU (number `index`), else Apple's, else the CPU."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda":
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """(dtype, why): "auto" is bf16 where a GPU has it, else fp16; fp32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type != "cuda":
+        return torch.float32, f"{device.type}: half precision gains little here"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU has bf16"
+    return torch.float16, "this GPU lacks bf16"
+
+
+def restarts():
+    """How often `torchrun --max-restarts` has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def micro_batching(global_batch_size, micro_batch_size, world_size):
+    """(micro-batch, accumulated): times the ranks, their product is the global batch size.
+
+    micro_batch_size None is as many as possible. Raises ValueError, with sizes that would do.
+    """
+    share, rest = divmod(global_batch_size, world_size)
+    if rest:
+        below = max(share, 1) * world_size
+        raise ValueError(f"global_batch_size {global_batch_size} over {world_size} ranks: take a "
+                         f"multiple of {world_size}, e.g. {below} or {(share + 1) * world_size}")
+    micro = min(micro_batch_size or share, share)
+    if share % micro:
+        fitting = " | ".join(map(str, divisors(share)))
+        raise ValueError(f"global_batch_size {global_batch_size} = {world_size} ranks x {share} "
+                         f"samples, which micro_batch_size {micro} does not divide; "
+                         f"--micro_batch_size {fitting} would")
+    return micro, share // micro
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# -----------------------------------------------------------------------------
+# One process among its ranks
+
+
+class Machine:
+    """This process's place: its rank, its device, and the number format it computes in."""
+
+    def __init__(self, device="auto", dtype="auto", shard=False, offload=False):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.dtype, self.reason = choose_dtype(dtype, self.device)
+        self.shard, self.offload = shard, offload
+        kind = self.device.type
+        if shard and (kind == "mps" or self.dtype == torch.float16):
+            raise ValueError("--shard goes with cuda or cpu and bf16 or fp32, "
+                             f"not with {kind} and {self.dtype}")
+        if offload and not (shard and kind == "cuda"):
+            raise ValueError("--offload keeps a GPU's shards in the CPU's memory: "
+                             "it needs cuda and --shard")
+        if (self.world_size > 1 or shard) and not dist.is_initialized():
+            self.join()
+
+    def join(self):
+        """Meet the other ranks."""
+        store = dist.HashStore()
+        if self.world_size > 1:
+            # a restart finds the store of before, with the addresses of ranks that are gone
+            store = dist.PrefixStore(f"restart_{restarts()}", next(rendezvous("env://"))[0])
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            timeout=timedelta(hours=2),  # so long may rank 0 check the data while the others wait
+            store=store, rank=self.rank, world_size=self.world_size)
+
+    def finish(self):
+        """End together. Nothing may hold what `wrap` returned any more: its destructor joins
+        gloo's threads, and would wait for them with Python's lock in its hand."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def print0(self, *blocks):
+        """Print on rank 0 alone, each block on lines of its own."""
+        if self.rank == 0:
+            print(*blocks, sep="\n", flush=True)
+
+    def sum(self, *values):
+        """Numbers added up over all ranks: one number, or a list as long as `values`."""
+        device = "cpu" if self.device.type == "mps" else self.device     # Apple's has no float64
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist() if len(values) > 1 else total.item()
+
+    def gather(self, value):
+        """Every rank's value, as a list on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def to_device(self, batch, names=TRAINING):
+        """These tensors of a batch, on this rank's device."""
+        return {name: batch[name].to(self.device, non_blocking=True) for name in names}
+
+    def place(self, model, checkpoint_activations="none", compile=False):
+        """Put a model whose stage is set on its device: in fp32 what trains, in the compute dtype
+        what is frozen; compiled, recomputed, sharded as asked.
+
+        Returns theta, {name: parameter}, which in shards are other objects than before.
+        """
+        for p in model.parameters():
+            p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype)
+        model.eval()                     # CLIP and LLaMA-like models have no dropout to switch on
+        problem = compile_layers(model, self.device) if compile else None
+        if problem:
+            self.print0(f"--compile is not possible here, going on without: {problem}")
+        recompute_layers(model, checkpoint_activations)
+        if self.shard:
+            shard_model(model, self.device, self.dtype, self.offload)
+        else:
+            model.to(self.device)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def wrap(self, model):
+        """The model as the loop calls it, which averages gradients over ranks. Only here is one
+        wrapped: all names in a checkpoint stay what they are."""
+        if self.world_size == 1 or self.shard:
+            return model
+        return DistributedDataParallel(model)
+
+    @contextlib.contextmanager
+    def forward(self, model, sync=True):
+        """Around a forward pass and its backward: compute in this machine's dtype.
+
+        Without `sync`, gradients wait on their ranks for a pass that has it. Those of shards never
+        wait: whole ones would not fit.
+        """
+        with contextlib.ExitStack() as stack:
+            if isinstance(model, DistributedDataParallel) and not sync:
+                stack.enter_context(model.no_sync())
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+            yield
+
+    def gathered_state(self, model):
+        """The model's state dict on the CPU of rank 0, whole; every rank calls this."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(model, options=options)
+
+
+# -----------------------------------------------------------------------------
+# AdamW
+
+
+def groups_of(theta, peaks):
+    """theta, {name: parameter}, as groups: a peak rate for each part (a name's first word)."""
+    groups = []
+    for part, peak in peaks.items():
+        parameters = [p for name, p in theta.items() if name.split(".")[0] == part]
+        if parameters:
+            groups.append({"params": parameters, "peak": peak})
+    return groups
+
+
+class Optimizer:
+    """AdamW over groups, dicts of "params" and their "peak" rate, with fp16's loss scale.
+
+    skipped    the last step's gradient was not finite: fp16's scale was too high, and is halved
+    is_lost    and no lower scale can help
+    """
+
+    def __init__(self, groups, machine, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        is_cuda = machine.device.type == "cuda"
+        # a CPU would gain 1% of a step from the fused kernel
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay,
+                                       fused=is_cuda)
+        is_fp16 = machine.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
+        self.parameters = [p for group in self.adamw.param_groups for p in group["params"]]
+        # Allocate the moments now, so that too little memory fails before step 0.
+        for p in self.parameters:
+            self.adamw.state[p] = {
+                "step": torch.tensor(0.0, device=p.device if is_cuda else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+    def set_lr(self, share):
+        """Set every group's rate to this share of its peak."""
+        for group in self.adamw.param_groups:
+            group["lr"] = share * group["peak"]
+
+    @property
+    def lr(self):
+        """The rate of the last group."""
+        return self.adamw.param_groups[-1]["lr"]
+
+    def zero_grad(self):
+        self.adamw.zero_grad(set_to_none=True)
+
+    def backward(self, loss):
+        """Gradients of a loss, which fp16 scales up, for small ones would vanish."""
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Update the parameters, unless the gradient is not finite; returns its norm."""
+        self.scaler.unscale_(self.adamw)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        norm = norm.item()
+        self.skipped = not math.isfinite(norm)
+        self.is_lost = self.skipped and self.scaler.get_scale() <= 1
+        if not self.is_lost:
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+        return norm
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+
+def shard_model(model, device, dtype, offload=False):
+    """Shard a model (on the CPU) over all ranks, in place. It computes in `dtype`, sums gradients
+    in fp32 and keeps its weights as they are; its parameters are new objects.
+
+    offload: weights, gradients and moments lie on the CPU, where AdamW runs, too.
+    """
+    options = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy(),
+    }
+    layers = list(model.f_phi.base_model.layers)
+    not_sharded = set()
+    if model.train_g:
+        layers += model.g.encoder.layers
+    else:
+        not_sharded = set(model.g.parameters())
+        model.g.to(device)
+    for layer in layers:
+        fsdp.fully_shard(layer, **options)
+    # the rest: embeddings, head, norms, W, newline
+    fsdp.fully_shard(model, **options, ignored_params=not_sharded)
+    fsdp.register_fsdp_forward_method(model, "generate")     # it gathers as `forward` does
+
+
+def local_shard(tensor):
+    """The part of a tensor that lies on this rank: all of it, if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# -----------------------------------------------------------------------------
+# Less memory, less time
+
+
+def recompute_layers(model, checkpoint_activations):
+    """Activation checkpointing of all decoder layers, or of every n-th ("none", "all", "every_2"):
+    each keeps its input alone, and runs again in the backward pass. ValueError for other words."""
+    found = re.fullmatch(r"none|all|every_([1-9]\d*)", checkpoint_activations)
+    if not found:
+        raise ValueError(f"--checkpoint_activations {checkpoint_activations!r}: "
+                         "none, all, every_2, every_3, ...")
+    if checkpoint_activations == "none":
+        return
+    for layer in list(model.f_phi.base_model.layers)[::int(found[1] or 1)]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def compile_layers(model, device):
+    """torch.compile of the decoder layers, one by one, for lengths of any kind; all share what is
+    compiled for the first. Returns None, or why there is no compiler: the model runs as it is."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:           # of many kinds: no C++ compiler, no Triton, no such system
+        return str(error).splitlines()[0][:200]
+    # do not keep for the backward pass what is quick to compute
+    torch._functorch.config.activation_memory_budget = 0.95
+    for layer in model.f_phi.base_model.layers:
+        layer.forward = compile_training(layer.forward)
+    return None
+
+
+def compile_training(forward):
+    """A layer's forward, compiled where gradients are wanted: generation, whose cache grows, would
+    be compiled again and again."""
+    compiled = torch.compile(forward, dynamic=True)
+
+    def compiled_in_training(*args, **more):
+        run = compiled if torch.is_grad_enabled() else forward
+        return run(*args, **more)
+    return compiled_in_training

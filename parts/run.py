@@ -1,0 +1,412 @@
+"""
+A run and its folder: what a training loop needs besides training (train.py, extras/react.py).
+
+    out/lock                     one process writes here at a time
+    out/log.jsonl                a record a step
+    out/train_state/step_...     theta and AdamW's moments, for any number of ranks to go on from
+    out/loss.png                 at the end
+
+Everything random (the order of the data, the image's place, W's start) is a function of seed, epoch
+and index, so the number of the step is all that is needed to find the place in the data again.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.utils.data import DataLoader
+
+from parts.files import lock_folder, read_lines
+from parts.ranks import divisors, local_shard, restarts
+
+# flags that change nothing of what a run computes
+NOT_COMPARED = {"out", "resume", "save_every", "workers", "device", "micro_batch_size", "keep",
+                "shard", "offload", "checkpoint_activations", "dry_run"}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)    # Ctrl-C, and what a scheduler sends
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp's, of a single process
+
+
+class Run:
+    """One run: `with Run(config, machine) as run`; its config has out, resume, workers and keep.
+
+    stopping    the loop is to save its state and end: a signal has come, to any rank
+
+    Raises ValueError if the folder holds a run already that `resume` does not go on with, or if
+    another process writes there. A restart by torchrun resumes. A dry run has `writes` False.
+    """
+
+    def __init__(self, config, machine, writes=True):
+        self.config = config
+        self.machine = machine
+        self.out = Path(config.out)
+        self.log_file = self.out / "log.jsonl"
+        self.resumes = config.resume or restarts() > 0
+        self.writes = writes and machine.rank == 0
+        self.signals = []
+        self.stopping = False
+        self.step = None
+        if writes and self.log_file.exists() and not self.resumes:
+            raise ValueError(f"{self.out} holds a run already: --resume to go on with it, "
+                             "or another --out")
+
+    def __enter__(self):
+        self.lock = lock_folder(self.out) if self.writes else contextlib.nullcontext()
+        self.lock.__enter__()
+        machine = self.machine
+        machine.print0(f"{machine.world_size} x {machine.device.type}, computing in "
+                       f"{machine.dtype} ({machine.reason})\n")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.lock.__exit__(kind, error, trace)
+        if error is None:
+            self.machine.finish()
+        elif self.step is not None and not isinstance(error, ValueError):
+            names = sample_names(self.micro_batches)
+            print(f"rank {self.machine.rank}, step {self.step}: samples {names}", file=sys.stderr)
+
+    def watch(self, model, theta, optimizer, checksum):
+        """Take note of what trains, and of the checksum of the data that it trains on."""
+        self.model = model
+        self.theta = theta
+        self.optimizer = optimizer
+        self.checksum = checksum
+
+    # -----------------------------------------------------------------------------
+    # States
+
+    def state(self):
+        """{name: tensor} of what a state holds: theta and AdamW's moments, not copied."""
+        tensors = {f"theta/{name}": p for name, p in self.theta.items()}
+        for name, p in self.theta.items():
+            for key, value in self.optimizer.adamw.state[p].items():
+                tensors[f"{key}/{name}"] = value
+        return tensors
+
+    def facts(self):
+        """What a state's text says: the run that it belongs to, and fp16's loss scale."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "data": self.checksum,
+            "scaler": self.optimizer.scaler.state_dict(),
+        }
+
+    def save_state(self):
+        """Save what this step has come to, on all ranks at once; the `keep` newest states stay."""
+        self.write_state(self.out / "train_state", self.step + 1)
+
+    def write_state(self, folder, step):
+        """Write a state under a temporary name, then rename it: after a kill there is a whole one.
+
+        Raises ValueError if it cannot be written, with what is left.
+        """
+        unfinished = folder / "writing"
+        path = folder / f"step_{step:08d}"
+        try:
+            if self.machine.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True, exist_ok=True)
+                text = json.dumps({"step": step, **self.facts()})
+                (unfinished / "state.json").write_text(text)
+            dcp.save(self.state(), checkpoint_id=unfinished)         # each rank its shards
+            if self.machine.rank == 0:
+                shutil.rmtree(path, ignore_errors=True)
+                unfinished.rename(path)
+        except (OSError, dcp.CheckpointException) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            left = ", ".join(state.name for state in saved_states(folder)) or "no state"
+            if isinstance(error, dcp.CheckpointException):       # it holds those of all ranks
+                error, _ = next(iter(error.failures.values()))
+            raise ValueError(f"{path} cannot be written ({error}); left is {left}: make room, then "
+                             "--resume") from error
+        if self.machine.rank == 0:
+            for old in saved_states(folder)[:-self.config.keep]:
+                shutil.rmtree(old)
+
+    def resume(self):
+        """Restore the newest state, if this run goes on with one, in place. Returns its step, or 0.
+
+        Raises ValueError for a state of other flags, or of other data.
+        """
+        states = saved_states(self.out / "train_state")
+        if not states or not self.resumes:
+            return 0
+        path = states[-1]
+        state = json.loads((path / "state.json").read_text())
+        now = json.loads(json.dumps(self.facts()))       # lists, as they come back
+        differ = [f"--{flag} {now['config'][flag]} (was {was})"
+                  for flag, was in state["config"].items()
+                  if flag not in NOT_COMPARED and now["config"][flag] != was]
+        if differ:
+            raise ValueError(f"--resume: {path} was written by a run with other flags: "
+                             + ", ".join(differ))
+        if state["data"] != now["data"]:
+            raise ValueError(f"--resume: the data are not those that {path} was written with")
+        dcp.load(self.state(), checkpoint_id=path)
+        self.optimizer.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def rehearse(self, save, load):
+        """Save and load everything once before step 0: a full disk is better met now.
+
+        save(folder) writes the model, on all ranks; load(folder) reads it, on rank 0.
+        """
+        folder = self.out / "rehearsal"
+        save(folder)
+        if self.machine.rank == 0:
+            load(folder)
+        self.write_state(folder / "train_state", 0)
+        if self.machine.rank == 0:
+            shutil.rmtree(folder)
+
+    # -----------------------------------------------------------------------------
+    # The loop
+
+    def steps(self, dataset, first, total, render):
+        """Yield (step, dataset[step]), this rank's micro-batches, from step `first` on.
+
+        render(batch) shows the batch's first sample in errors. From here on a signal does not end
+        the process, but sets `stopping`.
+        """
+        self.first = first
+        self.total = total
+        self.render = render
+        self.fingerprints = None if first else fingerprints(self.model)
+        if self.writes:
+            read_lines(self.log_file, repair=True)
+        for number in SIGNALS:
+            signal.signal(number, self.remember_signal)
+        if first:
+            self.machine.print0(f"resuming at step {first}")
+        loader = DataLoader(dataset, batch_size=None, sampler=range(first, total),
+                            num_workers=self.config.workers, worker_init_fn=ignore_sigterm,
+                            pin_memory=self.machine.device.type == "cuda")
+        self.began = time.time()
+        self.ended = self.began          # of the step before
+        for self.step, self.micro_batches in enumerate(loader, first):
+            self.waited = time.time() - self.ended       # for data
+            yield self.step, self.micro_batches
+            self.ended = time.time()
+
+    def remember_signal(self, number, _):
+        self.signals.append(number)
+
+    def is_due(self, every):
+        """Whether what is done every so many steps, at the end, and before a stop, is due now."""
+        done = self.step + 1
+        return done % every == 0 or done == self.total or self.stopping
+
+    def stop_if(self, condition, what):
+        """If the condition holds, which it does on every rank or on none, stop and name the step's
+        samples, those of every rank."""
+        if not condition:
+            return
+        names = sum(self.machine.gather(sample_names(self.micro_batches)), [])
+        more = " ..." if len(names) > 16 else ""
+        raise ValueError(f"step {self.step}: {what}; samples {names[:16]}{more}; "
+                         + self.render(self.micro_batches[0]))
+
+    def check_first_step(self):
+        """After the first step that was not skipped: what is frozen is, what trains has moved."""
+        if self.fingerprints is None or self.optimizer.skipped:
+            return
+        lowest_lr = min(group["lr"] for group in self.optimizer.adamw.param_groups)
+        check_moves(self.fingerprints, self.model, self.theta, lowest_lr)
+        self.fingerprints = None
+
+    def log(self, record):
+        """Append a record to log.jsonl."""
+        if self.writes:
+            with open(self.log_file, "a") as f:
+                f.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def log_step(self, loss, lr, grad_norm, **more):
+        """Log this step, and print a line of one in fifty. Every rank calls this: it counts over
+        all of them, and agrees on `stopping`."""
+        masks = [batch["attention_mask"] for batch in self.micro_batches]
+        tokens, with_padding, images, signals = self.machine.sum(
+            sum(mask.sum().item() for mask in masks), sum(mask.numel() for mask in masks),
+            sum(batch["images"] for batch in self.micro_batches), len(self.signals))
+        seconds = time.time() - self.ended
+        done = self.step + 1
+        self.stopping = signals > 0 and done < self.total
+        self.log({"step": self.step, "loss": loss, "lr": lr, "seconds": seconds,
+                  "grad_norm": None if self.optimizer.skipped else grad_norm,    # JSON has no inf
+                  "tokens": tokens, "images": images, **more})
+        if self.step % max(1, self.total // 50) and done < self.total:
+            return
+        to_go = (time.time() - self.began) / (done - self.first) * (self.total - done)
+        self.machine.print0(
+            f"step {self.step:>6}/{self.total} | loss {loss:8.4f} | lr {lr:.2e} | "
+            f"norm {grad_norm:8.3f} | {tokens / seconds:8.0f} tok/s | "
+            f"{images / seconds:6.1f} img/s | wait {100 * self.waited / seconds:4.1f}% | "
+            f"pad {100 * (1 - tokens / with_padding):4.1f}% | "
+            f"{peak_memory(self.machine.device) / 1e9:5.1f} GB | "
+            f"eta {timedelta(seconds=round(to_go))}")
+
+    def goodbye(self):
+        """After a signal: say how to go on. Returns the exit code, 128 and the signal's number."""
+        self.machine.print0(f"stopped after step {self.step}; the same command with --resume goes "
+                            "on from here")
+        return 128 + max(self.signals, default=signal.SIGINT)
+
+    def finish(self, ylabel="loss per answer token"):
+        """The end of a run whose result is saved."""
+        if self.writes:
+            plot_losses(self.out, ylabel)
+        seconds = round(time.time() - self.began)
+        self.machine.print0(f"saved {self.out} after {timedelta(seconds=seconds)}")
+
+
+# -----------------------------------------------------------------------------
+# What a reader should see before step 0
+
+
+def config_table(config, origin):
+    """A line for each setting: its value, and where that came from."""
+    lines = [f"{name:<24}{value!s:<50} {origin[name]}" for name, value in vars(config).items()]
+    return [*lines, ""]
+
+
+def theta_table(model, theta):
+    """How many parameters each part of a model has, and how many of them train."""
+    lines = ["theta                parameters      that train   dtype"]
+    named = list(model.named_parameters())
+    for part in dict.fromkeys(name.split(".")[0] for name, _ in named):
+        parameters = {name: p for name, p in named if name.split(".")[0] == part}
+        n = sum(p.numel() for p in parameters.values())
+        n_theta = sum(theta[name].numel() for name in parameters if name in theta)
+        dtype = next(iter(parameters.values())).dtype
+        lines.append(f"  {part:<18}{n:>12,}{n_theta:>16,}   {str(dtype).removeprefix('torch.')}")
+    return [*lines, ""]
+
+
+def saved_states(folder):
+    """The states in a folder, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def sample_names(micro_batches):
+    return [name for batch in micro_batches for name in batch["where"]]
+
+
+def ignore_sigterm(worker):
+    """A scheduler's SIGTERM reaches all processes; those that load data go on, for the step that is
+    finished and saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# -----------------------------------------------------------------------------
+# Frozen is frozen
+
+
+def fingerprints(model):
+    """{name: two sums over the parameter's bits}, equal before and after a step for what has not
+    changed. The second is of squares: in a sum, as many moves up as down would cancel."""
+    sums = {}
+    for name, p in model.named_parameters():
+        kind = torch.int32 if p.element_size() == 4 else torch.int16
+        bits = local_shard(p.detach()).view(kind)
+        squares = (bits % 32749).square()
+        sums[name] = (bits.sum(dtype=torch.int64).item(), squares.sum(dtype=torch.int64).item())
+    return sums
+
+
+def check_moves(before, model, theta, lr):
+    """After a first step of size `lr`: what is frozen is bit-identical, what trains has moved.
+
+    A weight far larger than the step may stand still in fp32: half a unit in the last place of 1.8
+    is more than the paper's first step.
+    """
+    after = fingerprints(model)
+    thawed = [name for name in before if name not in theta and after[name] != before[name]]
+    unused = [name for name, p in theta.items() if p.grad is None]
+    stuck = []
+    for name, p in theta.items():
+        if after[name] == before[name] and p.grad is not None:
+            can_move = local_shard(p).abs() < lr / torch.finfo(p.dtype).eps
+            if (local_shard(p.grad).abs() > 1e-6)[can_move].any():
+                stuck.append(name)
+    assert not thawed, f"frozen parameters changed in the first step: {thawed[:5]}"
+    assert not stuck, f"parameters with a gradient did not move in the first step: {stuck[:5]}"
+    assert not unused, f"parameters of theta without a gradient: {unused[:5]}"
+
+
+# -----------------------------------------------------------------------------
+# Memory and plot
+
+
+def peak_memory(device):
+    """Bytes at the peak so far: allocated on the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def dry_run(take_step, micro, accumulated, machine):
+    """Take real steps; say what they need at the peak, and which micro-batch would fit, as lines.
+
+    take_step(n) is one step on the n longest samples at once. The smallest comes first, for the
+    peak of a process never falls.
+    """
+    share = micro * accumulated
+    peaks = {}
+    too_large = math.inf
+    for n in sorted({1, min(2, share), micro}):
+        try:
+            take_step(n)
+        except torch.OutOfMemoryError:
+            too_large = n
+            break
+        peaks[n] = peak_memory(machine.device)
+    if machine.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(machine.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.world_size
+    lines = [f"{n} at once: {peak / 1e9:.2f} GB at the peak" for n, peak in peaks.items()]
+    fitting = [n for n in divisors(share)
+               if n < too_large and extrapolate(peaks, n) <= 0.9 * memory]
+    advice = ("nothing fits: --checkpoint_activations all, --shard over more devices, --offload, "
+              "or adapters (--lora_rank)")
+    if fitting:
+        advice = f"take --micro_batch_size {fitting[-1]}"
+    return [*lines, f"{memory / 1e9:.2f} GB are here, of which a tenth stays free", advice]
+
+
+def extrapolate(peaks, n):
+    """What n samples need, on the line through the smallest and the largest measurement."""
+    least = min(peaks)
+    most = max(peaks)
+    growth = (peaks[most] - peaks[least]) / max(1, most - least)
+    return peaks[most] + growth * (n - most)
+
+
+def plot_losses(folder, ylabel):
+    """loss.png from log.jsonl; where a resumed run did a step twice, the later one counts."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    log = read_lines(folder / "log.jsonl")
+    training = {record["step"]: record["loss"] for record in log if "loss" in record}
+    held_out = {record["step"]: record["val_loss"] for record in log if "val_loss" in record}
+    fig, ax = plt.subplots(figsize=(7, 4))
+    ax.plot(list(training), list(training.values()), lw=0.8, label="training")
+    ax.plot(list(held_out), list(held_out.values()), "o-", ms=3, label="held out")
+    ax.set(xlabel="step", ylabel=ylabel, title=str(folder))
+    ax.legend()
+    fig.savefig(folder / "loss.png", dpi=120)
+    plt.close(fig)

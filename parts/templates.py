@@ -1,0 +1,100 @@
+"""
+Templates: how a conversation becomes text (Table 2), for the paper's Vicuna and for other models.
+
+data.render writes a conversation in one of them, for training and for sampling alike.
+"""
+import re
+from typing import NamedTuple
+
+
+class Template(NamedTuple):
+    """How a conversation becomes text, Table 2.
+
+    Two turns are   first X_instruct^1 reply answer(X_a^1) STOP   later X_instruct^2 reply ...
+    and exactly what `answer` and STOP make is scored. In vicuna_v1:
+
+        A chat between ... USER: <image>\\nWhat is this? ASSISTANT: A cat.</s>USER: Why? ASSISTANT:
+    """
+    name: str
+    first: str       # before the first instruction: X_system-message and the first role
+    later: str       # before every later instruction
+    reply: str       # between an instruction and its answer; a prompt ends here
+    answer: str      # around X_a; a blank here is part of the answer's first token
+    STOP: str        # ends an answer, and generation
+
+
+ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+CURIOUS = "A chat between a curious {0} and an artificial intelligence assistant. " + ASSISTANT
+LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual "
+           "content that the user provides, and assist the user with a variety of tasks using "
+           "natural language.")
+END = "<|im_end|>\n"
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+
+TEMPLATES = {template.name: template for template in (
+    # OFFICIAL: Table 2 prints a newline after each STOP; the released conversations have none.
+    # OFFICIAL: training there rendered "### Human: ...\n" and sampling "###Human: ..."; here
+    # both are the latter.
+    Template("llava_v0", CURIOUS.format("human") + "###Human: ", "Human: ",
+             "###Assistant:", " {}", "###"),
+    Template("vicuna_v1", CURIOUS.format("user") + " USER: ", "USER: ",
+             " ASSISTANT:", " {}", "</s>"),
+    Template("llava_llama_2", f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n", "<s>[INST] ",
+             " [/INST]", " {} ", "</s>"),
+    Template("mistral_instruct", "[INST] ", "[INST] ", " [/INST]", " {} ", "</s>"),
+    Template("chatml_direct",
+             "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n",
+             "<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n", "{}", "<|im_end|>"),
+    # LLaVA-NeXT's later bases. What follows an answer's STOP stands at the head of the next turn.
+    Template("qwen_1_5", f"<|im_start|>system\nYou are a helpful assistant.{END}<|im_start|>user\n",
+             "\n<|im_start|>user\n", f"{END}<|im_start|>assistant\n", "{}", "<|im_end|>"),
+    Template("llama_3", HEADER.format("system") + f"{LLAMA_2}<|eot_id|>" + HEADER.format("user"),
+             HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant"), "{}", "<|eot_id|>"),
+    # OFFICIAL: the released stage 1 drops the question of Sec. 4.2: image, caption, newline.
+    Template("plain", "", "", "", "{}", "\n"),
+)}
+
+
+def template_for(config, tokenizer):
+    """The template that a language model knows best. OURS: the paper has one model."""
+    words = tokenizer.get_vocab()
+    if "<|im_start|>" in words:
+        return TEMPLATES["qwen_1_5" if config.model_type.startswith("qwen") else "chatml_direct"]
+    if "<|start_header_id|>" in words:
+        return TEMPLATES["llama_3"]
+    if config.model_type == "mistral":
+        return TEMPLATES["mistral_instruct"]
+    if "<<SYS>>" in (tokenizer.chat_template or ""):
+        return TEMPLATES["llava_llama_2"]
+    return TEMPLATES["vicuna_v1"]
+
+
+def missing_tokens(template, tokenizer):
+    """The special tokens of a template that a tokenizer lacks: as plain text they stop nothing."""
+    special = re.findall(r"</?s>|<\|\w+\|>", "".join(template))
+    return [token for token in special if token not in tokenizer.get_vocab()]
+
+
+def check_template(template, tokenizer):
+    """Raises ValueError unless the tokenizer has all special tokens of the template."""
+    missing = missing_tokens(template, tokenizer)
+    if missing:
+        fitting = [t.name for t in TEMPLATES.values() if not missing_tokens(t, tokenizer)]
+        raise ValueError(f"template {template.name} needs the token {missing[0]}, which the "
+                         "language model's tokenizer lacks; "
+                         f"--template {' | '.join(fitting)} would fit")
+
+
+def choose_template(name, model):
+    """The template of --template for a model.LLaVA. "auto" is what its checkpoint was trained with,
+    or, where that knows no questions ("plain") or is not known, what its language model knows.
+    """
+    if name == "auto":
+        name = model.meta.get("template", "plain")
+        template = TEMPLATES[name]
+        if name == "plain":
+            template = template_for(model.f_phi.config, model.tokenizer)
+    else:
+        template = TEMPLATES[name]
+    check_template(template, model.tokenizer)
+    return template

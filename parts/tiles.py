@@ -1,0 +1,242 @@
+"""
+A picture in tiles: how LLaVA-NeXT ("anyres", Diss. Sec. 4.7) and LLaVA-1.5-HD (Diss. Sec. 4.3) see
+details for which one square of CLIP's size has no pixels.
+
+    picture --fit--> canvas --cut_tiles--> squares --g, W--> features --tile_index--> tokens
+        '----one small global picture---------'
+
+A canvas is a few tiles wide and high. The picture is scaled to fit it, the rest is padding. To g,
+each tile is a picture of its own. Behind W the tiles' features form one large map, a feature a
+patch. Its padding is cut off again, and a learned vector, `newline`, ends each of its rows; the
+features of the global picture stand in front. All of this is planned from the picture's size, so
+the number of tokens is known before a pixel is read.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+NEWLINE = -1                     # in `tile_index`: no feature, but the vector that ends a row
+MEAN_COLOUR = (122, 116, 104)    # OFFICIAL: int(255 x CLIP's mean); nearly 0 once normalised
+
+
+class Plan(NamedTuple):
+    """Where a picture lies on its canvas, and which patches of the canvas become tokens.
+
+    Pairs are (width, height).
+    """
+    canvas: tuple          # pixels
+    scaled: tuple          # the picture's size on the canvas, pixels
+    offset: tuple          # of its upper left corner, pixels
+    grid: tuple            # (columns, rows) of tiles
+    rows: range            # rows of the map, in patches, that are left without the padding
+    columns: range         # columns likewise
+    pictures: int          # squares that g encodes: the tiles, and the global picture if any
+    tokens: int            # (tile / patch)^2 of the global picture + rows x (columns + 1)
+
+
+class Tiling(NamedTuple):
+    """One way to see pictures in tiles, as data.
+
+    `tiling._asdict()` goes into a checkpoint's config.json, and `Tiling(**json)` comes back.
+    """
+    pinpoints: tuple       # the canvases to choose from, (width, height) in pixels
+    tile: int              # side of a tile, g's own size, pixels
+    patch: int             # side of a patch of g, pixels
+    background: tuple      # colour of the padding
+    global_picture: str    # "stretched" to a square, "padded" to a square, or None: tiles alone
+    rule: str              # "original" as the released code plans, or "hf" as transformers does
+
+    def plan(self, width, height):
+        """The `Plan` of a picture of width x height pixels (Diss. Sec. 4.7).
+
+        Rule "hf" is for checkpoints that were trained, or are served, with transformers; the two
+        places where it differs are marked below. Raises ValueError if there is nothing to plan, see
+        `check_plan`.
+
+        With NeXT's pinpoints ("map" is rows x columns; 2928 tokens are the most):
+          size          canvas       map      tokens  |  size          canvas       map      tokens
+          1024 x 899    672 x 672    42 x 48  2634    |  1344 x 336    1008 x 336   18 x 72  1890
+          640 x 480     672 x 672    36 x 48  2340    |  1008 x 336    1008 x 336   24 x 72  2328
+          480 x 640     672 x 672    48 x 36  2352    |  336 x 1008    336 x 1008   72 x 24  2376
+          672 x 672     672 x 672    48 x 48  2928    |  1920 x 1080   672 x 672    28 x 48  1948
+          336 x 336     336 x 672    24 x 24  1176    |  300 x 200     336 x 672    16 x 24  976
+          224 x 224     336 x 672    24 x 24  1176    |  55 x 176      336 x 672    48 x 14  1296
+          500 x 375     672 x 672    36 x 48  2340    |
+        """
+        check_plan(self, width, height)
+        canvas = self.choose_canvas(width, height)
+        scaled, offset = fitted(width, height, canvas)
+        n_columns = canvas[0] // self.patch
+        n_rows = canvas[1] // self.patch
+
+        # What is left of the map is computed from the proportions alone, and as much is cut off on
+        # both sides: half a patch of padding can stay, or of the picture be lost, at each border.
+        top = 0            # rows to cut off above, and again below
+        left = 0           # columns to cut off on each side
+        if width / height > n_columns / n_rows:
+            top = (n_rows - self.count_patches(height * (n_columns / width))) // 2
+        else:
+            left = (n_columns - self.count_patches(width * (n_rows / height))) // 2
+        rows = range(top, n_rows - top)
+        columns = range(left, n_columns - left)
+
+        grid = (canvas[0] // self.tile, canvas[1] // self.tile)
+        pictures = grid[0] * grid[1]
+        tokens = len(rows) * (len(columns) + 1)
+        if self.global_picture:
+            pictures += 1
+            tokens += (self.tile // self.patch) ** 2
+        return Plan(canvas, scaled, offset, grid, rows, columns, pictures, tokens)
+
+    def choose_canvas(self, width, height):
+        """The canvas that keeps most of the picture; of equals the smallest, then the first."""
+        canvases = self.pinpoints
+        if self.rule == "hf":
+            # OFFICIAL: transformers reads the same list as (height, width). Its canvases are the
+            # same in another order, and the earlier one wins a tie: a picture with both sides up to
+            # 336, or with proportions beyond 1008 : 1, lies on 672 x 336, not on 336 x 672.
+            canvases = [(w, h) for h, w in self.pinpoints]
+
+        def waste(canvas):
+            """To be minimal: the picture's pixels that are lost, then canvas that gains nothing."""
+            scale = min(canvas[0] / width, canvas[1] / height)
+            effective = min(int(width * scale) * int(height * scale), width * height)
+            return width * height - effective, canvas[0] * canvas[1] - effective
+
+        return tuple(min(canvases, key=waste))
+
+    def count_patches(self, length):
+        """How many rows or columns of patches a length in patches fills."""
+        if self.rule == "hf":
+            # OFFICIAL: int() cuts 15.999999999999998 to 15; transformers rounds before it does.
+            length = round(length, 7)
+        # OURS: of tiles alone, a strip of 1 x 2000 pixels would have no token left.
+        least = 0 if self.global_picture else 1
+        return max(least, int(length))
+
+    def at(self, tile, patch=14):
+        """The same grids, in tiles for a g of another size."""
+        pinpoints = tuple((w // self.tile * tile, h // self.tile * tile) for w, h in self.pinpoints)
+        return self._replace(pinpoints=pinpoints, tile=tile, patch=patch)
+
+
+# Diss. Sec. 4.7 has 2x2, 1x{2,3,4} and {2,3,4}x1 tiles. OFFICIAL: the released checkpoints' list,
+# which we follow, ends at three tiles in a row. OFFICIAL: the global picture is squeezed into a
+# square, and padding is black.
+NEXT = Tiling(
+    pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    tile=336,
+    patch=14,
+    background=(0, 0, 0),
+    global_picture="stretched",
+    rule="original",
+)
+
+# Diss. Sec. 4.3: tiles of 224 pixels and a global picture, resized and padded, which the ablation
+# leaves out (HD._replace(global_picture=None)). Neither code nor weights were released. OURS: all
+# grids of up to six tiles, chosen and unpadded as in NeXT; padded with CLIP's mean, as LLaVA-1.5.
+HD = Tiling(
+    pinpoints=tuple((224 * w, 224 * h) for w in range(1, 7) for h in range(1, 7) if w * h <= 6),
+    tile=224,
+    patch=14,
+    background=MEAN_COLOUR,
+    global_picture="padded",
+    rule="original",
+)
+
+
+def check_plan(tiling, width, height):
+    """Raises ValueError for a tiling that does not fit itself, or a picture without pixels."""
+    tile = tiling.tile
+    patch = tiling.patch
+    if width < 1 or height < 1:
+        raise ValueError(f"a picture of {width} x {height} pixels; both sides must be at least 1")
+    if tiling.rule not in ("original", "hf"):
+        raise ValueError(f"rule {tiling.rule!r}: pass 'original', or 'hf' for a checkpoint of "
+                         "transformers")
+    if tiling.global_picture not in ("stretched", "padded", None):
+        raise ValueError(f"global_picture {tiling.global_picture!r}: pass 'stretched', 'padded' "
+                         "or None")
+    if patch < 1 or tile < patch or tile % patch:
+        raise ValueError(f"tile {tile}, patch {patch}: pass a tile that is a positive multiple of "
+                         "the patch, e.g. 336 and 14")
+    if not tiling.pinpoints:
+        raise ValueError("no pinpoints; pass (width, height) pairs in multiples of the tile, "
+                         f"e.g. [({tile}, {2 * tile})]")
+    for pinpoint in tiling.pinpoints:
+        if not is_canvas(pinpoint, tile):
+            raise ValueError(f"pinpoint {pinpoint!r} does not fit tiles of {tile} pixels; pass "
+                             f"(width, height) pairs in positive multiples of {tile}, "
+                             f"e.g. ({tile}, {2 * tile})")
+
+
+def is_canvas(pinpoint, tile):
+    """Whether this is a pair of positive multiples of the tile's side."""
+    if not isinstance(pinpoint, tuple | list) or len(pinpoint) != 2:
+        return False
+    return all(isinstance(side, int) and side > 0 and side % tile == 0 for side in pinpoint)
+
+
+def fitted(width, height, canvas):
+    """(size, offset) of a picture that is scaled to fit a canvas and centred.
+
+    One side fills the canvas, the other is rounded up.
+    """
+    across = canvas[0] / width
+    down = canvas[1] / height
+    if across < down:
+        size = (canvas[0], min(math.ceil(height * across), canvas[1]))
+    else:
+        size = (min(math.ceil(width * down), canvas[0]), canvas[1])
+    offset = ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
+    return size, offset
+
+
+def fit(image, canvas, background):
+    """The picture (PIL, RGB) scaled and centred on a canvas of that size and colour."""
+    size, offset = fitted(*image.size, canvas)
+    padded = Image.new("RGB", canvas, tuple(background))
+    padded.paste(image.resize(size, Image.Resampling.BICUBIC), offset)
+    return padded
+
+
+def cut_tiles(image, tiling):
+    """The squares (PIL, tile x tile) that g encodes of one picture (PIL, RGB).
+
+    The global picture comes first, then the tiles row by row. With rule "hf" and CLIP's
+    normalisation they are bit-equal to those of transformers' LlavaNextImageProcessorPil.
+    """
+    plan = tiling.plan(*image.size)
+    side = tiling.tile
+    squares = []
+    if tiling.global_picture == "stretched":
+        squares.append(image.resize((side, side), Image.Resampling.BICUBIC))
+    elif tiling.global_picture == "padded":
+        squares.append(fit(image, (side, side), tiling.background))
+    canvas = fit(image, plan.canvas, tiling.background)
+    for y in range(0, plan.canvas[1], side):
+        for x in range(0, plan.canvas[0], side):
+            squares.append(canvas.crop((x, y, x + side, y + side)))
+    return squares
+
+
+def tile_index(plan, tiling):
+    """Which feature each visual token of one picture is, (plan.tokens,) int64.
+
+    A number is a row of the features behind W of all squares of `cut_tiles`, flattened from
+    (plan.pictures, n x n, D) to (plan.pictures n n, D) with n = tile / patch; NEWLINE ends a row.
+    OFFICIAL: the global picture's rows are not ended. With rule "hf" it is what transformers'
+    LlavaNextModel.pack_image_features does.
+    """
+    n = tiling.tile // tiling.patch
+    columns, rows = plan.grid
+    n_global = (plan.pictures - rows * columns) * n * n
+    index = torch.arange(plan.pictures * n * n)
+    tiles = index[n_global:].view(rows, columns, n, n)
+    patches = tiles.transpose(1, 2).reshape(rows * n, columns * n)       # one large map
+    patches = patches[plan.rows.start:plan.rows.stop, plan.columns.start:plan.columns.stop]
+    lines = F.pad(patches, (0, 1), value=NEWLINE)                        # a newline ends each row
+    return torch.cat([index[:n_global], lines.flatten()])                # (tokens,)

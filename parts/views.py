@@ -1,0 +1,126 @@
+"""
+From a picture to X_v: how it is seen, as one square or in tiles, and CLIP's preprocessing.
+
+    picture --View.squares--> squares of g's size --preprocess--> X_v (squares, 3, S, S)
+"""
+import json
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from parts import tiles
+
+ASPECTS = ("crop", "pad", "anyres", "anyres_hf", "hd", "hd_tiles")
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_PADDED = 8192                        # pixels; a larger picture shrinks when it is padded
+
+
+def preprocess(image, size):
+    """One square of X_v, (3, S, S): shortest edge to `size`, centre crop, CLIP's normalisation.
+
+    Bit-equal to transformers' CLIPImageProcessorPil, which a test says.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + size, top + size))
+    x = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD     # (S, S, 3)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()             # (3, S, S)
+
+
+class View(NamedTuple):
+    """How a picture is seen: which squares g encodes of it, and where their tokens go.
+
+    crop        its middle, one square                          the paper; stage 1 of LLaVA-1.5
+    pad         all of it, with grey beside it, one square      OFFICIAL: LLaVA-1.5
+    anyres      in tiles, and squeezed into one square          LLaVA-NeXT (parts/tiles.py)
+    hd          in tiles, and padded to one square              LLaVA-1.5-HD
+    """
+    aspect: str
+    size: int        # S, the side of a square in pixels: g's own
+    patch: int       # the side of a patch of g in pixels
+    tiling: tiles.Tiling = None          # of anyres and hd
+
+    @property
+    def N(self):
+        """Visual tokens of one square: 256 for ViT-L/14 at 224 px."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def meta(self):
+        """What a checkpoint records of the view."""
+        if self.tiling is None:
+            return {"aspect": self.aspect, "tiling": None}
+        return {"aspect": self.aspect, "tiling": json.loads(json.dumps(self.tiling._asdict()))}
+
+    @property
+    def cost(self):
+        """What a picture costs, for people."""
+        if self.tiling is None:
+            return f"one image = {self.N}"
+        most = max(self.tokens(*canvas) for canvas in self.tiling.pinpoints)
+        return f"one image = at most {most}"
+
+    def squares(self, picture):
+        """The pictures (PIL) that g encodes for one."""
+        if self.tiling:
+            return tiles.cut_tiles(picture, self.tiling)
+        if self.aspect == "pad":
+            side = min(max(picture.size), MAX_PADDED)
+            return [tiles.fit(picture, (side, side), tiles.MEAN_COLOUR)]
+        return [picture]
+
+    def X_v(self, picture):
+        return torch.stack([preprocess(square, self.size) for square in self.squares(picture)])
+
+    def index(self, width, height):
+        """Which row of its squares' features, flattened, each visual token of a picture is."""
+        if self.tiling:
+            return tiles.tile_index(self.tiling.plan(width, height), self.tiling)
+        return torch.arange(self.N)
+
+    def tokens(self, width, height):
+        """Visual tokens of a picture of width x height pixels; it differs only between tilings."""
+        return self.tiling.plan(width, height).tokens if self.tiling else self.N
+
+
+def view_of(aspect, size, patch):
+    """The View of an aspect for a g of that size."""
+    tiling = None
+    if aspect.startswith("anyres"):
+        tiling = tiles.NEXT.at(size, patch)
+    if aspect.startswith("hd"):
+        tiling = tiles.HD.at(size, patch)
+    if aspect == "anyres_hf":            # as transformers tiles, where it differs
+        tiling = tiling._replace(rule="hf")
+    if aspect == "hd_tiles":             # COURSE: without the global picture (Diss. Sec. 4.3)
+        tiling = tiling._replace(global_picture=None)
+    return View(aspect, size, patch, tiling)
+
+
+def view_from(meta, vision_config):
+    """The View that a checkpoint records. `vision_config` is its g's."""
+    tiling = meta.get("tiling")
+    if tiling:
+        tiling = tiles.Tiling(**tiling)
+    return View(meta["aspect"], vision_config.image_size, vision_config.patch_size, tiling)
+
+
+def set_view(model, aspect):
+    """Let a model.LLaVA see pictures in another way, and return the View.
+
+    A checkpoint that sees them in this way already keeps the canvases that it has.
+    """
+    config = model.g.config
+    if model.meta.get("aspect") != aspect:
+        model.meta |= view_of(aspect, config.image_size, config.patch_size).meta
+    view = view_from(model.meta, config)
+    if view.tiling is None:
+        model.newline = None
+    elif model.newline is None:
+        model.see_in_tiles()
+    return view

@@ -1,0 +1,602 @@
+"""A checkpoint is a folder that loads strictly, offline, and in transformers as its own."""
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import transformers
+from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from huggingface_hub import constants, model_info, save_torch_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from data import collate, sample_of
+from model import IGNORE, IMAGE, LLaVA
+from parts import checkpoints
+from parts.gated import gate
+from parts.templates import TEMPLATES
+from parts.views import ASPECTS, view_from, view_of
+
+FAMILIES = [(family, tied) for family in ("llama", "mistral", "qwen2") for tied in (False, True)]
+# LLaVA, LLaVA-1.5, LLaVA-NeXT
+MEMBERS = [("linear", "crop"), ("mlp2x_gelu", "pad"), ("mlp2x_gelu", "anyres_hf")]
+SIZES = [(56, 28), (28, 28), (100, 40), (31, 90), (200, 199), (28, 84), (5, 7)]
+TURNS = ["<image>\nWhat is this?", "A <thing>, sir.", " Why?  ", "So & so."]
+
+
+def picture(size, seed=0):
+    w, h = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+PICTURES = [picture(size, k) for k, size in enumerate(SIZES)]
+
+
+def see(model, aspect, template="vicuna_v1"):
+    """The model, seeing pictures by an aspect, as train.py leaves it."""
+    view = view_of(aspect, 28, 14)
+    if view.tiling:
+        model.see_in_tiles()
+    model.meta |= view.meta | {"template": template}
+    model.tokenizer.chat_template = checkpoints.chat_template(TEMPLATES[template])
+    return model
+
+
+def sample(model, turns, pictures=(), template="vicuna_v1"):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    view = view_from(model.meta, model.g.config)
+    named = [(id(p), p) for p in pictures]
+    return sample_of(turns, named, model.tokenizer, TEMPLATES[template], view)
+
+
+def batch_of(model, samples, side="right"):
+    """(what model.forward takes, the attention mask)"""
+    batch = collate(samples, view_from(model.meta, model.g.config), side)
+    inputs = {key: batch[key] for key in ("input_ids", "labels", "X_v", "visual_index")}
+    return inputs, batch["attention_mask"]
+
+
+def training_batch(model):
+    """Several proportions, a row of text alone, a row with two pictures."""
+    samples = [sample(model, TURNS, [p]) for p in PICTURES[:5]]
+    samples.append(sample(model, ["Hello?", "Yes."]))
+    samples.append(sample(model, [f"{IMAGE}\n{IMAGE}\nBoth?", "Two things."], PICTURES[5:]))
+    return batch_of(model, samples)
+
+
+def pixels_of(folder, pictures):
+    """What transformers' own processor in the folder makes of pictures."""
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    return dict(processor(pictures, return_tensors="pt"))
+
+
+def assert_same(a, b):
+    """Two models are one: the weights' bits, what ids mean, what ends a sequence, meta."""
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        other = b.state_dict()[name]
+        same = value.dtype == other.dtype and torch.equal(value, other)
+        assert same, f"{name} is not bit-equal: the folder does not hold the model that was saved"
+    for attribute in ("feature_layer", "projector", "image_id", "eos_ids"):
+        assert getattr(a, attribute) == getattr(b, attribute)
+    assert {"aspect": "crop", "tiling": None} | a.meta == b.meta
+    assert checkpoints.is_tied(a.f_phi) == checkpoints.is_tied(b.f_phi)
+    for text in ("\nWhat is", " A cat.</s>USER:", "a  b\n\n c ", "日本, Grüße!", f"x{IMAGE}\ny"):
+        assert a.tokenizer(text)["input_ids"] == b.tokenizer(text)["input_ids"], f"{text!r}"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(a model, its folder)"""
+    model = see(tiny_llava(meta={"stage": 2, "data": ["a.json"]}), "crop")
+    model.save_pretrained(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+# -----------------------------------------------------------------------------
+# The most important of all: transformers computes what we compute
+
+
+@pytest.mark.parametrize("projector, aspect", MEMBERS)
+def test_logits_loss_and_gradients_equal_those_of_transformers(projector, aspect, tmp_path):
+    """Sec. 4.1, Diss. Sec. 4.3, 4.7: our folder there, with pixels of its own processor; 1e-5."""
+    ours = see(tiny_llava(projector=projector), aspect)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    is_next = type(theirs) is transformers.LlavaNextForConditionalGeneration
+    assert is_next == (aspect == "anyres_hf")
+    batch, mask = training_batch(ours)
+    out = theirs(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"],
+                 **pixels_of(tmp_path, PICTURES))
+    scored = batch["labels"][:, 1:] != IGNORE
+    want = out.logits[:, :-1][scored]
+    torch.testing.assert_close(answer_logits(ours, **batch)[0], want, atol=1e-5, rtol=1e-5)
+    loss, count = ours(**batch)
+    torch.testing.assert_close(loss / count, out.loss, atol=1e-5, rtol=1e-5)
+    (loss / count).backward()
+    out.loss.backward()
+    linear_1 = ours.W if projector == "linear" else ours.W[0]
+    pairs = [(linear_1.weight, theirs.model.multi_modal_projector.linear_1.weight)]
+    if is_next:
+        pairs.append((ours.newline, theirs.model.image_newline))
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("projector, aspect", MEMBERS)
+def test_greedy_answers_equal_those_of_transformers(projector, aspect, tmp_path):
+    """Three prompts of unequal length at once, padded on the left: the same ids."""
+    ours = see(tiny_llava(projector=projector), aspect)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    samples = [sample(ours, [f"{IMAGE}\n{'Why? ' * k}"], [PICTURES[k]]) for k in range(3)]
+    batch, mask = batch_of(ours, samples, side="left")
+    del batch["labels"]
+    out = theirs.generate(input_ids=batch["input_ids"], attention_mask=mask, max_new_tokens=12,
+                          do_sample=False, suppress_tokens=[ours.image_id],
+                          **pixels_of(tmp_path, PICTURES[:3]))
+    want = [ours.to_text(row) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
+    assert ours.generate(**batch, attention_mask=mask, max_new_tokens=12) == want
+    assert any(want), "no model said anything, so that this test says nothing"
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])
+@pytest.mark.parametrize("template, aspect", [
+    ("llava_v0", "crop"), ("vicuna_v1", "pad"), ("chatml_direct", "anyres_hf"),
+    ("vicuna_v1", "anyres")])
+def test_the_processor_in_the_folder_makes_our_ids_and_pixels(template, aspect, bos, tmp_path):
+    """Table 2 in other engines: chat template, placeholders and pixels are those we train on."""
+    tokenizer = byte_tokenizer(("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 1)])
+    model = see(LLaVA(tiny_clip(), tiny_llm(), tokenizer), aspect, template)
+    model.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    for image in PICTURES:
+        messages = []
+        for i, text in enumerate(["What is this?", *TURNS[1:3]]):
+            role = ("user", "assistant")[i % 2]
+            messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+        messages[0]["content"].insert(0, {"type": "image", "image": image})
+        theirs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                               return_dict=True, return_tensors="pt")
+        ours, _ = batch_of(model, [sample(model, TURNS[:3], [image], template)])
+        assert torch.equal(theirs["input_ids"], ours["input_ids"]), f"{image.size}: other ids"
+        X_v = theirs["pixel_values"].flatten(0, -4)
+        assert torch.equal(X_v, ours["X_v"]), f"{image.size}: other pixels than we train on"
+
+
+def test_the_chat_template_of_stage_1_has_images_alone():
+    """As data.render: `plain` knows no question."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = checkpoints.chat_template(TEMPLATES["plain"])
+    turn = {"role": "user", "content": f"{IMAGE}\nWhat?"}
+    assert tokenizer.apply_chat_template([turn], tokenize=False) == IMAGE
+    with pytest.raises(Exception, match="system message of this model is fixed"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}])
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_the_keys_are_those_of_the_llava_hf_hub(family, tied, tmp_path):
+    """vLLM, SGLang, llama.cpp read these names; to transformers none is missing or left over."""
+    model = see(tiny_llava(family, tied, feature_layer=-1), "anyres" if tied else "crop")
+    model.save_pretrained(tmp_path)
+    want = {f"vision_tower.vision_model.{name}" for name in tiny_clip().state_dict()}
+    want |= {f"language_model.{name}" for name in tiny_llm(family).state_dict()}
+    want |= {f"multi_modal_projector.linear_{i}.{k}" for i in (1, 2) for k in ("weight", "bias")}
+    if tied:
+        want = want - {"language_model.lm_head.weight"} | {"image_newline"}
+    assert load_file(tmp_path / "model.safetensors").keys() == want
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), f"transformers sees another model in our folder: {info}"
+
+
+def test_the_folder_describes_a_linear_W(saved):
+    """Eq. (1) in llava-hf's two layers: linear_1 = W, no activation, linear_2 = the identity."""
+    model, folder = saved
+    state = load_file(folder / "model.safetensors")
+    assert torch.equal(state["multi_modal_projector.linear_1.weight"], model.W.weight)
+    assert torch.equal(state["multi_modal_projector.linear_2.weight"], torch.eye(48))
+    assert not state["multi_modal_projector.linear_2.bias"].any()
+    config = json.loads((folder / "config.json").read_text())
+    want = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+            "projector_hidden_act": "linear", "image_token_index": 259, "image_seq_length": 4,
+            "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            "multimodal_projector_bias": True, "dtype": "float32", "minllava": model.meta}
+    assert {key: config.get(key) for key in want} == want
+    processor = json.loads((folder / "processor_config.json").read_text())
+    assert processor["num_additional_image_tokens"] == 1, "575 placeholders instead of 576"
+    older = json.loads((folder / "preprocessor_config.json").read_text())
+    assert older["image_processor_type"] == "CLIPImageProcessor"
+
+
+# -----------------------------------------------------------------------------
+# The other direction: folders that transformers wrote
+
+
+@pytest.mark.parametrize("names", ["as saved", "old", "new"])
+@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
+def test_their_checkpoints_load_here(kind, names, tmp_path):
+    """Under the hub's names or transformers 5's; pictures are seen as its processor sees them."""
+    is_next = kind == "LlavaNext"
+    more = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]} if is_next else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=tiny_clip().config.to_dict(), text_config=tiny_llm().config.to_dict(),
+        image_token_index=259, image_seq_length=4, **more)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if names != "as saved":
+        state = {name: value.contiguous() for name, value in theirs.state_dict().items()}
+        if names == "old":                       # which hold what is computed, too
+            state = checkpoints.hf_keys(state) | {
+                "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
+                "vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]}
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = LLaVA.from_pretrained(tmp_path)
+    assert ours.meta["aspect"] == ("anyres_hf" if is_next else "crop")
+    batch, mask = training_batch(ours)
+    ours.save_pretrained(tmp_path / "ours")              # for a processor with our picture's size
+    out = theirs(input_ids=batch["input_ids"], attention_mask=mask,
+                 **pixels_of(tmp_path / "ours", PICTURES))
+    want = out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
+    torch.testing.assert_close(answer_logits(ours, **batch)[0], want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="mixed"):
+        checkpoints.hf_keys(theirs.state_dict() | checkpoints.hf_keys(theirs.state_dict()))
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "preprocessor_config.json"])
+def test_a_folder_of_theirs_that_pads_is_padded_here(file, tmp_path):
+    """Without our word on it, the processor's file decides: transformers 5's own, or the older."""
+    see(tiny_llava(), "pad").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["minllava"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for other in {"processor_config.json", "preprocessor_config.json"} - {file}:
+        (tmp_path / other).unlink()
+    assert LLaVA.from_pretrained(tmp_path).meta["aspect"] == "pad"
+    (tmp_path / file).unlink()
+    assert LLaVA.from_pretrained(tmp_path).meta["aspect"] == "crop"
+
+
+# -----------------------------------------------------------------------------
+# The round trip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family, tied, aspect", [
+    (*kind, aspect) for kind, aspect in zip(FAMILIES, ASPECTS, strict=True)])
+def test_save_and_load_is_bit_exact(family, tied, aspect, dtype, tmp_path):
+    """Sec. 4.2: stage 2 starts from what stage 1 ended with; saved again, it is the same."""
+    meta = {"stage": 1, "lr": 0.002, "data": ["a.json"], "note": "ünï", "nothing": None}
+    projector = "mlp2x_gelu" if tied else "linear"
+    model = see(tiny_llava(family, tied, projector=projector, feature_layer=-1, meta=meta), aspect)
+    model.f_phi.generation_config = transformers.GenerationConfig(eos_token_id=[2, 77])
+    model.save_pretrained(tmp_path / "a", dtype=dtype)
+    loaded = LLaVA.from_pretrained(tmp_path / "a", dtype=dtype)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    assert_same(model, loaded)
+    assert loaded.eos_ids == {2, 77} and not loaded.training
+    loaded.save_pretrained(tmp_path / "b")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
+                 "preprocessor_config.json"):
+        same = (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert same, f"{name} changes when it is saved again"
+
+
+def test_a_folder_loaded_in_bf16_keeps_exact_rotary_frequencies(saved):
+    """Frequencies rounded to bf16 turn far positions by whole radians."""
+    model, folder = saved
+    half = LLaVA.from_pretrained(folder, torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    buffers = zip(model.f_phi.named_buffers(), half.f_phi.named_buffers(), strict=True)
+    for (name, want), (_, got) in buffers:
+        assert got.dtype == want.dtype and torch.equal(got, want), f"{name}: positions are wrong"
+
+
+def test_a_gated_tower_comes_back_under_a_name_that_no_other_program_knows(tmp_path):
+    """REACT's blocks: transformers would leave them out, and run another model."""
+    model = tiny_llava()
+    gate(model.g, 2)
+    torch.nn.init.ones_(model.g.encoder.layers[-1].gated.alpha_attn)
+    model.save_pretrained(tmp_path)
+    assert_same(model, LLaVA.from_pretrained(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["GatedLlavaForConditionalGeneration"]
+
+
+def test_a_sharded_folder_loads_equally_and_strictly(saved):
+    """A 13B model is several files; a lost one is an error that names keys, not random weights."""
+    model, folder = saved
+    state = load_file(folder / "model.safetensors")
+    os.remove(folder / "model.safetensors")
+    save_torch_state_dict(state, folder, max_shard_size="60KB", metadata={"format": "pt"})
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) >= 3
+    assert_same(model, LLaVA.from_pretrained(folder))
+    shards[1].rename(folder / "lost")
+    assert_refused(folder, "weights are missing", "language_model")
+    model.save_pretrained(folder)
+    assert [path.name for path in folder.glob("*safetensors*")] == ["model.safetensors"]
+
+
+def test_renaming_the_folder_changes_nothing(saved, tmp_path):
+    """The released code picks model and template by the path; here both are in config.json."""
+    shutil.move(saved[1], tmp_path / "llava-v1.5-13b-lora mpt ü")
+    assert_same(saved[0], LLaVA.from_pretrained(tmp_path / "llava-v1.5-13b-lora mpt ü"))
+
+
+def load_with_the_network_watched(pipe, parts, folder, out):
+    """What local folders ask the network, and what a hub id asks, in a process of its own."""
+    asked = []
+
+    def watch(event, args):
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+            asked.append((event, str(args)))
+            raise OSError("no network")
+    sys.addaudithook(watch)                              # it cannot be removed again
+    constants.HF_HUB_OFFLINE = False
+    LLaVA.from_pretrained(folder)
+    LLaVA.from_parts(str(parts / "clip"), str(parts / "llm")).save_pretrained(out)
+    LLaVA.from_pretrained(out)
+    local = list(asked)
+    with pytest.raises(Exception, match="no network"):
+        model_info("nobody/nothing")
+    pipe.send((local, asked[len(local):]))
+
+
+def test_no_network_is_asked_for_local_folders(saved, parts, tmp_path):
+    """With the hub allowed and every socket watched, none is opened."""
+    fork = multiprocessing.get_context("fork")
+    result, pipe = fork.Pipe(duplex=False)
+    process = fork.Process(target=load_with_the_network_watched,
+                           args=(pipe, parts, saved[1], tmp_path / "out"))
+    process.start()
+    pipe.close()
+    local, hub = result.recv()
+    process.join()
+    assert not local, f"local folders ask the network: {local[:3]}"
+    assert hub, "the watch does not see what a hub id asks for, so this test proves nothing"
+
+
+def test_a_save_that_fails_leaves_nothing_that_loads(saved, tmp_path):
+    """A full disk leaves no folder that looks complete, neither a new one nor over an old one."""
+    model, folder = saved
+    for target in (tmp_path / "new", folder):
+        (target / "generation_config.json").unlink(missing_ok=True)
+        (target / "generation_config.json").mkdir(parents=True)      # writing stumbles over it
+        with pytest.raises(OSError):
+            model.save_pretrained(target)
+        with pytest.raises(FileNotFoundError, match="config.json"):
+            LLaVA.from_pretrained(target)
+
+
+# -----------------------------------------------------------------------------
+# Strictness
+
+
+def edit(folder, weights=None, **config):
+    """Change the weights in the folder's file (None takes one away), and values of config.json."""
+    state = load_file(folder / "model.safetensors") | (weights or {})
+    state = {name: value for name, value in state.items() if value is not None}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | config))
+
+
+def assert_refused(folder, *words, error=ValueError):
+    with pytest.raises(error) as caught:
+        LLaVA.from_pretrained(folder)
+    message = str(caught.value)
+    for word in (str(folder), *words):
+        assert word in message, f"the message should name {word}: {message}"
+    assert len(message) < 1000, f"a message of {len(message)} characters is not one that is read"
+
+
+NORM, LINEAR_2 = "language_model.model.norm.weight", "multi_modal_projector.linear_2."
+
+
+@pytest.mark.parametrize("change, words", [
+    ({NORM: None}, ["1 weights are missing", NORM]),
+    ({"image_newline": torch.zeros(48)}, ["1 weights are not of this model", "image_newline"]),
+    ({NORM: torch.ones(47)}, [NORM, "(47,)", "(48,)"]),
+    ({LINEAR_2 + "weight": 2 * torch.eye(48)}, ["linear_2 is not the identity"]),
+    ({LINEAR_2 + "bias": torch.ones(48)}, ["linear_2 is not the identity"])])
+def test_other_weights_are_an_error_that_names_them(saved, change, words):
+    """No silent random weights, no second layer that is dropped; transformers warns and goes on."""
+    edit(saved[1], change)
+    assert_refused(saved[1], *words)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"projector_hidden_act": "relu"}, ["projector_hidden_act", "relu", "gelu"]),
+    ({"vision_feature_select_strategy": "full"}, ["vision_feature_select_strategy", "full"]),
+    ({"vision_feature_layer": [-2, -1]}, ["vision_feature_layer", "-2, -1"]),
+    ({"image_token_index": 7}, ["image_token_index", "7", "259"]),
+    ({"model_type": "llava_next"}, ["model_type", "llava_next", "tiles"]),
+    ({"model_type": "llama"}, ["model_type", "llama", "extras.convert"]),
+    ({"minllava": {"aspect": "crop", "tiling": {"tile": 28}}}, ["'crop' with tiling"]),
+    ({"minllava": {"aspect": "hd"}}, ["'hd' without tiling"]),
+    ({"minllava": {"aspect": "fisheye"}}, ["fisheye", "anyres"])])
+def test_a_config_that_means_another_model_is_refused(saved, change, words):
+    """Each of these would load, and answer nonsense."""
+    edit(saved[1], **change)
+    assert_refused(saved[1], *words)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"pinpoints": [[30, 28]]}, "pinpoint [30, 28] does not fit"), ({"rule": "HF"}, "rule 'HF'"),
+    ({"tile": 56, "pinpoints": [[56, 112]]}, "tiles of 56 pixels"), ({"colour": 3}, "colour")])
+def test_a_tiling_that_does_not_fit_the_tower_is_refused(tmp_path, change, words):
+    """It would be found with the first picture, in the middle of a run."""
+    model = see(tiny_llava(), "anyres")
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, minllava=model.meta | {"tiling": model.meta["tiling"] | change})
+    assert_refused(tmp_path, words)
+
+
+def test_folders_that_are_not_complete_are_refused(saved, tmp_path):
+    """No folder, an empty one, one without weights, files of a download that broke off."""
+    _, folder = saved
+    for other in (tmp_path, tmp_path / "nowhere"):
+        assert_refused(other, "config.json", error=FileNotFoundError)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+    assert_refused(folder, "not all of model.safetensors are whole")
+    os.remove(folder / "model.safetensors")
+    assert_refused(folder, "80 weights are missing")
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:300])
+    assert_refused(folder, "config.json is no whole JSON file; copy it again")
+
+
+# -----------------------------------------------------------------------------
+# From the parts
+
+
+def text_tokenizer(*added):
+    """A language model's tokenizer before LLaVA: 259 ids, those of `added`, no <image>, no pad."""
+    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] != IMAGE]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), unk_token="<unk>",
+        bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+    return tokenizer
+
+
+@pytest.fixture
+def vision(tmp_path):
+    tiny_clip(seed=3).save_pretrained(tmp_path / "vision")
+    return str(tmp_path / "vision")
+
+
+def llm_folder(folder, **more):
+    """(language model, its folder with the tokenizer)"""
+    f_phi = tiny_llm(**more)
+    f_phi.save_pretrained(folder)
+    text_tokenizer().save_pretrained(folder)
+    return f_phi, str(folder)
+
+
+def test_g_is_the_vision_half_of_a_full_CLIP(tmp_path):
+    """Sec. 4.1 "pre-trained CLIP visual encoder": openai/clip-vit-large-patch14 has both towers."""
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+             "num_attention_heads": 2}
+    text = {"vocab_size": 90, "max_position_embeddings": 9, "bos_token_id": 1, "eos_token_id": 2,
+            "pad_token_id": 0}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=tower | text,
+                                vision_config=tower | {"image_size": 28, "patch_size": 14})).eval()
+    clip.save_pretrained(tmp_path / "clip")
+    model = LLaVA.from_parts(str(tmp_path / "clip"), llm_folder(tmp_path / "llm")[1])
+    X_v = torch.randn(2, 3, 28, 28)
+    want = clip.vision_model(X_v).last_hidden_state
+    assert torch.equal(model.g(X_v).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_full_vocabulary_grows_to_the_next_multiple_of_64(tmp_path, vision, tied):
+    """Vicuna: 32,000 to 32,064 rows, the new ones the mean of the old; with spare rows it stays."""
+    f_phi, llm = llm_folder(tmp_path / "llm", vocab_size=259, tied=tied)
+    model = LLaVA.from_parts(vision, llm, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model = LLaVA.from_parts(vision, llm)
+    assert (model.image_id, model.f_phi.config.vocab_size) == (259, 320)
+    assert checkpoints.is_tied(model.f_phi) == tied
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        new, old = getattr(model.f_phi, table)().weight, getattr(f_phi, table)().weight
+        assert new.shape == (320, 48) and torch.equal(new[:259], old), "the old rows changed"
+        torch.testing.assert_close(new[259:], old.mean(0).expand(61, 48))
+    model.save_pretrained(tmp_path / "out")
+    assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
+    f_phi, llm = llm_folder(tmp_path / "spare", vocab_size=270)
+    state = LLaVA.from_parts(vision, llm).f_phi.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in f_phi.state_dict().items())
+
+
+def test_parts_of_another_kind_are_refused(tmp_path, vision):
+    """Swapped flags, a lost weight, one of another shape: the flag, the folder and the weight."""
+    _, llm = llm_folder(tmp_path / "llm")
+    cases = [(vision, vision, "--llm", vision), (llm, llm, "--vision", llm)]
+    weights = load_file(f"{llm}/model.safetensors")
+    for change in ({"model.norm.weight": torch.ones(47)}, {"model.norm.weight": None}):
+        folder = shutil.copytree(llm, tmp_path / str(len(cases)))
+        edit(folder, weights | change)
+        cases.append((vision, str(folder), "--llm", "model.norm.weight"))
+    os.remove(shutil.copytree(llm, tmp_path / "bare") / "tokenizer_config.json")
+    cases.append((vision, str(tmp_path / "bare"), "--llm", "tokenizer_config.json"))
+    for clip, llm, *words in cases:
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            LLaVA.from_parts(clip, llm)
+        assert all(word in str(error.value) for word in words), error.value
+        assert len(str(error.value)) < 1000
+
+
+# -----------------------------------------------------------------------------
+# Vicuna: tokenizer.model and .bin files, no tokenizer.json
+
+
+def vicuna_folder(folder, legacy=None):
+    """What lmsys/vicuna-* ship, small: a .bin file, a sentencepiece model and its config.
+
+    `legacy` is False in v1.5's tokenizer_config.json and absent in v1.1's and v1.3's.
+    """
+    f_phi = tiny_llm(vocab_size=384)
+    f_phi.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    torch.save(state, folder / "pytorch_model.bin")
+    os.remove(folder / "model.safetensors")
+    text = TEMPLATES["vicuna_v1"].first + "What is in it? ASSISTANT: A cat sits on the mat."
+    with open(folder / "tokenizer.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([text] * 20), model_writer=f, vocab_size=384, model_type="bpe",
+            byte_fallback=True, character_coverage=1.0, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False)
+    options = dict.fromkeys(["lstrip", "normalized", "rstrip", "single_word"], False)
+    special = {f"{key}_token": {"__type": "AddedToken", "content": text} | options
+               for key, text in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))}
+    config = special | {"add_bos_token": True, "add_eos_token": False, "pad_token": None,
+                        "clean_up_tokenization_spaces": False, "model_max_length": 2048,
+                        "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer"}
+    if legacy is not None:
+        config["legacy"] = legacy
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return f_phi, str(folder), pieces
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+def test_a_vicuna_folder_becomes_a_LLaVA(tmp_path, vision, legacy):
+    """Sec. 4.1 "we choose Vicuna as our LLM": its ids are sentencepiece's behind one <s>."""
+    (tmp_path / "vicuna").mkdir()
+    f_phi, llm, pieces = vicuna_folder(tmp_path / "vicuna", legacy)
+    model = see(LLaVA.from_parts(vision, llm), "crop")
+    for name, value in f_phi.state_dict().items():
+        assert torch.equal(model.f_phi.state_dict()[name][:len(value)], value), name
+    assert (model.image_id, model.f_phi.config.vocab_size, model.eos_ids) == (384, 448, {2})
+    for text in ("What is this?", "\nWhat is", "a  b", "日本, Grüße!", "ASSISTANT: 3"):
+        assert model.tokenizer(text)["input_ids"] == [1] + pieces.encode(text), f"{text!r}"
+    model.save_pretrained(tmp_path / "out")
+    assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
+    # OFFICIAL: behind an image a text starts anew, with sentencepiece's blank; transformers 5
+    # leaves that one out unless a tokenizer is legacy, and has all other ids
+    ids = sample(model, TURNS[:1], [PICTURES[0]])["input_ids"]
+    blank = model.tokenizer.convert_tokens_to_ids("▁")
+    content = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "What is this?"}]
+    theirs = AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+        return_dict=True)["input_ids"][0]
+    behind = max(k for k, i in enumerate(ids) if i == model.image_id) + 1
+    assert ids[behind] == blank
+    assert theirs == (ids if legacy else ids[:behind] + ids[behind + 1:])
