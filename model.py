@@ -48,7 +48,7 @@ class LLaVA(nn.Module):
             self.W = nn.Linear(D_v, D)       # OFFICIAL: with a bias; the paper has none
         else:                                # LLaVA-1.5's two layers, Diss. Sec. 4.3
             self.W = nn.Sequential(nn.Linear(D_v, D), nn.GELU(), nn.Linear(D, D))
-        self.newline = None                  # (D,) where pictures are seen in tiles
+        self.newline = None                  # a parameter where pictures are seen in tiles
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.set_stage(2)
 
@@ -57,7 +57,7 @@ class LLaVA(nn.Module):
         like = next(self.W.parameters())
         D = self.f_phi.config.hidden_size
         newline = torch.randn(D, dtype=like.dtype, device=like.device)
-        self.newline = nn.Parameter(newline / D ** 0.5)                   # (D,)
+        self.newline = nn.Parameter(newline / D ** 0.5)
 
     @property
     def n_used_layers(self):
