@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parts import client, files
-from parts.annotations import coco_records, read_pairs
+from parts.annotations import coco_records, read_caption_pairs
 from parts.client import Endpoint, Replies, Request
 from parts.files import IMAGE, PROMPTS
 
@@ -205,17 +205,26 @@ def parse(kind, text):
     return turns[:1] if kind == "complex_reasoning" else turns
 
 
-def read_reply(kind, reply):
-    """A reply -> [(question, answer), ...]. Raises Reject."""
-    text = client.content_of(reply)
+def complete_text(reply):
+    """What a reply says. Raises Reject if it was cut off."""
     finish = reply["choices"][0].get("finish_reason")
     if finish in ("length", "content_filter"):
         raise Reject("cut off at max_tokens" if finish == "length" else "content filter")
-    turns = parse(kind, text)
-    words = "\n".join(part for turn in turns for part in turn if part) or text
+    return client.content_of(reply).strip()
+
+
+def reject_words(words):
+    """Raises Reject if a text betrays that its writer saw no picture."""
     for reason, pattern in SPEAKS_OF.items():
         if pattern.search(words):
             raise Reject(reason)
+
+
+def read_reply(kind, reply):
+    """A reply -> [(question, answer), ...]. Raises Reject."""
+    text = complete_text(reply)
+    turns = parse(kind, text)
+    reject_words("\n".join(part for turn in turns for part in turn if part) or text)
     if not turns:
         raise Reject("no question and answer")
     return turns
@@ -353,7 +362,7 @@ def expanded_pairs(config):
     """Yield naive expansions: image and caption -> Human: X_q X_v, Assistant: X_c."""
     rng = random.Random(config.seed)
     questions = files.brief_instructions()
-    for image, caption in read_pairs(config.pairs, config.columns):
+    for image, caption in read_caption_pairs(config.pairs, config.columns):
         if not caption or IMAGE in caption or "://" in image:
             raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; download the "
                              f"pictures and name the files; a caption has no {IMAGE} in it")

@@ -15,7 +15,6 @@ import ast
 import base64
 import csv
 import io
-import json
 import os
 import random
 import re
@@ -61,7 +60,7 @@ class Benchmark:
 
 
 def read_rows(path):
-    """The rows of a sheet (.tsv, .xlsx) as dicts, of a .txt as lists of cells, or JSON's records."""
+    """The rows of a sheet (.tsv, .xlsx) as dicts, of a .txt as lists of cells, or JSON records."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     if path.endswith(".xlsx"):
@@ -117,7 +116,8 @@ def read_predictions(path):
         names = [found[key] for key in ("question_id", "questionId", "index") if key in found]
         texts = [found[key] for key in ("text", "prediction", "answer") if key in found]
         if not names or not texts or not isinstance(texts[0], str):
-            raise ValueError(f"{path}[{i}]: question_id and text are needed, found {str(row)[:100]}")
+            raise ValueError(f"{path}[{i}]: question_id and text are needed, "
+                             f"found {str(row)[:100]}")
         predictions.append((str(names[0]), found.get("prompt") or "", texts[0]))
     return predictions
 
@@ -436,7 +436,8 @@ def mmbench_data(config):
             lines.append(f"{letter}. {options[letter]}")
         chinese = re.search("[\u4e00-\u9fff]", row["question"])
         lines.append("请直接回答选项字母。" if chinese else BY_LETTER)
-        questions.append({"question_id": int(row["index"]), "image": name, "text": "\n".join(lines)})
+        text = "\n".join(lines)
+        questions.append({"question_id": int(row["index"]), "image": name, "text": text})
     write_lines(config.questions, questions)
     print(f"{len(questions):,} questions in {config.questions}, pictures in {config.images}")
 
@@ -737,4 +738,32 @@ def run_scorer(name, config):
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{name}: {' '.join(labels)} or --questions is not in the official form "
                          f"({type(error).__name__}: {error})") from error
-    if labels and "accuracy" in SCORES...
+    if scores:
+        keys, published = PUBLISHED[name]
+        print(layout(score_rows(name, scores, keys.split(), published)))
+    for note in notes:
+        print(f"note: {note}")
+    if config.official:
+        print("note: --official: the published arithmetic")
+    if config.json:
+        write_json(config.json, {key: percent(value) for key, value in scores.items()})
+
+
+def scorer_command(name):
+    """What `score NAME` runs; its help is the benchmark's rules."""
+    def score_benchmark(config):
+        run_scorer(name, config)
+    score_benchmark.__doc__ = SCORERS[name][0].__doc__
+    return score_benchmark
+
+
+COMMANDS = {f"score {name}": (scorer_command(name), Benchmark) for name in SCORERS}
+COMMANDS["mmbench_data"] = (mmbench_data, MMBenchData)
+
+
+def main(argv=None):
+    run_command(COMMANDS, argv, __doc__)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -24,7 +24,7 @@ def coco_records(captions, instances=None):
     """Yield {"id", "image", "captions", "instances": [{"category", "bbox"}, ...]} of each picture
     that has captions, in the order of the captions file's images.
 
-    bbox    [x1, y1, x2, y2] as fractions of the picture; COCO's own is x, y, width, height in pixels
+    bbox    [x1, y1, x2, y2] as fractions of the picture; COCO has x, y, width, height in pixels
     Raises ValueError if these are not COCO's captions_*.json and instances_*.json.
     """
     try:
@@ -56,7 +56,7 @@ def coco_boxes(images, instances):
     return boxes
 
 
-def read_pairs(path, columns="image caption"):
+def read_caption_pairs(path, columns="image caption"):
     """Yield (image, caption) of a TSV, of JSON lines with these fields, or of a folder of pictures
     that each have their caption in a .txt file beside them.
 

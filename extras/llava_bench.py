@@ -1,0 +1,171 @@
+"""
+A LLaVA-Bench of one's own pictures, as LLaVA-Bench (COCO) was made: questions of a text-only
+teacher, and its reference answers (Sec. 5.1's construction).
+
+    python -m extras.llava_bench --bench 30 --captions captions_val2014.json \\
+        --instances instances_val2014.json --out data/bench --base_url URL --model gpt-4
+
+It writes what eval.py reads: questions.jsonl, reference.jsonl, context.jsonl; a question of each of
+the three types about each picture. A picture for which a type is rejected makes room for the next.
+"""
+import json
+import random
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+from generate_data import (
+    TYPES,
+    Reject,
+    complete_text,
+    context_text,
+    detail_questions,
+    make_record,
+    make_request,
+    read_contexts,
+    read_prompts,
+    reject_words,
+)
+from parts import client
+from parts.client import Endpoint, Request
+from parts.files import (
+    IMAGE,
+    PROMPTS,
+    check_least,
+    lock_folder,
+    run_main,
+    typed_flags,
+    write_json,
+    write_lines,
+)
+
+CATEGORY = dict(zip(TYPES, ("conv", "detail", "complex"), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Endpoint):
+    bench: int                 # pictures
+    out: str                   # folder for questions.jsonl, reference.jsonl, context.jsonl
+    captions: str              # COCO's captions_*.json, or JSON lines of id, image, captions, ...
+    instances: str = None      # COCO's instances_*.json
+    model: str = "gpt-4"       # any chat model that the endpoint has
+    prompts: str = str(PROMPTS)  # folder of prompts, as for generate_data.py
+    language: str = None       # language to write in, by its English name
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, bench=1)
+
+
+def reference_request(context, kind, question, config):
+    """The request for a reference answer: the teacher reads captions and boxes, no picture."""
+    system = Path(config.prompts, "reference", "system_message.txt").read_text()
+    text = f"{context_text('reference', context)}\n\n{question}"
+    messages = client.chat_messages(system, [], text)
+    return Request(f"{context.id}-reference-{kind}", "reference",
+                   client.request_body(config, messages))
+
+
+def usable_replies(plan, read, raw, config):
+    """{picture: [read(context, request, reply) of each type]} where no reply is rejected.
+
+    plan   [(context, request), ...]
+    """
+    replies = client.ask_everything([request for _, request in plan], raw, config)
+    found = defaultdict(list)
+    for context, request in plan:
+        try:
+            found[context].append(read(context, request, replies[request.key]))
+        except Reject as reject:
+            print(f"{request.id}: {reject}; another picture takes its place")
+    return {context: rows for context, rows in found.items() if len(rows) == len(TYPES)}
+
+
+def reference_of(context, request, reply):
+    """A reply as a reference answer. Raises Reject."""
+    text = complete_text(reply)
+    reject_words(text)
+    return text
+
+
+def ask_for_pictures(contexts, prompts, raw, config):
+    """{picture: [((kind, question), answer) of each type]} of the pictures that can be used."""
+    ways = detail_questions(config.prompts)
+
+    def question_of(context, request, reply):
+        record = make_record(context, request, reply, ways, config.seed)
+        first = record["conversations"][0]["value"]
+        return request.kind, first.replace(IMAGE, "").strip()
+
+    plan = [(context, make_request(kind, context, prompts, config))
+            for context in contexts for kind in TYPES]
+    questions = usable_replies(plan, question_of, raw, config)
+    plan = [(context, reference_request(context, kind, question, config))
+            for context, rows in questions.items() for kind, question in rows]
+    answers = usable_replies(plan, reference_of, raw, config)
+    return {context: list(zip(questions[context], texts, strict=True))
+            for context, texts in answers.items()}
+
+
+def context_record(context):
+    """A Context as a line of context.jsonl."""
+    instances = []
+    for line in context.boxes.splitlines():
+        category, _, box = line.rpartition(": ")
+        instances.append({"category": category, "bbox": json.loads(box)})
+    return {"id": context.id, "image": context.image, "captions": context.captions.split("\n"),
+            "instances": instances}
+
+
+def write_bench(found, tried, out, config):
+    """The three files of eval.py, and metadata.json."""
+    questions, references = [], []
+    for context, rows in found.items():
+        for (kind, question), text in rows:
+            i = len(questions)
+            questions.append({"question_id": i, "image": context.image, "text": question,
+                              "category": CATEGORY[kind]})
+            references.append({"question_id": i, "prompt": question, "text": text,
+                               "answer_id": f"reference-{i}", "model_id": config.model,
+                               "metadata": {}, "category": CATEGORY[kind]})
+    write_lines(out / "questions.jsonl", questions)
+    write_lines(out / "reference.jsonl", references)
+    write_lines(out / "context.jsonl", [context_record(context) for context in found])
+    write_json(out / "metadata.json", {"pictures": len(found), "tried": tried,
+                                       "date": str(date.today()), "settings": asdict(config)})
+    print(f"{len(questions)} questions about {len(found)} pictures and their reference answers: "
+          f"{out}/questions.jsonl, reference.jsonl, context.jsonl")
+
+
+def make_bench(config):
+    """Ask until there are enough pictures; go on after an interruption, nothing is paid twice."""
+    prompts = read_prompts(config.prompts)
+    contexts = read_contexts(config.captions, config.instances)
+    if config.bench > len(contexts):
+        raise ValueError(f"--bench {config.bench}: {config.captions} has {len(contexts)} pictures")
+    order = random.Random(config.seed).sample(contexts, len(contexts))
+    if config.show:
+        requests = [make_request(kind, context, prompts, config)
+                    for context in order[:config.bench] for kind in TYPES]
+        return client.print_requests(requests[:config.show])
+    found, tried = {}, 0
+    with lock_folder(config.out) as out:
+        while len(found) < config.bench:
+            chosen = order[tried:tried + config.bench - len(found)]
+            if not chosen:
+                raise ValueError(f"{len(found)} of {len(order)} pictures have a usable question "
+                                 "and answer of each type; "
+                                 f"--bench {config.bench} needs more pictures")
+            tried += len(chosen)
+            found |= ask_for_pictures(chosen, prompts, out / "raw.jsonl", config)
+        write_bench(found, tried, out, config)
+
+
+def main(argv=None):
+    make_bench(Config(**typed_flags(Config, argv, "Make a LLaVA-Bench.")))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,251 @@
+"""A picture in tiles: LLaVA-NeXT's anyres (Diss. Sec. 4.7) and LLaVA-1.5-HD (Diss. Sec. 4.3)."""
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_clip, tiny_llm
+from PIL import Image
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextModel,
+    LlavaNextProcessor,
+)
+from transformers.image_processing_utils import select_best_resolution
+
+from parts.tiles import HD, MEAN_COLOUR, NEWLINE, NEXT, Tiling, cut_tiles, tile_index
+from parts.views import CLIP_MEAN, preprocess
+
+HF = NEXT._replace(rule="hf")
+ALONE = HD._replace(global_picture=None)          # the ablation: tiles without a global picture
+TILINGS = pytest.mark.parametrize("tiling", [NEXT, HF, HD, ALONE, NEXT.at(28)],
+                                  ids=["NEXT", "HF", "HD", "ALONE", "toy"])
+# Where int() and int(round(x, 7)) differ: 16 patches to the one, 15.999999999999998 to the other.
+ROUNDED = [(55, 176), (110, 352), (88, 55), (205, 984), (396, 704), (748, 352), (987, 376)]
+STRIPS = [(1, 1), (1, 5000), (5000, 1), (3, 2000), (20000, 3), (2, 1), (337, 336)]
+
+
+def sizes(count, seed=0):
+    """Random (width, height): all proportions, small and large, some of them extreme."""
+    rng = random.Random(seed)
+    found = [(rng.randint(1, 1500), rng.randint(1, 1500)) for _ in range(count)]
+    found += [(int(2 ** rng.uniform(0, 13)), int(2 ** rng.uniform(0, 13))) for _ in range(count)]
+    return found + ROUNDED + STRIPS
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def processor_of(tiling, turned=False):
+    """transformers' image processor; `turned`: with the pinpoints as it reads them."""
+    pinpoints = [list(p)[::-1] if turned else list(p) for p in tiling.pinpoints]
+    side = tiling.tile
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+        image_grid_pinpoints=pinpoints)
+
+
+def test_the_table_of_the_docstring_is_true():
+    """Diss. Sec. 4.7, measured on the released code: 1176 to 2928 tokens for everyday pictures."""
+    cells = re.findall(r"(\d+) x (\d+) +(\d+) x (\d+) +(\d+) x (\d+) +(\d+)", Tiling.plan.__doc__)
+    assert len(cells) == 13
+    for width, height, *want in [map(int, row) for row in cells]:
+        plan = NEXT.plan(width, height)
+        assert [*plan.canvas, len(plan.rows), len(plan.columns), plan.tokens] == want
+
+
+@pytest.mark.parametrize("rule", ["hf", "original"])
+def test_a_plan_has_as_many_tokens_as_transformers_writes_placeholders(rule):
+    """For random sizes. With the original's rule all but those that floating point misses."""
+    tiling = NEXT._replace(rule=rule)
+    processor = LlavaNextProcessor(
+        processor_of(tiling, turned=rule == "original"), byte_tokenizer(), patch_size=14,
+        num_additional_image_tokens=1, vision_feature_select_strategy="default")
+    todo = sizes(1000)
+    swapped = [(h, w) for w, h in todo]
+    counts = processor._get_num_multimodal_tokens(image_sizes=swapped)["num_image_tokens"]
+    missed = {size for size, count in zip(todo, counts, strict=True)
+              if tiling.plan(*size).tokens != count}
+    if rule == "hf":
+        assert not missed
+    else:
+        assert set(ROUNDED) <= missed, "the released code cuts with int(), transformers rounds"
+        assert len(missed) < 20
+
+
+def test_the_canvas_is_chosen_as_in_transformers_from_any_list():
+    """Most of the picture, then least of the canvas, then the earlier."""
+    rng = random.Random(0)
+    for w, h in sizes(500, seed=3):
+        pinpoints = [(336 * rng.randint(1, 4), 336 * rng.randint(1, 4))
+                     for _ in range(rng.randint(1, 8))]
+        want = tuple(select_best_resolution((h, w), pinpoints))[::-1]
+        assert HF._replace(pinpoints=pinpoints).plan(w, h).canvas == want
+        turned = [(b, a) for a, b in pinpoints]
+        assert NEXT._replace(pinpoints=turned).plan(w, h).canvas == want
+
+
+def test_named_differences_between_the_rules():
+    """The same picture to two programs: what a checkpoint loses when the other one serves it."""
+    for size, original, hf, why in (((110, 352), 1296, 1392, "rounding alone"),
+                                    ((55, 176), 1296, 792, "rounding, and a tie"),
+                                    ((300, 200), 976, 1464, "a tie alone"),
+                                    ((640, 480), 2340, 2340, "neither")):
+        assert (NEXT.plan(*size).tokens, HF.plan(*size).tokens) == (original, hf), why
+
+
+def test_HD_has_up_to_six_tiles_and_a_global_picture_that_the_ablation_leaves_out():
+    """Diss. Sec. 4.3: 13B at 448 x 448 with 224-pixel tiles; tiles alone against tiles with it."""
+    assert len(HD.pinpoints) == 14 and max(w * h for w, h in HD.pinpoints) == 6 * 224 ** 2
+    plan = HD.plan(448, 448)
+    assert (plan.grid, plan.tokens, ALONE.plan(448, 448).tokens) == ((2, 2), 256 + 1056, 1056)
+    for size in sizes(300):
+        both, alone = HD.plan(*size), ALONE.plan(*size)
+        assert both.pictures == alone.pictures + 1 == both.grid[0] * both.grid[1] + 1 <= 7
+        assert alone.tokens > 0, f"{size} would have no token at all"
+
+
+@TILINGS
+def test_what_remains_is_the_picture_up_to_half_a_patch(tiling):
+    """Unpadding: half a patch and one pixel of rounding at each border; a patch for thin strips."""
+    half = tiling.patch // 2 + 1
+    for size in sizes(200):
+        plan = tiling.plan(*size)
+        for patches, at, length in zip((plan.columns, plan.rows), plan.offset, plan.scaled):
+            limit = 2 * half if tiling == ALONE and len(patches) <= 2 else half
+            assert abs(patches.start * 14 - at) <= limit, f"{size}: {plan}"
+            assert abs(patches.stop * 14 - at - length) <= limit, f"{size}: {plan}"
+
+
+def test_a_tiling_survives_json_and_scales_to_another_tile():
+    """It is stored in a checkpoint, and the toy's tiles have 28 pixels."""
+    again = Tiling(**json.loads(json.dumps(HD._asdict())))
+    assert again.plan(500, 300) == HD.plan(500, 300)
+    tiles, same = cut_tiles(noise(50, 30), HD), cut_tiles(noise(50, 30), again)
+    assert [p.tobytes() for p in tiles] == [p.tobytes() for p in same]
+    assert NEXT.at(28).pinpoints == ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
+    assert NEXT.at(336) == NEXT and NEXT.at(32, patch=16).plan(64, 64).tokens == 4 + 4 * 5
+
+
+@pytest.mark.parametrize("wrong, word", [
+    ({"pinpoints": []}, "no pinpoints"), ({"pinpoints": [(336, 500)]}, "(336, 500)"),
+    ({"pinpoints": [(336, 672), (0, 336)]}, "(0, 336)"), ({"pinpoints": [(336,)]}, "(336,)"),
+    ({"pinpoints": [336, 672]}, "pinpoint 336 "), ({"pinpoints": [(336.0, 672.0)]}, "336.0"),
+    ({"tile": 224}, "multiples of 224"), ({"patch": 16, "tile": 330}, "tile 330, patch 16"),
+    ({"rule": "HF"}, "'hf'"), ({"global_picture": "streched"}, "'stretched', 'padded' or None")])
+def test_what_cannot_be_planned_is_an_error_that_says_what_to_pass(wrong, word):
+    """Ours: pinpoints that do not fit the tile would cut half tiles, silently."""
+    with pytest.raises(ValueError) as error:
+        NEXT._replace(**wrong).plan(640, 480)
+    assert word in str(error.value), str(error.value)
+    with pytest.raises(ValueError, match="0 x 480"):
+        NEXT.plan(0, 480)
+
+
+# -----------------------------------------------------------------------------
+# The pixels
+
+
+@pytest.mark.parametrize("rule, side", [("hf", 336), ("original", 336), ("hf", 28)])
+def test_pixels_are_those_of_transformers(rule, side):
+    """Bit for bit what LlavaNextImageProcessorPil makes, at 336 pixels and at the toy's 28."""
+    tiling = NEXT.at(side)._replace(rule=rule)
+    processor = processor_of(tiling, turned=rule == "original")
+    rng = random.Random(rule)
+    shapes = [(rng.randint(4, 900), rng.randint(4, 900)) for _ in range(6)]
+    for w, h in [(5, 1500), (1500, 7), (side, side), (110, 352), *shapes]:
+        want = torch.as_tensor(np.asarray(processor(noise(w, h))["pixel_values"][0]))
+        got = torch.stack([preprocess(square, side) for square in cut_tiles(noise(w, h), tiling)])
+        assert torch.equal(got, want), f"{w} x {h}: g sees other pixels"
+
+
+def test_the_background_of_HD_is_clips_mean_and_its_global_picture_is_not_distorted():
+    """Diss. Sec. 4.3: as LLaVA-1.5's padding; a circle stays one. NeXT's is black, and squeezed."""
+    assert MEAN_COLOUR == HD.background == tuple(int(m * 255) for m in CLIP_MEAN)
+    green = Image.new("RGB", (600, 300), (0, 255, 0))
+    first, *tiles = (np.asarray(square) for square in cut_tiles(green, HD))
+    assert (first[:56] == MEAN_COLOUR).all() and (first[-56:] == MEAN_COLOUR).all()
+    assert (first[56:-56] == (0, 255, 0)).all()
+    alone = [np.asarray(square) for square in cut_tiles(green, ALONE)]
+    assert np.array_equal(tiles, alone)
+    squeezed, tile, *_ = (np.asarray(p) for p in cut_tiles(green.resize((640, 480)), NEXT))
+    assert (squeezed == (0, 255, 0)).all() and (tile[:84] == 0).all()
+
+
+# -----------------------------------------------------------------------------
+# From features to tokens
+
+
+def tokens_of(features, plan, newline, tiling):
+    """What `LLaVA.splice` does with the index: features (pictures, n x n, D) to (tokens, D)."""
+    return torch.cat([features.flatten(0, 1), newline[None]])[tile_index(plan, tiling)]
+
+
+def test_tokens_are_those_of_transformers():
+    """LlavaNextModel.pack_image_features: the global picture first, a newline behind every row."""
+    config = LlavaNextConfig(
+        vision_config=tiny_clip(336).config.to_dict(), text_config=tiny_llm().config.to_dict(),
+        image_grid_pinpoints=[list(p) for p in HF.pinpoints], image_token_index=259)
+    model = LlavaNextModel(config)
+    todo = [(640, 480), (480, 640), (336, 336), (672, 672), (1500, 300), *sizes(8)]
+    plans = [HF.plan(*size) for size in todo]
+    features = [torch.randn(plan.pictures, 576, 48) for plan in plans]
+    swapped = [(h, w) for w, h in todo]
+    want, lengths = model.pack_image_features(features, swapped, "default", model.image_newline)
+    assert lengths.tolist() == [plan.tokens for plan in plans]
+    for size, plan, feature, their in zip(todo, plans, features, want, strict=True):
+        ours = tokens_of(feature, plan, model.image_newline, HF)
+        assert torch.equal(ours, their), f"{size}: the tokens stand in another order"
+
+
+def by_hand(features, plan, newline, tiling):
+    """One picture's tokens, one by one."""
+    n = tiling.tile // tiling.patch
+    tokens = list(features[0]) if tiling.global_picture else []
+    first = 1 if tiling.global_picture else 0
+    for row in plan.rows:
+        for column in plan.columns:
+            tile = first + (row // n) * plan.grid[0] + column // n
+            tokens.append(features[tile][(row % n) * n + column % n])
+        tokens.append(newline)
+    return torch.stack(tokens)
+
+
+@TILINGS
+def test_the_index_is_what_a_loop_over_rows_and_columns_does(tiling):
+    """Which tile, which patch of it, and where a row ends; strips of a single pixel, too."""
+    newline = torch.randn(3)
+    for size in [(640, 480), (480, 640), (224, 100), (300, 2000), (60, 60), *STRIPS]:
+        plan = tiling.plan(*size)
+        features = torch.randn(plan.pictures, (tiling.tile // 14) ** 2, 3)
+        tokens = tokens_of(features, plan, newline, tiling)
+        assert len(tokens) == plan.tokens
+        assert torch.equal(tokens, by_hand(features, plan, newline, tiling)), f"{size}"
+        assert len(cut_tiles(Image.new("RGB", size), tiling)) == plan.pictures
+
+
+def patch_means(image):
+    a = np.asarray(image, float)
+    return a.reshape(a.shape[0] // 14, 14, a.shape[1] // 14, 14, 3).mean((1, 3))
+
+
+@TILINGS
+def test_the_map_shows_the_picture(tiling):
+    """If a feature is its patch's mean colour, the rows of tokens are the canvas: cut and index agree."""
+    for w, h in [(640, 480), (300, 500), (1000, 200)]:
+        plan, image = tiling.plan(w, h), noise(w, h)
+        squares = cut_tiles(image, tiling)
+        features = torch.tensor(np.stack([patch_means(p).reshape(-1, 3) for p in squares]))
+        tokens = tokens_of(features, plan, torch.full((3,), -1.0), tiling)
+        shape = len(plan.rows), len(plan.columns) + 1, 3
+        shown = tokens[-shape[0] * shape[1]:].view(shape)
+        canvas = Image.new("RGB", plan.canvas, tuple(tiling.background))
+        canvas.paste(image.resize(plan.scaled, Image.Resampling.BICUBIC), plan.offset)
+        want = patch_means(canvas)[np.ix_(plan.rows, plan.columns)]
+        np.testing.assert_allclose(shown[:, :-1], want)
+        assert (shown[:, -1] == NEWLINE).all(), "a row does not end in newline"
