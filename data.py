@@ -123,9 +123,8 @@ def tokenize(text, tokenizer, new_text):
     return backend.encode(IMAGE + text, add_special_tokens=False).ids[1:]     # without <image>
 
 
-def starts_with_bos(tokenizer):
-    bos = tokenizer.bos_token_id          # Qwen2 has none; others have one that they do not use
-    return bos is not None and tokenizer("a")["input_ids"][0] == bos
+def starts_with_bos(tokenizer):           # Qwen2 has no <s>
+    return tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
 
 
 def encode_within(conversations, template, tokenizer, image_tokens, max_length):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parts import client, files
-from parts.annotations import coco_records, read_caption_pairs
+from parts.annotations import box_line, coco_records, read_amounts, read_caption_pairs
 from parts.client import Endpoint, Replies, Request
 from parts.files import IMAGE, PROMPTS
 
@@ -37,15 +37,6 @@ class Context(NamedTuple):
     image: str          # a file name, relative to train.py's --images
     captions: str       # one a line; COCO has five
     boxes: str = ""     # one a line, see `box_line`
-
-
-def box_line(category, box):
-    """`dog: [0.1, 0.25, 0.5, 1.0]`: x1, y1, x2, y2 as fractions of the original picture."""
-    x1, y1, x2, y2 = box
-    if not (-0.001 <= x1 < x2 <= 1.001 and -0.001 <= y1 < y2 <= 1.001):
-        raise ValueError(f"box {box} of {category!r}; [x1, y1, x2, y2] as fractions of the "
-                         "picture, 0 to 1, with x1 < x2 and y1 < y2, is needed")
-    return f"{category}: {[round(min(max(float(v), 0.0), 1.0), 3) for v in box]}"
 
 
 def from_record(record):
@@ -126,19 +117,10 @@ def make_request(kind, context, prompts, config):
     return Request(f"{context.id}-{kind}", kind, client.request_body(config, messages))
 
 
-def read_amounts(pairs):
-    """["conversation=58", ...] -> {type: 58, ...}"""
-    found = dict(re.findall(rf"\b({'|'.join(TYPES)})=(\d+)(?!\S)", " ".join(pairs)))
-    if len(found) < len(pairs) or not any(map(int, found.values())):
-        raise ValueError(f"{' '.join(pairs)}: TYPE=N is needed, each TYPE once, out of "
-                         f"{', '.join(TYPES)}; N is a whole number, not 0 for all")
-    return {kind: int(found.get(kind, 0)) for kind in TYPES}
-
-
 def assign_types(contexts, config):
     """[(type, Context), ...]: which picture gets which type, by --mix or --numbers; seeded."""
     rng = random.Random(config.seed)
-    amounts = read_amounts(config.numbers or config.mix)
+    amounts = read_amounts(config.numbers or config.mix, TYPES)
     pairs, edge = [], 0.0
     order = [] if config.numbers else rng.sample(contexts, len(contexts))
     for kind, n in amounts.items():
@@ -186,8 +168,7 @@ def tidy(part):
 def parse(kind, text):
     """What a teacher wrote -> [(question, answer), ...]; a description's question is None.
 
-    The form asked for is "Question:\\n...\\n===\\nAnswer:\\n...\\n===\\n". Models also return
-    markdown, numbers, "Q:", no rules between, or a last question without answer.
+    The form asked for is "Question:\\n...\\n===\\nAnswer:\\n...". Models also return markdown, "Q:", ...
     """
     _, *pieces = LABEL.split(text)                  # what stands before the first label is chatter
     labels = [label[0].lower() for label in pieces[::2]]
@@ -205,14 +186,6 @@ def parse(kind, text):
     return turns[:1] if kind == "complex_reasoning" else turns
 
 
-def complete_text(reply):
-    """What a reply says. Raises Reject if it was cut off."""
-    finish = reply["choices"][0].get("finish_reason")
-    if finish in ("length", "content_filter"):
-        raise Reject("cut off at max_tokens" if finish == "length" else "content filter")
-    return client.content_of(reply).strip()
-
-
 def reject_words(words):
     """Raises Reject if a text betrays that its writer saw no picture."""
     for reason, pattern in SPEAKS_OF.items():
@@ -221,8 +194,11 @@ def reject_words(words):
 
 
 def read_reply(kind, reply):
-    """A reply -> [(question, answer), ...]. Raises Reject."""
-    text = complete_text(reply)
+    """A reply -> [(question, answer), ...]. Raises Reject; a reply that was cut off is one."""
+    finish = reply["choices"][0].get("finish_reason")
+    if finish in ("length", "content_filter"):
+        raise Reject("cut off at max_tokens" if finish == "length" else "content filter")
+    text = client.content_of(reply).strip()
     turns = parse(kind, text)
     reject_words("\n".join(part for turn in turns for part in turn if part) or text)
     if not turns:

@@ -5,8 +5,7 @@ How it is trained (Sec. 4.2): one loop for both stages.
     torchrun --nproc_per_node=8 train.py --stage 2 --init out/stage1     W and f_phi, instructions
 
 The defaults run the paper. A flag that is typed wins over the recipe, the recipe over the default;
-the configuration is printed with where each value came from. What the machine needs is in
-parts/ranks.py (devices, processes, shards) and in parts/run.py (folder, signals, states).
+what the machine needs is in parts/ranks.py (devices, processes) and parts/run.py (folder, states).
 """
 import dataclasses
 import functools
@@ -156,8 +155,7 @@ def resolve(argv):
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
 
     if stage == 2 and config.init is None:
-        raise ValueError("stage 2 starts from stage 1: --init out/stage1, or --init none for a new "
-                         "W (Table 8)")
+        raise ValueError("stage 2 starts from stage 1: --init out/stage1, or none for a new W")
     if config.lora_rank and (config.init == "none" or config.lr_g):
         raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
                          "belong to: --init out/stage1, and no --lr_g")
@@ -173,10 +171,7 @@ def resolve(argv):
 
 
 def build_model(config, machine):
-    """The model of a configuration on its device, theta, its template and its view.
-
-    Raises ValueError for a configuration that does not fit the checkpoint of --init.
-    """
+    """The model on its device, theta, template and view. ValueError if --init does not fit them."""
     torch.manual_seed(config.seed)       # W's initial values
     # masters of what trains are fp32; the weights under adapters are frozen
     dtype = machine.dtype if config.stage == 1 or config.lora_rank else torch.float32
@@ -293,13 +288,11 @@ def train(config, origin, machine, run):
 
     # the banner: what a reader should see before step 0
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
-    machine.print0(f"batch: {config.global_batch_size} = {machine.world_size} ranks x {micro} "
-                   f"samples x {accumulated} accumulated; {steps.per_epoch} steps an epoch, "
-                   f"{total} in all\n")
+    machine.print0(f"batch: {config.global_batch_size} = {machine.world_size} ranks x {micro} x "
+                   f"{accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all\n")
     machine.print0(render_first(collate([data[0, int(train_on[0]), True]], view)))
 
-    peaks = {"W": config.lr_W or config.lr, "g": config.lr_g, "f_phi": config.lr,
-             "newline": config.lr}
+    peaks = dict(W=config.lr_W or config.lr, g=config.lr_g, f_phi=config.lr, newline=config.lr)
     optimizer = Optimizer(groups_of(theta, peaks), machine)      # AdamW, no weight decay
     if config.dry_run:
         longest = data, train_on[np.argsort(-lengths[train_on])]
@@ -352,7 +345,7 @@ def rehearse_step(model, longest, machine, optimizer, n):
 
 
 def save_model(machine, model, folder):
-    state = machine.gathered_state(model)        # on all ranks; rank 0 has it
+    state = machine.gathered_state(model)        # all ranks take part, rank 0 has it
     if machine.rank == 0:
         model.save_pretrained(folder, machine.dtype, state)
 

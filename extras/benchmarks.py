@@ -126,7 +126,7 @@ ADDED_LINES = ("Reference OCR token:", "When the provided information is")
 ADDED_WORDS = ("Answer the question using a single word or phrase.", "Please answer yes or no.")
 
 
-def question_of(prompt):
+def bare_question(prompt):
     """The question in a prompt: without what LLaVA-1.5 adds to it, blanks made single."""
     lines = [line for line in prompt.split("\n") if not line.startswith(ADDED_LINES)]
     text = " ".join(lines)
@@ -170,8 +170,8 @@ def texts_by_id(config, ids, missing_ok=False):
 
 def texts_by_question(config, asked):
     """The texts of --answers to [(id, question), ...]: for ids that do not tell questions apart."""
-    wanted = [(str(i), question_of(question).lower()) for i, question in asked]
-    found = [((name, question_of(prompt).lower()), text)
+    wanted = [(str(i), bare_question(question).lower()) for i, question in asked]
+    found = [((name, bare_question(prompt).lower()), text)
              for name, prompt, text in read_predictions(config.answers)]
     return match_answers(wanted, found, config.answers)
 
@@ -245,10 +245,10 @@ def score_pope(config, labels):
                 notes.append(f"{split}: {len(found)} answers and {len(rows)} labels, paired by "
                              "position, do not belong together")
         else:
-            pairs = [((question["image"], question_of(question["text"])), text)
+            pairs = [((question["image"], bare_question(question["text"])), text)
                      for question, text in zip(questions, texts, strict=True)
                      if question["category"] == split]
-            wanted = [(row["image"], question_of(row["text"])) for row in rows]
+            wanted = [(row["image"], bare_question(row["text"])) for row in rows]
             found = match_answers(wanted, pairs, f"labels of {split}", POPE_VERSION)
         scores |= pope_measures(split, found, [row["label"] for row in rows])
     f1 = [scores.get(f"{split}.f1") for split in ("random", "popular", "adversarial")]
@@ -281,11 +281,11 @@ def score_mme(config, labels):
                 raise ValueError(f"{path}: {row}; a line is picture, question, Yes or No, by tabs, "
                                  f"and the tasks are {', '.join(PERCEPTION + COGNITION)}")
             truths.append(truth)
-            keys.append((task, row[0].split(".")[0], question_of(row[1])))
+            keys.append((task, row[0].split(".")[0], bare_question(row[1])))
     found = []
     for name, prompt, text in read_predictions(config.answers):      # an id is TASK/.../PICTURE
         task, *_, picture = name.split("/")
-        found.append(((task, picture.split(".")[0], question_of(prompt)), text.lower()[:4]))
+        found.append(((task, picture.split(".")[0], bare_question(prompt)), text.lower()[:4]))
     starts = match_answers(keys, found, config.answers)
     pictures = defaultdict(list)                 # {(task, picture): [right, right]}
     for (task, picture, _), start, truth in zip(keys, starts, truths, strict=True):
@@ -541,7 +541,7 @@ def open_is_right(text, truths):
     return False
 
 
-def listed(cell):
+def listed_value(cell):
     """A cell of MMMU's rows, in which a list is written as Python writes it."""
     try:
         return ast.literal_eval(cell) if isinstance(cell, str) and cell.startswith("[") else cell
@@ -560,8 +560,8 @@ def score_mmmu(config, labels):
     pairs = []
     texts = texts_by_id(config, [row["id"] for row in rows])
     for row, text in zip(rows, texts, strict=True):
-        truth = listed(row["answer"])
-        options = listed(row["options"])
+        truth = listed_value(row["answer"])
+        options = listed_value(row["options"])
         unread = False
         if row["question_type"] == "multiple-choice":
             letter = choice_named(text, options)

@@ -18,7 +18,6 @@ from pathlib import Path
 from generate_data import (
     TYPES,
     Reject,
-    complete_text,
     context_text,
     detail_questions,
     make_record,
@@ -85,7 +84,9 @@ def usable_replies(plan, read, raw, config):
 
 def reference_of(context, request, reply):
     """A reply as a reference answer. Raises Reject."""
-    text = complete_text(reply)
+    if reply["choices"][0].get("finish_reason") in ("length", "content_filter"):
+        raise Reject("cut off")
+    text = client.content_of(reply).strip()
     reject_words(text)
     return text
 

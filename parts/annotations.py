@@ -14,6 +14,19 @@ import ijson
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$|://", re.I)     # or an address
 
 
+def box_line(category, box):
+    """`dog: [0.1, 0.25, 0.5, 1.0]`: x1, y1, x2, y2 as fractions of the original picture."""
+    x1, y1, x2, y2 = box
+    if not (-0.001 <= x1 < x2 <= 1.001 and -0.001 <= y1 < y2 <= 1.001):
+        raise ValueError(f"box {box} of {category!r}; [x1, y1, x2, y2] as fractions of the "
+                         "picture, 0 to 1, with x1 < x2 and y1 < y2, is needed")
+    rounded = []
+    for fraction in box:
+        inside = min(max(float(fraction), 0.0), 1.0)
+        rounded.append(round(inside, 3))
+    return f"{category}: {rounded}"
+
+
 def coco_rows(path, key):
     """The rows of one list of an annotation file, one at a time."""
     with open(path, "rb") as f:
@@ -83,3 +96,12 @@ def read_caption_pairs(path, columns="image caption"):
                 raise ValueError(f"{path}, line {number}: image {image!r} and caption {caption!r} "
                                  f"look swapped; --columns {columns!r} must name them in order")
             yield image, caption
+
+
+def read_amounts(pairs, types):
+    """["conversation=58", ...] -> {type: 58, ...}"""
+    found = dict(re.findall(rf"\b({'|'.join(types)})=(\d+)(?!\S)", " ".join(pairs)))
+    if len(found) < len(pairs) or not any(map(int, found.values())):
+        raise ValueError(f"{' '.join(pairs)}: TYPE=N is needed, each TYPE once, out of "
+                         f"{', '.join(types)}; N is a whole number, not 0 for all")
+    return {kind: int(found.get(kind, 0)) for kind in types}

@@ -74,16 +74,20 @@ def read_lines(path, repair=False):
     if not os.path.exists(path):
         return []
     lines = Path(path).read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        if repair:
-            os.truncate(path, sum(map(len, lines)))
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+            if number < len(lines) or line.endswith(b"\n"):
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+            lines.pop()                  # a kill tore it
+    if repair and lines:
+        unbroken = b"".join(lines)
+        os.truncate(path, len(unbroken))
+        if not unbroken.endswith(b"\n"):
+            with open(path, "ab") as f:
+                f.write(b"\n")
     return records
 
 

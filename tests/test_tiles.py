@@ -116,7 +116,8 @@ def test_what_remains_is_the_picture_up_to_half_a_patch(tiling):
     half = tiling.patch // 2 + 1
     for size in sizes(200):
         plan = tiling.plan(*size)
-        for patches, at, length in zip((plan.columns, plan.rows), plan.offset, plan.scaled):
+        sides = zip((plan.columns, plan.rows), plan.offset, plan.scaled, strict=True)
+        for patches, at, length in sides:
             limit = 2 * half if tiling == ALONE and len(patches) <= 2 else half
             assert abs(patches.start * 14 - at) <= limit, f"{size}: {plan}"
             assert abs(patches.stop * 14 - at - length) <= limit, f"{size}: {plan}"
@@ -236,7 +237,7 @@ def patch_means(image):
 
 @TILINGS
 def test_the_map_shows_the_picture(tiling):
-    """If a feature is its patch's mean colour, the rows of tokens are the canvas: cut and index agree."""
+    """If a feature is its patch's mean colour, the rows of tokens are the canvas."""
     for w, h in [(640, 480), (300, 500), (1000, 200)]:
         plan, image = tiling.plan(w, h), noise(w, h)
         squares = cut_tiles(image, tiling)

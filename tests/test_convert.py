@@ -1,0 +1,614 @@
+"""Other people's checkpoints: made-up, tiny folders of `liuhaotian/llava-*` to ours and back.
+
+The original's names are written out here a second time, and what a converted folder computes is
+compared with the parts, put together by hand: CLIP's hidden_states[-2] without CLS, W, f_phi.
+"""
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from conftest import FORKS, run_script, tiny_clip, tiny_llm
+from safetensors.torch import load_file, save_file
+from test_checkpoints import text_tokenizer, vicuna_folder
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from extras import convert
+from model import IMAGE, LLaVA
+from parts.checkpoints import chat_template, load_settings
+from parts.templates import TEMPLATES
+from parts.views import view_from
+
+PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+INV_FREQ = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+MODEL_TYPE = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
+BY_KIND = {
+    "v1": {"model_type": "llava"},
+    "1.5": {"mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"},
+    "1.6": {"mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "anyres",
+            "image_grid_pinpoints": PINPOINTS, "mm_patch_merge_type": "spatial_unpad",
+            "unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 2e-6}}
+
+
+def W_of(kind):
+    """v1's linear projector, or the two layers of 1.5 and 1.6, wide enough to matter."""
+    torch.manual_seed(5)
+    W = nn.Linear(32, 48)
+    if kind != "v1":
+        W = nn.Sequential(W, nn.GELU(), nn.Linear(48, 48))
+    for p in W.parameters():
+        nn.init.normal_(p, std=0.4)
+    return W
+
+
+def save_files(state, folder, stem="pytorch_model", end="bin", files=1):
+    """A state in `files` files, stem-00001-of-0000n.end, or in one."""
+    names = sorted(state)
+    write = save_file if end == "safetensors" else torch.save
+    for i in range(files):
+        name = f"{stem}.{end}" if files == 1 else f"{stem}-{i + 1:05}-of-{files:05}.{end}"
+        write({k: state[k].detach().clone() for k in names[i::files]}, folder / name)
+
+
+class Parts:
+    """The parts of a made-up LLaVA, and folders that hold them: CLIP, and the original's layout."""
+
+    def __init__(self, folder, kind="1.5", family="llama", rows=259, dtype=torch.float32, files=1,
+                 end="bin", added=(), tied=False):
+        self.folder, self.clip_dir, self.dir = folder, folder / "clip", folder / "original"
+        self.llm = tiny_llm(family, tied, vocab_size=rows)
+        self.clip, self.W, self.newline = tiny_clip(), W_of(kind), torch.linspace(-2, 2, 48)
+        self.clip.save_pretrained(self.clip_dir)
+        self.dir.mkdir()
+        self.state = {**self.llm.state_dict(), **self.projector("model.mm_projector.")}
+        if tied:
+            del self.state["lm_head.weight"]
+        if kind == "1.6":                                # its own CLIP, which was trained, too
+            self.clip = tiny_clip(seed=7)
+            prefix = "model.vision_tower.vision_tower.vision_model."
+            self.state |= {prefix + k: v for k, v in self.clip.state_dict().items()}
+            self.state["model.image_newline"] = self.newline
+        self.state = {k: v.to(dtype) for k, v in self.state.items()}
+        stem = "model" if end == "safetensors" else "pytorch_model"
+        save_files(self.state | INV_FREQ, self.dir, stem, end, files)
+        config = json.loads(self.llm.config.to_json_string(use_diff=False))
+        del config["rope_parameters"], config["dtype"]
+        self.config = config | {
+            "model_type": MODEL_TYPE[family], "architectures": ["LlavaLlamaForCausalLM"],
+            "torch_dtype": str(dtype)[6:], "rope_theta": 5e4, "rope_scaling": None,
+            "mm_vision_tower": str(self.clip_dir), "mm_hidden_size": 32,
+            "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+            "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+            "max_length": 4096, **BY_KIND[kind]}
+        self.configure()
+        text_tokenizer(*added).save_pretrained(self.dir)
+        self.llm.model.config.rope_parameters["rope_theta"] = 5e4
+        self.llm.model.rotary_emb = type(self.llm.model.rotary_emb)(self.llm.config)
+
+    def projector(self, prefix):
+        return {prefix + name: value.detach() for name, value in self.W.state_dict().items()}
+
+    def configure(self, **more):
+        (self.dir / "config.json").write_text(json.dumps(self.config | more))
+
+    def base(self):
+        """The language model's own folder, as --llm takes it."""
+        self.llm.save_pretrained(self.folder / "llm")
+        text_tokenizer().save_pretrained(self.folder / "llm")
+        return self.folder / "llm"
+
+    def stage1(self, prefix="model.mm_projector."):
+        """What the original's stage 1 leaves."""
+        folder = self.folder / "stage1"
+        folder.mkdir()
+        torch.save(self.projector(prefix), folder / "mm_projector.bin")
+        return folder
+
+    def H_v(self, X_v):
+        return self.W(self.clip(X_v, output_hidden_states=True).hidden_states[-2][:, 1:])
+
+    def logits(self, ids, H_v):
+        """Of the language model with H_v (n, D) from position 5 on."""
+        H = self.llm.get_input_embeddings()(ids.clamp(max=2**8)).clone()
+        H[0, 5:5 + len(H_v)] = H_v
+        return self.llm(inputs_embeds=H).logits[0]
+
+
+def converted(out, *argv):
+    convert.main([*map(str, argv), "--out", str(out)])
+    return out
+
+
+def picture_and_ids(n, squares=1):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (1, n + 30), generator=generator)
+    ids[0, 5:5 + n] = 259
+    return torch.randn(squares, 3, 28, 28, generator=generator), ids
+
+
+@torch.no_grad()
+def assert_computes(out, want, ids, X_v, size=None):
+    """Both this project and transformers compute `want` (T, V) from the folder."""
+    ours = LLaVA.from_pretrained(out)
+    index = view_from(ours.meta, ours.g.config).index(*(size or (28, 28)))
+    got = ours.f_phi(inputs_embeds=ours.splice(ids, X_v, index)).logits[0, :, :259]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    theirs, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), f"transformers finds another model in the folder: {info}"
+    more = {"image_sizes": torch.tensor([size[::-1]])} if size else {}
+    pixels = X_v[None] if size else X_v
+    got = theirs.eval()(input_ids=ids, pixel_values=pixels, **more).logits[0, :, :259]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    return ours
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys(), f"keys that only one has: {sorted(a.keys() ^ b.keys())[:5]}"
+    for name, value in a.items():
+        same = value.dtype == b[name].dtype and torch.equal(value, b[name])
+        assert same, f"{name} is not bit-equal"
+
+
+def state_of(folder):
+    state = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    return state
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def meta_of(folder):
+    return config_of(folder)["minllava"]
+
+
+def assert_refused(out, argv, *words):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        converted(out, *argv)
+    message = str(error.value)
+    for word in words:
+        assert str(word) in message, f"the message should name {word}: {message[:600]}"
+    assert len(message) < 1000 and "\n" not in message, f"not one line: {message}"
+    assert not out.exists(), "something was written before the folder was understood"
+
+
+# -----------------------------------------------------------------------------
+# Whole models
+
+
+@pytest.mark.parametrize("kind, family, tied, end, files", [
+    ("v1", "llama", False, "bin", 1), ("v1", "llama", False, "safetensors", 3),
+    ("1.5", "llama", False, "bin", 2), ("1.5", "mistral", False, "safetensors", 1),
+    ("1.5", "qwen2", True, "bin", 1)])
+def test_v1_and_1_5_compute_what_their_parts_compute(tmp_path, kind, family, tied, end, files):
+    """Names, W with bias, hidden_states[-2] without CLS, from any kind of file (Diss. Sec. 4.3)."""
+    parts = Parts(tmp_path, kind, family, tied=tied, end=end, files=files)
+    out = converted(tmp_path / "out", "--model", parts.dir)
+    X_v, ids = picture_and_ids(4)
+    with torch.no_grad():
+        want = parts.logits(ids, parts.H_v(X_v)[0])
+    model = assert_computes(out, want, ids, X_v)
+    template = "mistral_instruct" if family == "mistral" else "vicuna_v1"
+    aspect = "crop" if kind == "v1" else "pad"
+    assert (meta_of(out)["aspect"], meta_of(out)["template"]) == (aspect, template)
+    assert model.tokenizer.chat_template == chat_template(TEMPLATES[template])
+    assert model.eos_ids == {2} and model.meta["stage"] == 2
+
+
+@pytest.mark.parametrize("pinpoints", [PINPOINTS, str(PINPOINTS)], ids=["list", "text"])
+def test_1_6_computes_what_its_parts_compute(tmp_path, pinpoints):
+    """Diss. Sec. 4.7: its own CLIP, not --vision's; the global picture, then rows and newlines."""
+    parts = Parts(tmp_path, "1.6", end="safetensors", files=2)
+    parts.configure(image_grid_pinpoints=pinpoints)
+    out = converted(tmp_path / "out", "--model", parts.dir)
+    X_v, ids = picture_and_ids(24, squares=5)
+    with torch.no_grad():
+        H_v = parts.H_v(X_v)                             # (5, 4, D)
+        tokens = list(H_v[0])
+        for y in range(4):
+            tokens += [H_v[1 + 2 * (y // 2) + x // 2][2 * (y % 2) + x % 2] for x in range(4)]
+            tokens.append(parts.newline)
+        want = parts.logits(ids, torch.stack(tokens))
+    assert_computes(out, want, ids, X_v, size=(56, 56))
+    assert meta_of(out)["aspect"] == "anyres"
+    assert meta_of(out)["tiling"]["pinpoints"] == PINPOINTS
+    assert config_of(out)["image_grid_pinpoints"] == [[h, w] for w, h in PINPOINTS]
+
+
+def test_new_rows_are_the_mean_of_the_old_and_spare_rows_are_used_first(tmp_path):
+    """As in LLaVA.from_parts: a vocabulary of 32,000 grows to 32,064; one with rows left stays."""
+    for rows, grown in ((259, 320), (290, 290)):
+        (tmp_path / str(rows)).mkdir()
+        parts = Parts(tmp_path / str(rows), rows=rows)
+        state = state_of(converted(tmp_path / str(rows) / "out", "--model", parts.dir))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            new, old = state[f"language_model.{name}"], parts.state[name]
+            assert new.shape == (grown, 48) and torch.equal(new[:rows], old)
+            torch.testing.assert_close(new[rows:], old.mean(0).expand(grown - rows, 48))
+
+
+@pytest.mark.parametrize("added, template", [
+    ((), "vicuna_v1"), (("[PAD]", "<im_patch>"), "llava_v0"),
+    (("<|im_start|>", "<|im_end|>"), "chatml_direct")])
+def test_the_template_is_read_from_the_contents_not_the_name(tmp_path, added, template):
+    """The released code looks for "v1", "mistral" or "34b" in the path."""
+    name = Parts(tmp_path, added=added).dir.rename(tmp_path / "llava-v1.6-34b-llama-2")
+    out = converted(tmp_path / "out", "--model", name)
+    assert meta_of(out)["template"] == meta_of(out)["chat"] == template
+    asked = converted(tmp_path / "asked", "--model", name, "--template", "llava_v0")
+    assert meta_of(asked)["template"] == "llava_v0"
+    if not added:
+        argv = ["--model", name, "--template", "chatml_direct"]
+        assert_refused(tmp_path / "unfit", argv, "<|im_start|>")
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_a_sentencepiece_vocabulary_retains_its_blanks(tmp_path, model_type):
+    """Beside a config.json that says "llava", transformers 5 would drop them."""
+    parts = Parts(tmp_path, rows=384)
+    (tmp_path / "vicuna").mkdir()
+    _, vicuna, pieces = vicuna_folder(tmp_path / "vicuna", False)
+    for path in parts.dir.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(tmp_path / "out", ["--model", parts.dir], parts.dir, "tokenizer_config.json")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "vicuna" / name, parts.dir)
+    parts.configure(model_type=model_type)
+    tokenizer = AutoTokenizer.from_pretrained(converted(tmp_path / "out", "--model", parts.dir))
+    for text in ("What is this?", "\nWhat is", "a  b", "ASSISTANT: 3"):
+        assert tokenizer(text)["input_ids"] == [1] + pieces.encode(text), f"{text!r}"
+    assert tokenizer.convert_tokens_to_ids(IMAGE) == 384
+
+
+# -----------------------------------------------------------------------------
+# Round trips
+
+
+@pytest.mark.parametrize("kind, rows, tied", [
+    ("v1", 259, False), ("1.5", 259, False), ("1.5", 290, True), ("1.6", 259, False)])
+def test_there_and_back_is_bit_equal(tmp_path, kind, rows, tied):
+    """Original -> ours -> original, and ours -> original -> ours: names, formats, bits, settings."""
+    family = "qwen2" if tied else "llama"
+    parts = Parts(tmp_path, kind, family, rows, torch.float16, files=2, tied=tied)
+    (parts.dir / "tokenizer.model").write_text("what the original's code reads")
+    out = converted(tmp_path / "out", "--model", parts.dir)
+    back = converted(tmp_path / "back", "--model", out, "--to_original")
+    assert_equal_states(state_of(back), parts.state)
+    assert (back / "tokenizer.model").is_file()
+    was, now = parts.config, config_of(back)
+    differ = {k for k in was if k not in now or was[k] != now[k]}
+    # "llava" is HF's by now, the architecture follows, and training's own settings go
+    expected = {"mm_vision_tower_lr", "max_length", "model_type", "architectures"}
+    assert differ <= expected, {k: (was[k], now.get(k)) for k in differ - expected}
+    assert now["model_type"] == MODEL_TYPE[family]
+    again = converted(tmp_path / "again", "--model", back)
+    assert_equal_states(state_of(again), state_of(out))
+    configs = [config_of(out), config_of(again)]
+    for config in configs:
+        del config["minllava"]["init"], config["minllava"]["llm"]
+    assert configs[0] == configs[1]
+
+
+def test_a_model_of_ours_goes_to_the_original_and_back(tmp_path):
+    """Linear W; CLIP is left out because it is as it was; template and stage remain."""
+    parts = Parts(tmp_path, "v1")
+    model = LLaVA.from_parts(str(parts.clip_dir), str(parts.base()))
+    ours = {"template": "plain", "chat": "llava_v0", "stage": 1, "recipe": "llava-7b"}
+    model.meta |= ours
+    model.save_pretrained(tmp_path / "ours")
+    back = converted(tmp_path / "back", "--model", tmp_path / "ours", "--to_original")
+    assert state_of(back).keys() == parts.state.keys()
+    assert torch.equal(state_of(back)["model.mm_projector.weight"], model.W.weight)
+    assert len(state_of(back)["lm_head.weight"]) == 259 == config_of(back)["vocab_size"]
+    again = converted(tmp_path / "again", "--model", back)
+    assert_equal_states(state_of(again), state_of(tmp_path / "ours"))
+    assert meta_of(again) | ours == meta_of(again)
+
+
+@pytest.mark.parametrize("kind", ["1.5", "1.6"])
+def test_a_llava_hf_folder_goes_to_the_original(tmp_path, kind):
+    """New names, 64 spare rows, and no word of ours: --vision and --llm say the rest."""
+    parts = Parts(tmp_path, kind)
+    out = converted(tmp_path / "out", "--model", parts.dir)
+    config = config_of(out)
+    del config["minllava"]
+    (out / "config.json").write_text(json.dumps(config))
+    for path in out.glob("*processor_config.json"):      # llava-hf's own 1.5 does not pad
+        path.unlink()
+    new = {}
+    for name, value in state_of(out).items():
+        for old, to in (("language_model.model.", "model.language_model."),
+                        ("language_model.lm_head", "lm_head"), ("multi_", "model.multi_"),
+                        ("vision_tower.vision_model.", "model.vision_tower."),
+                        ("image_newline", "model.image_newline")):
+            name = name.replace(old, to)
+        new[name] = value
+    save_file(new, out / "model.safetensors", {"format": "pt"})
+    argv = ["--model", out, "--to_original"]
+    assert_refused(tmp_path / "back", argv, "--vision", "--llm")
+    argv += ["--vision", parts.clip_dir, "--llm", parts.base()]
+    state = state_of(back := converted(tmp_path / "back", *argv))
+    if kind == "1.5":                                    # nobody says whose CLIP it is: it stays
+        tower = [name for name in state if name.startswith("model.vision_tower.")]
+        assert len(tower) == len(parts.clip.state_dict())
+        state = {name: value for name, value in state.items() if name not in tower}
+    assert_equal_states(state, parts.state)
+    assert config_of(back)["image_aspect_ratio"] == {"1.5": "pad", "1.6": "anyres"}[kind]
+    assert config_of(back)["unfreeze_mm_vision_tower"]
+
+
+@pytest.mark.parametrize("rule", ["original", "hf", "theirs"])
+def test_canvases_that_are_not_symmetric_retain_their_sides(tmp_path, rule):
+    """The original reads (width, height), transformers (height, width): wide stays wide."""
+    parts = Parts(tmp_path, "1.6")
+    parts.configure(image_grid_pinpoints=[[28, 84], [56, 28]])
+    out = converted(tmp_path / "out", "--model", parts.dir)
+    config = config_of(out)
+    if rule == "theirs":                                 # llava-hf's own folder, without our word
+        del config["minllava"]
+    elif rule == "hf":
+        config["minllava"]["aspect"] = "anyres_hf"
+        config["minllava"]["tiling"] |= {"rule": "hf", "pinpoints": [[84, 28], [28, 56]]}
+    (out / "config.json").write_text(json.dumps(config))
+
+    def canvases(folder):
+        config, meta = load_settings(folder)
+        tiling = view_from(meta, config.vision_config).tiling
+        sizes = [(10, 40), (90, 30), (30, 90), (200, 20), (64, 64)]
+        return [tiling.plan(*size).canvas for size in sizes]
+    ours = canvases(out)
+    assert set(ours) == {(28, 84), (56, 28)}
+    back = converted(tmp_path / "back", "--model", out, "--to_original",
+                     "--vision", parts.clip_dir, "--llm", parts.base())
+    assert config_of(back)["image_grid_pinpoints"] == [[28, 84], [56, 28]]
+    again = converted(tmp_path / "again", "--model", back)
+    assert canvases(again) == ours
+    assert rule == "theirs" or meta_of(again)["tiling"] == config["minllava"]["tiling"]
+
+
+# -----------------------------------------------------------------------------
+# Parts of a model: adapters, projectors, deltas
+
+
+def lora_folder(parts, r=4, alpha=8, end="bin", **more):
+    """What the original's training with LoRA leaves; the adapter as {layer: (A, B)}."""
+    generator, adapter, state = torch.Generator().manual_seed(1), {}, {}
+    for name, module in parts.llm.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            A = torch.randn(r, module.in_features, generator=generator)
+            B = torch.randn(module.out_features, r, generator=generator)
+            adapter[name] = A, B
+            prefix = f"base_model.model.{name}"
+            state |= {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+    folder = parts.folder / "lora"
+    folder.mkdir()
+    save_files(state, folder, "adapter_model", end)
+    rest = parts.projector("base_model.model.model.mm_projector.")
+    torch.save(rest, folder / "non_lora_trainables.bin")
+    (folder / "config.json").write_text(json.dumps(parts.config))
+    settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none",
+                "modules_to_save": None, "fan_in_fan_out": False} | more
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder, adapter
+
+
+@pytest.mark.parametrize("end, more, scale", [
+    ("bin", {}, 2), ("safetensors", {"use_rslora": True}, 4)])
+def test_a_lora_folder_is_merged_onto_its_base(tmp_path, end, more, scale):
+    """W x + alpha / r B A x: the folder computes what base and adapter compute side by side."""
+    parts = Parts(tmp_path)
+    folder, adapter = lora_folder(parts, end=end, **more)
+    out = converted(tmp_path / "out", "--model", folder, "--llm", parts.base())
+    for name, (A, B) in adapter.items():
+        parts.llm.get_submodule(name).register_forward_hook(
+            lambda _, x, y, A=A, B=B: y + scale * (x[0] @ A.T @ B.T))
+    X_v, ids = picture_and_ids(4)
+    with torch.no_grad():
+        want = parts.logits(ids, parts.H_v(X_v)[0])
+    assert_computes(out, want, ids, X_v)
+    assert (meta_of(out)["llm"], meta_of(out)["init"]) == (str(parts.base()), str(folder))
+
+
+@pytest.mark.parametrize("kind, prefix", [
+    ("v1", "model.mm_projector."), ("1.5", "base_model.model.model.mm_projector.")])
+def test_a_projector_alone_becomes_a_model_with_its_parts(tmp_path, kind, prefix):
+    """The original's stage 1 leaves mm_projector.bin: stage 2 may go on from the converted folder."""
+    parts = Parts(tmp_path, kind)
+    argv = ["--model", parts.stage1(prefix), "--llm", parts.base()]
+    assert_refused(tmp_path / "out", argv, "--vision")   # without config.json nothing names CLIP
+    out = converted(tmp_path / "out", *argv, "--vision", parts.clip_dir)
+    model = LLaVA.from_pretrained(out)
+    assert_equal_states(dict(model.W.state_dict()), dict(parts.W.state_dict()))
+    want = {"stage": 1, "template": "plain", "chat": "vicuna_v1"}
+    assert {key: model.meta[key] for key in want} == want
+
+
+def test_a_v0_delta_is_added_to_its_llama(tmp_path):
+    """delta + LLaMA in fp16; projector and rows of the four added tokens are in the delta itself."""
+    added = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>")
+    parts = Parts(tmp_path, "v1", rows=263, dtype=torch.float16, added=added, files=2)
+    parts.configure(mm_use_im_start_end=True)
+    (llama := tmp_path / "llama").mkdir()
+    base = {k: v.half() for k, v in tiny_llm(seed=3, vocab_size=259).state_dict().items()}
+    save_files(base | INV_FREQ, llama, files=3)
+    out = converted(tmp_path / "out", "--model", parts.dir, "--delta", "--llm", llama)
+    want = dict(parts.state)
+    for name, value in base.items():
+        n = len(value)
+        want[name] = torch.cat([want[name][:n] + value, want[name][n:]])
+    assert (meta_of(out)["template"], meta_of(out)["im_start_end"]) == ("llava_v0", True)
+    back = converted(tmp_path / "back", "--model", out, "--to_original")
+    assert_equal_states(state_of(back), want)
+    assert config_of(back)["mm_use_im_start_end"] is True
+
+
+def peak(argv, log):
+    """Run convert in this process; write the peak of its memory, less that before, in MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    convert.main(argv)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    log.write_text(json.dumps((after - before) / 1024))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["bin", "safetensors"])
+def test_memory_peaks_at_about_one_shard(tmp_path, end):
+    """A laptop converts a 13B model, too. Here six files of 40 MB, in and out."""
+    parts, D = Parts(tmp_path, "v1"), 512
+    state = {"model.embed_tokens.weight": torch.ones(259, D), "lm_head.weight": torch.ones(259, D),
+             "model.norm.weight": torch.ones(D), "model.mm_projector.weight": torch.ones(D, 32),
+             "model.mm_projector.bias": torch.ones(D)}
+    shapes = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D // 2, D), "mlp.up_proj": (2 * D, D),
+              "self_attn.v_proj": (D // 2, D), "self_attn.o_proj": (D, D), "input_layernorm": (D,),
+              "mlp.gate_proj": (2 * D, D), "mlp.down_proj": (D, 2 * D),
+              "post_attention_layernorm": (D,)}
+    for i in range(30):
+        for name, shape in shapes.items():
+            state[f"model.layers.{i}.{name}.weight"] = torch.ones(shape)
+    for old in parts.dir.glob("pytorch_model*"):
+        old.unlink()
+    stem = "model" if end == "safetensors" else "pytorch_model"
+    save_files(state, parts.dir, stem, end, files=6)
+    parts.configure(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=30, head_dim=D // 4)
+    argv = ["--model", str(parts.dir), "--out", str(tmp_path / "out"), "--shard", "40MB"]
+    process = FORKS.Process(target=peak, args=(argv, tmp_path / "log"))
+    process.start()
+    process.join(120)
+    used = json.loads((tmp_path / "log").read_text())
+    size = sum(value.nbytes for value in state.values()) / 2 ** 20
+    assert size > 230 and used < 100, f"{used:.0f} MB: the model of {size:.0f} MB is in memory"
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 6
+    LLaVA.from_pretrained(tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.mm_projector.0.bias"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({UP: None}, ["1 weights are missing", UP]),
+    ({"xmodel.norm.weight": torch.ones(48)}, ["not of this model", "xmodel.norm.weight"]),
+    ({"model.image_newline": torch.ones(48)}, ["not of this model", "model.image_newline"]),
+    ({BIAS: torch.ones(47)}, [f"{BIAS} (47,) instead of (48,)", "--vision"]),
+    ({"epoch": 3}, ["pytorch_model.bin", "other things"])])
+def test_a_weight_too_many_too_few_or_of_another_shape_is_refused(tmp_path, change, words):
+    """The first examples are named as they are in the file, and nothing is written."""
+    parts = Parts(tmp_path)
+    state = {k: v for k, v in (parts.state | change).items() if v is not None}
+    torch.save(state, parts.dir / "pytorch_model.bin")
+    assert_refused(tmp_path / "out", ["--model", parts.dir], parts.dir, *words)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "llava_mpt"}, ["model_type", "llava_mpt", "llava_llama"]),
+    ({"image_aspect_ratio": "keep"}, ["image_aspect_ratio", "keep", "pad"]),
+    ({"mm_vision_select_feature": "cls_patch"}, ["mm_vision_select_feature", "cls_patch"]),
+    ({"image_grid_pinpoints": [[30, 56]]}, ["image_grid_pinpoints", "30", "multiples of 28"]),
+    ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, ["image_grid_pinpoints", "multiples of 28"]),
+    ({"image_grid_pinpoints": None}, ["image_grid_pinpoints", "None"]),
+    ({"mm_patch_merge_type": "flat"}, ["mm_patch_merge_type", "flat", "spatial_unpad"]),
+    ({"mm_vision_tower": "nobody/clip"}, ["--vision", "nobody/clip"]),
+    ({"mm_vision_tower": None}, ["--vision"]), ({"text_config": {}}, ["ours already"])])
+def test_a_setting_that_would_be_another_model_is_refused(tmp_path, change, words):
+    """What this code does not compute is not converted as if it did."""
+    parts = Parts(tmp_path, "1.6")
+    parts.configure(**change)
+    assert_refused(tmp_path / "out", ["--model", parts.dir], *words)
+
+
+def test_parts_without_their_base_are_refused(tmp_path):
+    """An adapter, a projector, a delta: --llm is missing or too much, and what --model is."""
+    parts, out = Parts(tmp_path, "v1"), tmp_path / "out"
+    lora, _ = lora_folder(parts)
+    base = parts.base()
+    for argv, *words in (
+            ([lora], lora, "LoRA adapter without its base", "--llm", "adapter_config.json"),
+            ([parts.stage1()], "projector without its base", "--llm"),
+            ([parts.dir, "--delta"], parts.dir, "delta without its base", "--llm"),
+            ([parts.dir, "--llm", base], "whole model", "--delta"),
+            ([lora, "--llm", base, "--delta"], "LoRA adapter", "--delta"),
+            ([lora, "--llm", parts.dir], "model.mm_projector.bias", "before LLaVA"),
+            ([lora, "--llm", tmp_path], "--llm", "pytorch_model")):
+        assert_refused(out, ["--model", *argv], *words)
+
+
+def test_a_base_of_another_size_is_refused(tmp_path):
+    """The 13B adapter on the 7B base: the widths of both are named."""
+    parts, out = Parts(tmp_path), tmp_path / "out"
+    lora, _ = lora_folder(parts)
+    narrow = tiny_llm(vocab_size=259)
+    config = narrow.config.to_dict() | {"hidden_size": 40, "head_dim": 10}
+    type(narrow)(type(narrow.config)(**config)).save_pretrained(tmp_path / "narrow")
+    narrow = ["--llm", tmp_path / "narrow"]
+    assert_refused(out, ["--model", lora, *narrow], "(48, 4)", "40", "the language model")
+    assert_refused(out, ["--model", parts.dir, "--delta", *narrow], "48", "40", "LLaMA")
+    argv = ["--model", parts.stage1(), *narrow, "--vision", parts.clip_dir]
+    assert_refused(out, argv, f"{BIAS} (48,) instead of (40,)", "--llm")
+
+
+@pytest.mark.parametrize("change", [
+    {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path, change):
+    """A merge that leaves half of an adapter out gives a model that nobody trained."""
+    parts = Parts(tmp_path)
+    folder, _ = lora_folder(parts, **change)
+    argv = ["--model", folder, "--llm", parts.base()]
+    assert_refused(tmp_path / "out", argv, *change, "plain LoRA")
+
+
+def test_folders_that_are_no_llava_are_refused(tmp_path):
+    """Empty, a language model, a CLIP, no folder, two downloads in one, one that broke off."""
+    parts, out = Parts(tmp_path, "v1"), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    clip = ["--vision", parts.clip_dir]
+    for argv, *words in (
+            ([tmp_path / "empty"], tmp_path / "empty", "no LLaVA folder"),
+            ([tmp_path / "nowhere"], "--model", tmp_path / "nowhere"),
+            ([parts.base(), *clip], "missing", "model.mm_projector.bias"),
+            ([parts.clip_dir, *clip], "model_type", "clip"),
+            ([parts.dir, "--to_original"], "llava-hf")):
+        assert_refused(out, ["--model", *argv], *words)
+    ours = converted(tmp_path / "ours", "--model", parts.dir)
+    assert_refused(out, ["--model", ours, *clip], "ours already")
+    second = parts.dir / "pytorch_model-00003-of-00003.bin"
+    torch.save({"model.norm.weight": torch.ones(48)}, second)
+    assert_refused(out, ["--model", parts.dir], "another file", "model.norm.weight")
+    second.unlink()
+    os.truncate(parts.dir / "pytorch_model.bin", 9000)
+    assert_refused(out, ["--model", parts.dir], "pytorch_model.bin", "not a whole file")
+
+
+def test_the_way_back_is_as_strict(tmp_path):
+    """A second layer that is none, a key too many, a tokenizer of another model."""
+    parts, back = Parts(tmp_path, "v1"), tmp_path / "back"
+    ours = converted(tmp_path / "ours", "--model", parts.dir)
+    argv = ["--model", ours, "--to_original"]
+    other = text_tokenizer("[PAD]")
+    words = other.backend_tokenizer.to_str().replace('"!"', '"\\u2603"')
+    other._tokenizer = Tokenizer.from_str(words)
+    other.save_pretrained(tmp_path / "other")
+    assert_refused(back, [*argv, "--llm", tmp_path / "other"], "--llm", "tokenizer is not that of")
+    state = state_of(ours)
+    for name, word in (("multi_modal_projector.linear_2.bias", "linear_2 is not the identity"),
+                       ("model.image_newline", "not of this model")):
+        change = {name: torch.ones(48)}
+        save_file(state | change, ours / "model.safetensors", {"format": "pt"})
+        assert_refused(back, argv, ours, word)
+
+
+def test_the_command_line_says_one_line_and_overwrites_nothing(tmp_path):
+    """An output folder that exists is not touched; an error is one line and an exit code."""
+    (out := tmp_path / "out").mkdir()
+    argv = ["--model", Parts(tmp_path, "v1").dir, "--out", out]
+    code, text = run_script(tmp_path, "extras.convert", *argv)
+    assert code == 1
+    assert text.strip().splitlines()[-1] == f"error: --out {out} exists; name a new folder"
+    assert os.listdir(out) == []

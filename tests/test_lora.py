@@ -1,0 +1,395 @@
+"""Low-rank adapters: the arithmetic by hand, what trains, merging, folders; PEFT is the oracle."""
+import copy
+import json
+import re
+
+import pytest
+import torch
+from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+
+from model import LLaVA
+from parts.checkpoints import base_of, load_adapter, save, save_adapter
+from parts.lora import LoRA, adapters, add_adapters, dropout_on, merge_adapters, merged_state
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])   # qwen2: with biases
+LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def batch(rows=3, T=24):
+    """Rows with one picture each; the second half of a row is scored."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (rows, T), generator=generator)
+    ids[:, 2:6] = 259
+    labels = ids.clone()
+    labels[:, :T // 2] = -100
+    X_v = torch.randn(rows, 3, 28, 28, generator=generator)
+    return {"input_ids": ids, "labels": labels, "X_v": X_v, "visual_index": torch.arange(4 * rows)}
+
+
+def logits(model):
+    return answer_logits(model, **batch())[0]
+
+
+def theta_of(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def with_adapters(model, rank=4, alpha=8, dropout=0.0, trained=False):
+    """As train.py would have it; `trained`: A, B and W are no longer as at the start."""
+    model.set_stage(2)
+    torch.manual_seed(2)
+    add_adapters(model.f_phi, rank, alpha, dropout)
+    if trained:
+        for p in theta_of(model).values():
+            p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+def copied(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def one_layer(rank=3, alpha=6, dropout=0.0, D_in=7, D_out=5):
+    torch.manual_seed(0)
+    layer = LoRA(torch.nn.Linear(D_in, D_out), rank, alpha, dropout).eval()
+    torch.nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def saved_adapter(folder, family="llama", **settings):
+    """(a model with trained adapters, the folder of its base, that of its adapter)"""
+    model = tiny_llava(family)
+    model.save_pretrained(folder / "base")
+    with_adapters(model, trained=True, **settings)
+    save_adapter(model, folder / "adapter", str(folder / "base"))
+    return model, folder / "base", folder / "adapter"
+
+
+def assert_refused(caught, *words):
+    message = str(caught.value)
+    assert all(word in message for word in words), f"the message should name {words}: {message}"
+    assert "\n" not in message and len(message) < 900, f"not one line: {message}"
+
+
+# -----------------------------------------------------------------------------
+# The layer
+
+
+def test_an_adapter_adds_alpha_over_r_B_A_x():
+    """LoRA, h = W_0 x + (alpha / r) B A x, number by number."""
+    layer = one_layer()
+    x = torch.randn(7)
+    W_0, bias, A, B = (p.tolist() for p in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
+    low = [sum(a * v for a, v in zip(row, x.tolist(), strict=True)) for row in A]
+    for j, got in enumerate(layer(x).tolist()):
+        want = bias[j] + sum(w * v for w, v in zip(W_0[j], x.tolist(), strict=True))
+        want += 6 / 3 * sum(b * v for b, v in zip(B[j], low, strict=True))
+        assert abs(got - want) < 1e-5, f"output {j} is {got}, by hand {want}"
+
+
+def test_A_starts_uniform_and_B_zero():
+    """As in the released runs: A kaiming-uniform with a = sqrt(5), so within 1 / sqrt(in)."""
+    torch.manual_seed(0)
+    layer = LoRA(torch.nn.Linear(400, 30), 64, 128, 0.0)
+    A, bound = layer.lora_A.detach(), 400 ** -0.5
+    assert not layer.lora_B.any() and 0.99 * bound < A.abs().max() <= bound
+    assert abs(A.std().item() - bound / 3 ** 0.5) < 0.02 * bound, "A is not uniform over its range"
+
+
+def test_dropout_thins_what_A_sees_and_nothing_else():
+    """W_0 sees all of x, and what remains for A is scaled by 1 / (1 - p)."""
+    layer = one_layer(dropout=0.25, D_in=400, rank=1)
+    torch.nn.init.ones_(layer.lora_A)
+    torch.nn.init.ones_(layer.lora_B)
+    x = torch.ones(1000, 400)
+    base = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x) - base, torch.full((1000, 5), 6.0 * 400))
+    update = layer.train()(x) - base     # (1000, 5), one number five times, as B is all ones
+    torch.testing.assert_close(update, update[:, :1].expand(-1, 5), atol=1e-2, rtol=1e-5)
+    low = update[:, 0] / 6               # how many of 400 remained, each as 1 / 0.75
+    assert abs(low.mean().item() - 400) < 2, "training sees other sizes than inference"
+    assert abs((low * 0.75).std().item() - (400 * 0.25 * 0.75) ** 0.5) < 0.6, "not a share of 0.25"
+
+
+# -----------------------------------------------------------------------------
+# What trains
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@FAMILIES
+def test_adapters_change_nothing_at_the_start(family, dtype):
+    """B = 0: step 0 of LoRA is the base, bit for bit."""
+    model = tiny_llava(family).to(dtype)
+    inputs = batch() | {"X_v": batch()["X_v"].to(dtype)}
+    before = answer_logits(model, **inputs)[0]
+    assert torch.equal(before, answer_logits(with_adapters(model), **inputs)[0])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@FAMILIES
+def test_theta_is_W_and_an_adapter_on_each_linear_layer_of_f_phi_but_the_head(family, tied):
+    """The released LoRA runs: every linear layer of the language model, and the full projector."""
+    model = tiny_llava(family, tied).to(torch.bfloat16)
+    names = set(copied(model))
+    theta = theta_of(with_adapters(model))
+    want = {f"f_phi.model.layers.{i}.{x}.lora_{m}" for i in range(2) for x in LINEAR for m in "AB"}
+    assert theta.keys() == want | {"W.weight", "W.bias"}, "theta is not {W, A, B}"
+    assert set(copied(model)) == names | want, "a weight of the base has another name now"
+    assert {theta[name].dtype for name in want} == {torch.float32}, "bf16 loses small steps"
+    assert not any(module.training for module in model.f_phi.modules()), "dropout would be on"
+
+
+@pytest.mark.parametrize("D, inner, layers, count", [
+    (4096, 11008, 32, 319_815_680), (5120, 13824, 40, 500_695_040)], ids=["7B", "13B"])
+def test_the_recipe_on_vicuna_trains_320M_or_501M_parameters(D, inner, layers, count):
+    """r 128: 128 (in + out) for q, k, v, o (D, D), gate and up (D, inner), down (inner, D)."""
+    assert count == layers * 128 * (4 * (D + D) + 3 * (D + inner))
+    config = LlamaConfig(hidden_size=D, intermediate_size=inner, num_hidden_layers=layers,
+                         num_attention_heads=D // 128, vocab_size=32064)
+    with torch.device("meta"):
+        f_phi = LlamaForCausalLM(config)
+    add_adapters(f_phi, rank=128, alpha=256, dropout=0.05)
+    assert sum(p.numel() for p in f_phi.parameters() if p.requires_grad) == count
+
+
+def test_training_moves_theta_and_nothing_else():
+    """Eq. (3)'s gradient reaches A, B and W; base and CLIP stay as they are, bit for bit."""
+    model = with_adapters(tiny_llava(), dropout=0.05)
+    theta, before, losses = theta_of(model), copied(model), []
+    optimizer = torch.optim.AdamW(theta.values(), lr=1e-3, weight_decay=0.0)
+    for step in range(8):
+        optimizer.zero_grad()
+        with dropout_on(model.f_phi, 0, step, 0):
+            loss, n = model(**batch())
+            (loss / n).backward()
+        optimizer.step()
+        losses.append(loss.item() / n)
+    moved = {name for name, p in copied(model).items() if not torch.equal(before[name], p)}
+    assert moved == theta.keys(), f"not as it should be: {moved ^ theta.keys()}"
+    assert losses[-1] < losses[0] - 0.05, f"the loss does not fall: {losses}"
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0, "alpha": 1}, {"rank": 4, "alpha": 0},
+                                      {"rank": 4, "alpha": 8, "dropout": 1.0}])
+def test_settings_that_cannot_train_are_refused(settings):
+    """Rank 0 has nothing to train, alpha 0 no effect, dropout 1 no input."""
+    with pytest.raises(ValueError, match="rank .* alpha .* dropout"):
+        add_adapters(tiny_llm(), **settings)
+
+
+def loss_with(model, *seed):
+    model.zero_grad()
+    with dropout_on(model.f_phi, *seed):
+        loss, _ = model(**batch())
+        loss.backward()                  # recomputes the logits: the masks must be the same
+    return loss.item(), [p.grad.clone() for p in theta_of(model).values()]
+
+
+def test_dropout_is_a_function_of_its_seed_and_off_outside():
+    """A run resumes exactly, for masks depend on (seed, step, rank); outside there is none."""
+    model = with_adapters(tiny_llava(), trained=True, dropout=0.3)
+    plain = with_adapters(tiny_llava(), trained=True)
+    a, a_grads = loss_with(model, 7, 0, 0)
+    other_step, _ = loss_with(model, 7, 1, 0)
+    other_rank, _ = loss_with(model, 7, 0, 1)
+    torch.rand(5)                        # the state of the global generator does not matter
+    b, b_grads = loss_with(model, 7, 0, 0)
+    assert a == b and all(torch.equal(x, y) for x, y in zip(a_grads, b_grads, strict=True))
+    assert len({a, other_step, other_rank}) == 3, "another step or rank gives the same masks"
+    with pytest.raises(RuntimeError), dropout_on(model.f_phi, 0):
+        raise RuntimeError
+    assert torch.equal(logits(model), logits(plain)), "dropout stays on after an error"
+    f_phi, state = tiny_llm(), torch.get_rng_state()
+    with dropout_on(f_phi, 1, 2, 3):
+        assert torch.equal(torch.get_rng_state(), state), "seeded without adapters"
+
+
+# -----------------------------------------------------------------------------
+# Merging
+
+
+def transformers_logits(model):
+    """The logits of the scored tokens, of a LlavaForConditionalGeneration or PEFT around it."""
+    inputs = batch()
+    out = model.eval()(input_ids=inputs["input_ids"], pixel_values=inputs["X_v"],
+                       attention_mask=torch.ones(3, 24))
+    return out.logits[:, :-1][inputs["labels"][:, 1:] != -100]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@FAMILIES
+def test_merged_and_unmerged_logits_agree(family, tied, tmp_path):
+    """W_0 + (alpha / r) B A is a plain checkpoint: for us, its folder, and transformers."""
+    plain = tiny_llava(family, tied)
+    for layer in plain.f_phi.modules():  # a new Qwen2's are zero, so losing them would not show
+        if getattr(layer, "bias", None) is not None:
+            torch.nn.init.normal_(layer.bias, std=0.2)
+    model = with_adapters(copy.deepcopy(plain), trained=True)
+    plain.W.load_state_dict(model.W.state_dict())
+    unmerged = logits(model)
+    assert (unmerged - logits(plain)).abs().max() > 0.5, "the adapters do nothing"
+    state = merged_state(model, model.state_dict())
+    state = {name: value.clone() for name, value in state.items()}
+    save(model, tmp_path)                # the merged model, of one that trains on
+    assert torch.equal(logits(model), unmerged), "merged_state or save changed the model"
+    merge_adapters(model.f_phi)
+    types = [{name: type(m) for name, m in x.named_modules()} for x in (model, plain)]
+    assert types[0] == types[1] and state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    theirs = transformers_logits(AutoModelForImageTextToText.from_pretrained(tmp_path))
+    for got in (logits(model), logits(LLaVA.from_pretrained(tmp_path)), theirs):
+        torch.testing.assert_close(got, unmerged, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merge_in_bf16_rounds_once():
+    """W_0 is bf16, A and B are fp32: the sum is made in fp32, and is the nearest bf16 number."""
+    layer = one_layer(D_in=64, D_out=64)
+    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    update = 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+    want = (layer.weight.double() + update).to(torch.bfloat16)
+    got = layer.merge(layer.weight, layer.lora_A, layer.lora_B)
+    assert got.dtype == torch.bfloat16 and (got != want).float().mean() < 0.001
+
+
+# -----------------------------------------------------------------------------
+# The adapter's folder
+
+
+@FAMILIES
+def test_an_adapter_on_its_base_is_the_model_that_was_saved(family, tmp_path):
+    """Two folders: every bit of A, B and W comes back; the adapter's alone loads merged."""
+    model, base, adapter = saved_adapter(tmp_path, family, dropout=0.05)
+    assert base_of(adapter) == str(base)
+    loaded = LLaVA.from_pretrained(base)
+    load_adapter(loaded, adapter)
+    want, got = copied(model), copied(loaded)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], p) for name, p in want.items())
+    for layer in adapters(loaded).values():
+        assert (layer.alpha, layer.scale, layer.dropout) == (8, 2, 0.05)
+    merged = LLaVA.from_pretrained(adapter)
+    assert not adapters(merged)
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_the_adapter_names_modules_of_transformers_LLaVA(tmp_path):
+    """PEFT's pattern finds f_phi's layers alone, though CLIP's have the same last names."""
+    _, base, adapter = saved_adapter(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    modules = dict(AutoModelForImageTextToText.from_pretrained(base).named_modules())
+    targets = {name for name in modules if re.fullmatch(config["target_modules"], name)}
+    assert len(targets) == 14
+    want = {f"base_model.model.{name}.lora_{x}.weight" for name in targets for x in "AB"}
+    want |= {f"base_model.model.model.multi_modal_projector.linear_{i}.{x}"
+             for i in (1, 2) for x in ("weight", "bias")}
+    assert load_file(adapter / "adapter_model.safetensors").keys() == want
+
+
+def test_an_adapter_without_its_base_or_its_weights_is_refused(tmp_path):
+    """The message says which base it wants, and where to write that it lies elsewhere."""
+    _, base, adapter = saved_adapter(tmp_path)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError) as caught:
+        LLaVA.from_pretrained(adapter)
+    assert_refused(caught, str(adapter), str(base), "base_model_name_or_path", "merged")
+    with pytest.raises(FileNotFoundError) as caught:
+        base_of(tmp_path / "moved")
+    assert_refused(caught, str(tmp_path / "moved"), "adapter_config.json", "--lora_rank")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: no such file"):
+        load_adapter(LLaVA.from_pretrained(tmp_path / "moved"), adapter)
+
+
+def test_an_adapter_on_another_model_is_refused(tmp_path):
+    """A base of other shapes, or with fewer layers: what does not fit is named, and the base."""
+    _, base, adapter = saved_adapter(tmp_path)
+    wider, shallow = tiny_llm(), tiny_llm()
+    wider.model.layers[1].mlp.up_proj = torch.nn.Linear(48, 104, bias=False)
+    shallow.model.layers = shallow.model.layers[:1]
+    for f_phi, key in ((wider, "layers.1.mlp.up_proj.lora_B"), (shallow, "layers.1.mlp")):
+        with pytest.raises(ValueError) as caught:
+            load_adapter(LLaVA(tiny_clip(), f_phi, byte_tokenizer()), adapter)
+        assert_refused(caught, str(adapter), str(base), key)
+
+
+@pytest.mark.parametrize("change", [
+    {"use_rslora": True}, {"alpha_pattern": {"q_proj": 4}}, {"peft_type": "LOHA"},
+    {"modules_to_save": None}])
+def test_an_adapter_of_another_kind_is_refused(change, tmp_path):
+    """PEFT scales such adapters in another way; as plain LoRA they would be another model."""
+    _, base, adapter = saved_adapter(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError) as caught:
+        load_adapter(LLaVA.from_pretrained(base), adapter)
+    assert_refused(caught, "adapter_config.json", *change, str(*change.values()))
+
+
+def test_an_adapter_whose_projector_is_not_W_is_refused(tmp_path):
+    """PEFT would train linear_2 too, and then W is not one linear layer."""
+    _, base, adapter = saved_adapter(tmp_path)
+    state = load_file(adapter / "adapter_model.safetensors")
+    key = next(name for name in state if name.endswith("linear_2.weight"))
+    save_file(state | {key: 2 * state[key]}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="linear_2"):
+        load_adapter(LLaVA.from_pretrained(base), adapter)
+
+
+# -----------------------------------------------------------------------------
+# PEFT, the oracle
+
+
+@FAMILIES
+def test_peft_reads_our_adapter_as_we_do(family, tmp_path):
+    """PeftModel on transformers' LLaVA of the base: the same logits, greedy answers and merge."""
+    peft = pytest.importorskip("peft")
+    model, base, adapter = saved_adapter(tmp_path, family)
+    theirs = AutoModelForImageTextToText.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter)
+    torch.testing.assert_close(transformers_logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    inputs = batch()
+    del inputs["labels"]
+    mask = torch.ones(3, 24, dtype=torch.long)
+    ids = theirs.generate(input_ids=inputs["input_ids"], attention_mask=mask, max_new_tokens=6,
+                          pixel_values=inputs["X_v"], do_sample=False, suppress_tokens=[259])
+    answers = model.generate(**inputs, attention_mask=mask, max_new_tokens=6)
+    assert answers == [model.to_text(row) for row in ids[:, 24:].tolist()]
+    merged = transformers_logits(theirs.merge_and_unload())
+    torch.testing.assert_close(merged, logits(model), atol=1e-5, rtol=1e-5)
+
+
+@FAMILIES
+def test_we_read_and_train_pefts_adapter_as_peft_does(family, tmp_path):
+    """The other direction: PEFT's folder on our model; the same names, logits and gradients."""
+    peft = pytest.importorskip("peft")
+    _, base, adapter = saved_adapter(tmp_path, family)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=settings["target_modules"],
+                             task_type="CAUSAL_LM", modules_to_save=["multi_modal_projector"])
+    theirs = peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(base), config)
+    torch.manual_seed(4)
+    for name, p in theirs.named_parameters():
+        if p.requires_grad and "linear_2" not in name:
+            p.data += 0.05 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "theirs")
+    shapes = [{name: value.shape for name, value in
+               load_file(folder / "adapter_model.safetensors").items()}
+              for folder in (tmp_path / "theirs", adapter)]
+    assert shapes[0] == shapes[1], "our names are not PEFT's"
+    ours = LLaVA.from_pretrained(base)
+    load_adapter(ours, tmp_path / "theirs")
+    want = transformers_logits(theirs)
+    torch.testing.assert_close(logits(ours), want, atol=1e-5, rtol=1e-5)
+    ours(**batch())[0].backward()
+    labels = batch()["labels"][:, 1:]
+    torch.nn.functional.cross_entropy(want, labels[labels != -100], reduction="sum").backward()
+    mine = theta_of(ours)
+    grads = {name.removeprefix("base_model.model.model.language_model.")
+             .removesuffix(".default.weight"): p.grad
+             for name, p in theirs.named_parameters() if "lora_" in name}
+    assert {f"f_phi.model.{name}" for name in grads} == {name for name in mine if "lora_" in name}
+    for name, grad in grads.items():
+        torch.testing.assert_close(mine[f"f_phi.model.{name}"].grad, grad, atol=1e-4, rtol=1e-4)
