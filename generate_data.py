@@ -168,7 +168,7 @@ def tidy(part):
 def parse(kind, text):
     """What a teacher wrote -> [(question, answer), ...]; a description's question is None.
 
-    The form asked for is "Question:\\n...\\n===\\nAnswer:\\n...". Models also return markdown, "Q:", ...
+    The form asked for is "Question:\\n...\\n===\\nAnswer:\\n..."; "Q:" and markdown are read, too.
     """
     _, *pieces = LABEL.split(text)                  # what stands before the first label is chatter
     labels = [label[0].lower() for label in pieces[::2]]

@@ -155,7 +155,7 @@ def resolve(argv):
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
 
     if stage == 2 and config.init is None:
-        raise ValueError("stage 2 starts from stage 1: --init out/stage1, or none for a new W")
+        raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
     if config.lora_rank and (config.init == "none" or config.lr_g):
         raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
                          "belong to: --init out/stage1, and no --lr_g")

@@ -1,5 +1,5 @@
 """
-LLaVA-1.5's data: academic visual question answering as conversations (Diss. Sec. 4.2 and 4.3).
+LLaVA-1.5's data: academic visual question answering as conversations (Diss. Sec. 4.3).
 
     python -m extras.academic --questions v2_OpenEnded_mscoco_train2014_questions.json \\
         --annotations v2_mscoco_train2014_annotations.json --out vqav2.json     also OK-VQA
@@ -178,7 +178,7 @@ def box_to_text(box, width, height, aspect="pad"):
 
 
 def ask_region(record, config, place):
-    """A box asked for its phrase, or a phrase for its box (Diss. Sec. 4.2).
+    """A box asked for its phrase, or a phrase for its box (Diss. Sec. 4.3).
 
     OFFICIAL: one of the two, at random; with both in one conversation, the second question's answer
     would stand in the first.

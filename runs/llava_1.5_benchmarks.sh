@@ -22,22 +22,22 @@ ask() {    # ask QUESTIONS PICTURES NAME
 
 if have pope; then
     ask $D/pope/llava_pope_test.jsonl $D/pope/val2014 pope
-    python eval.py score pope --answers $OUT/pope.jsonl --questions $D/pope/llava_pope_test.jsonl --labels $D/pope/coco --json $OUT/pope.json
+    python -m extras.benchmarks score pope --answers $OUT/pope.jsonl --questions $D/pope/llava_pope_test.jsonl --labels $D/pope/coco --json $OUT/pope.json
 fi
 if have MME; then
     ask $D/MME/llava_mme.jsonl $D/MME/MME_Benchmark_release_version mme
-    python eval.py score mme --answers $OUT/mme.jsonl --labels $D/MME/eval_tool/Your_Results --json $OUT/mme.json
+    python -m extras.benchmarks score mme --answers $OUT/mme.jsonl --labels $D/MME/eval_tool/Your_Results --json $OUT/mme.json
 fi
 for name in mmbench_dev_20230712 mmbench_dev_cn_20231003; do
     if have mmbench/$name.tsv; then
-        python eval.py mmbench_data --labels $D/mmbench/$name.tsv --questions $OUT/$name.questions.jsonl --images $D/mmbench/$name
+        python -m extras.benchmarks mmbench_data --labels $D/mmbench/$name.tsv --questions $OUT/$name.questions.jsonl --images $D/mmbench/$name
         ask $OUT/$name.questions.jsonl $D/mmbench/$name $name
-        python eval.py score mmbench --answers $OUT/$name.jsonl --labels $D/mmbench/$name.tsv --json $OUT/$name.json
+        python -m extras.benchmarks score mmbench --answers $OUT/$name.jsonl --labels $D/mmbench/$name.tsv --json $OUT/$name.json
     fi
 done
 if have seed_bench; then
     ask $D/seed_bench/llava-seed-bench.jsonl $D/seed_bench seed_bench
-    python eval.py score seed_bench --answers $OUT/seed_bench.jsonl --labels $D/seed_bench --json $OUT/seed_bench.json
+    python -m extras.benchmarks score seed_bench --answers $OUT/seed_bench.jsonl --labels $D/seed_bench --json $OUT/seed_bench.json
 fi
 if have scienceqa; then
     python eval.py scienceqa_data --labels $D/scienceqa --split test --format letter --questions $OUT/scienceqa.questions.jsonl
@@ -46,17 +46,17 @@ if have scienceqa; then
 fi
 if have textvqa; then
     ask $D/textvqa/llava_textvqa_val_v051_ocr.jsonl $D/textvqa/train_images textvqa
-    python eval.py score textvqa --answers $OUT/textvqa.jsonl --labels $D/textvqa --json $OUT/textvqa.json
+    python -m extras.benchmarks score textvqa --answers $OUT/textvqa.jsonl --labels $D/textvqa --json $OUT/textvqa.json
 fi
 if have gqa; then
     ask $D/gqa/llava_gqa_testdev_balanced.jsonl $D/gqa/images gqa
-    python eval.py score gqa --answers $OUT/gqa.jsonl --labels $D/gqa/testdev_balanced_questions.json --json $OUT/gqa.json
+    python -m extras.benchmarks score gqa --answers $OUT/gqa.jsonl --labels $D/gqa/testdev_balanced_questions.json --json $OUT/gqa.json
 fi
 if have vizwiz; then
     ask $D/vizwiz/llava_test.jsonl $D/vizwiz/test vizwiz
-    python eval.py score vizwiz --answers $OUT/vizwiz.jsonl --questions $D/vizwiz/llava_test.jsonl --upload $OUT/vizwiz_upload.json
+    python -m extras.benchmarks score vizwiz --answers $OUT/vizwiz.jsonl --questions $D/vizwiz/llava_test.jsonl --upload $OUT/vizwiz_upload.json
 fi
 if have vqav2; then
     ask $D/vqav2/llava_vqav2_mscoco_test-dev2015.jsonl $D/vqav2/test2015 vqav2
-    python eval.py score vqav2 --answers $OUT/vqav2.jsonl --questions $D/vqav2/llava_vqav2_mscoco_test2015.jsonl --upload $OUT/vqav2_upload.json
+    python -m extras.benchmarks score vqav2 --answers $OUT/vqav2.jsonl --questions $D/vqav2/llava_vqav2_mscoco_test2015.jsonl --upload $OUT/vqav2_upload.json
 fi

@@ -9,14 +9,14 @@ export OMP_NUM_THREADS=1     # two trainings run side by side
 rm -rf "$OUT"
 
 retrieve() {   # retrieve K: texts near the queries (T2T); CLIP's own image tower would find what it knows already
-    python react.py retrieve --index "$OUT/index" --clip toy_parts/clip --classes "$W/classes.txt" --templates "$W/templates.txt" --keys text --k "$1" --out "$OUT/retrieved_$1"
+    python -m extras.retrieve retrieve --index "$OUT/index" --clip toy/pretrained/clip --classes "$W/classes.txt" --templates "$W/templates.txt" --keys text --k "$1" --out "$OUT/retrieved_$1"
 }
 tune() {       # tune ROW LR K
-    python react.py train --clip toy_parts/clip --retrieved "$OUT/retrieved_$3" --train "$1" --lr "$2" --out "$OUT/$1_$3" --gated_layers 2 --no-augment --global_batch_size 64 --epochs 1000 --max_steps 250 --workers 0 --seed "$SEED" > "$OUT/$1_$3.log"
+    python -m extras.react train --clip toy/pretrained/clip --retrieved "$OUT/retrieved_$3" --train "$1" --lr "$2" --out "$OUT/$1_$3" --gated_layers 2 --no-augment --global_batch_size 64 --epochs 1000 --max_steps 250 --workers 0 --seed "$SEED" > "$OUT/$1_$3.log"
 }
 
-python toy.py react --out "$W" --seed "$SEED"
-python react.py index --clip toy_parts/clip --corpus "$W/corpus.tsv" --images "$W/images" --out "$OUT/index" --workers 0
+python -m toy.world react --out "$W" --seed "$SEED"
+python -m extras.retrieve index --clip toy/pretrained/clip --corpus "$W/corpus.tsv" --images "$W/images" --out "$OUT/index" --workers 0
 for k in 5 20 60; do retrieve "$k"; done
 GATED=3e-3 OWN=3e-4          # the paper's rates, 5e-4 and 5e-5, are as far apart
 tune locked_text_gated_image $GATED 60 & tune locked_text $OWN 60; wait $!
@@ -24,4 +24,4 @@ tune locked_image $OWN 60 & tune full $OWN 60; wait $!
 tune gated_text $GATED 60 & tune gated_both $GATED 60; wait $!
 tune locked_text_gated_image $GATED 5 & tune locked_text $OWN 5; wait $!
 tune locked_text_gated_image $GATED 20 & tune full $OWN 5; wait $!
-python react.py eval --models toy_parts/clip "$OUT"/{locked_image,locked_text,full,gated_text,locked_text_gated_image,gated_both}_60 "$OUT"/{locked_text_gated_image_20,locked_text_gated_image_5,locked_text_5,full_5} --test "$W/test.tsv" --classes "$W/classes.txt" --templates "$W/templates.txt" --pairs "$W/captions.tsv" --images "$W/images" --workers 0 --out "$OUT/results.json"
+python -m extras.react eval --models toy/pretrained/clip "$OUT"/{locked_image,locked_text,full,gated_text,locked_text_gated_image,gated_both}_60 "$OUT"/{locked_text_gated_image_20,locked_text_gated_image_5,locked_text_5,full_5} --test "$W/test.tsv" --classes "$W/classes.txt" --templates "$W/templates.txt" --pairs "$W/captions.tsv" --images "$W/images" --workers 0 --out "$OUT/results.json"

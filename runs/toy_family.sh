@@ -5,10 +5,17 @@ source "$(dirname "$0")/env.sh"
 export SEED=${1:-0} OUT=${2:-out/toy_family} OMP_NUM_THREADS=1
 export W=$OUT/world
 rm -rf "$OUT"
-python toy.py world --out "$W" --seed "$SEED" --pictures 4000 --side 128
+python -m toy.world world --out "$W" --seed "$SEED" --pictures 4000 --side 128
 python generate_data.py expand --pairs "$W/pairs.jsonl" --out "$OUT/stage1.json" --seed "$SEED"
-python generate_data.py instruct --captions "$W/annotations/captions_train.json" --teacher script --out "$OUT/instruct" \
-    --instances "$W/annotations/instances_train.json" --mix conversation=8 detail_description=1 complex_reasoning=2 --seed "$SEED"
+teacher() {  # teacher FOLDER WORLD SEED: the toy's teacher and judge as an endpoint on localhost; sets URL
+    python -m toy.teacher --world "$2" --seed "$3" > "$1/teacher.txt" & TEACHER=$!
+    trap 'kill $TEACHER' EXIT
+    until grep -q http "$1/teacher.txt"; do sleep 0.2; kill -0 $TEACHER; done
+    URL=$(cat "$1/teacher.txt")
+}
+teacher "$OUT" "$W" "$SEED"
+python generate_data.py instruct --captions "$W/annotations/captions_train.json" --base_url "$URL" --out "$OUT/instruct" \
+    --instances "$W/annotations/instances_train.json" --keep_duplicates --mix conversation=8 detail_description=1 complex_reasoning=2 --seed "$SEED"
 stage_1() {
     python train.py --recipe "$1" --stage 1 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/$1-stage1" --seed "$SEED"
 }
@@ -26,4 +33,4 @@ all() {    # all STAGE RECIPE...: two at a time, each with a log
 }
 all 1 toy-1.5 toy
 all 2 toy-next toy-hd toy-1.5 toy
-python toy.py family --out "$OUT" | tee "$OUT/table.txt"
+python -m toy.report family --out "$OUT" | tee "$OUT/table.txt"

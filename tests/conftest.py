@@ -207,10 +207,3 @@ def serve(tmp_path):
 
 def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def pytest_terminal_summary(terminalreporter):           # EDITOR: temporary, removed at the end
-    terminalreporter.write_line("EDITOR'S NOTICE TO ALL BUILDERS: hard deadline 05:38 by `date` today "
-                                "(session ends). Leave files that parse, finish the most important "
-                                "missing file NOW, then send your report. builder H2: another helper "
-                                "(A) was started on eval/benchmarks/judges too; look at mtimes first.")

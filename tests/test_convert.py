@@ -45,20 +45,25 @@ def W_of(kind):
     return W
 
 
-def save_files(state, folder, stem="pytorch_model", end="bin", files=1):
+def save_files(state, folder, end="bin", files=1, stem=None):
     """A state in `files` files, stem-00001-of-0000n.end, or in one."""
     names = sorted(state)
     write = save_file if end == "safetensors" else torch.save
+    stem = stem or {"safetensors": "model", "bin": "pytorch_model"}[end]
     for i in range(files):
         name = f"{stem}.{end}" if files == 1 else f"{stem}-{i + 1:05}-of-{files:05}.{end}"
         write({k: state[k].detach().clone() for k in names[i::files]}, folder / name)
 
 
 class Parts:
-    """The parts of a made-up LLaVA, and folders that hold them: CLIP, and the original's layout."""
+    """The parts of a made-up LLaVA, and folders that hold them: CLIP, and the original's layout.
 
-    def __init__(self, folder, kind="1.5", family="llama", rows=259, dtype=torch.float32, files=1,
-                 end="bin", added=(), tied=False):
+    store   the ending of its weight files, and how many they are
+    """
+
+    def __init__(self, folder, kind="1.5", family="llama", rows=259, dtype=torch.float32,
+                 store=("bin", 1), added=()):
+        tied = family == "qwen2"
         self.folder, self.clip_dir, self.dir = folder, folder / "clip", folder / "original"
         self.llm = tiny_llm(family, tied, vocab_size=rows)
         self.clip, self.W, self.newline = tiny_clip(), W_of(kind), torch.linspace(-2, 2, 48)
@@ -73,8 +78,7 @@ class Parts:
             self.state |= {prefix + k: v for k, v in self.clip.state_dict().items()}
             self.state["model.image_newline"] = self.newline
         self.state = {k: v.to(dtype) for k, v in self.state.items()}
-        stem = "model" if end == "safetensors" else "pytorch_model"
-        save_files(self.state | INV_FREQ, self.dir, stem, end, files)
+        save_files(self.state | INV_FREQ, self.dir, *store)
         config = json.loads(self.llm.config.to_json_string(use_diff=False))
         del config["rope_parameters"], config["dtype"]
         self.config = config | {
@@ -182,13 +186,12 @@ def assert_refused(out, argv, *words):
 # Whole models
 
 
-@pytest.mark.parametrize("kind, family, tied, end, files", [
-    ("v1", "llama", False, "bin", 1), ("v1", "llama", False, "safetensors", 3),
-    ("1.5", "llama", False, "bin", 2), ("1.5", "mistral", False, "safetensors", 1),
-    ("1.5", "qwen2", True, "bin", 1)])
-def test_v1_and_1_5_compute_what_their_parts_compute(tmp_path, kind, family, tied, end, files):
+@pytest.mark.parametrize("kind, family, store", [
+    ("v1", "llama", ("bin", 1)), ("v1", "llama", ("safetensors", 3)), ("1.5", "llama", ("bin", 2)),
+    ("1.5", "mistral", ("safetensors", 1)), ("1.5", "qwen2", ("bin", 1))])
+def test_v1_and_1_5_compute_what_their_parts_compute(tmp_path, kind, family, store):
     """Names, W with bias, hidden_states[-2] without CLS, from any kind of file (Diss. Sec. 4.3)."""
-    parts = Parts(tmp_path, kind, family, tied=tied, end=end, files=files)
+    parts = Parts(tmp_path, kind, family, store=store)
     out = converted(tmp_path / "out", "--model", parts.dir)
     X_v, ids = picture_and_ids(4)
     with torch.no_grad():
@@ -204,7 +207,7 @@ def test_v1_and_1_5_compute_what_their_parts_compute(tmp_path, kind, family, tie
 @pytest.mark.parametrize("pinpoints", [PINPOINTS, str(PINPOINTS)], ids=["list", "text"])
 def test_1_6_computes_what_its_parts_compute(tmp_path, pinpoints):
     """Diss. Sec. 4.7: its own CLIP, not --vision's; the global picture, then rows and newlines."""
-    parts = Parts(tmp_path, "1.6", end="safetensors", files=2)
+    parts = Parts(tmp_path, "1.6", store=("safetensors", 2))
     parts.configure(image_grid_pinpoints=pinpoints)
     out = converted(tmp_path / "out", "--model", parts.dir)
     X_v, ids = picture_and_ids(24, squares=5)
@@ -270,12 +273,11 @@ def test_a_sentencepiece_vocabulary_retains_its_blanks(tmp_path, model_type):
 # Round trips
 
 
-@pytest.mark.parametrize("kind, rows, tied", [
-    ("v1", 259, False), ("1.5", 259, False), ("1.5", 290, True), ("1.6", 259, False)])
-def test_there_and_back_is_bit_equal(tmp_path, kind, rows, tied):
-    """Original -> ours -> original, and ours -> original -> ours: names, formats, bits, settings."""
-    family = "qwen2" if tied else "llama"
-    parts = Parts(tmp_path, kind, family, rows, torch.float16, files=2, tied=tied)
+@pytest.mark.parametrize("kind, family, rows", [
+    ("v1", "llama", 259), ("1.5", "llama", 259), ("1.5", "qwen2", 290), ("1.6", "llama", 259)])
+def test_there_and_back_is_bit_equal(tmp_path, kind, family, rows):
+    """Original -> ours -> original, and ours -> original -> ours: names, formats, bits."""
+    parts = Parts(tmp_path, kind, family, rows, torch.float16, ("bin", 2))
     (parts.dir / "tokenizer.model").write_text("what the original's code reads")
     out = converted(tmp_path / "out", "--model", parts.dir)
     back = converted(tmp_path / "back", "--model", out, "--to_original")
@@ -388,7 +390,7 @@ def lora_folder(parts, r=4, alpha=8, end="bin", **more):
             state |= {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
     folder = parts.folder / "lora"
     folder.mkdir()
-    save_files(state, folder, "adapter_model", end)
+    save_files(state, folder, end, stem="adapter_model")
     rest = parts.projector("base_model.model.model.mm_projector.")
     torch.save(rest, folder / "non_lora_trainables.bin")
     (folder / "config.json").write_text(json.dumps(parts.config))
@@ -418,7 +420,7 @@ def test_a_lora_folder_is_merged_onto_its_base(tmp_path, end, more, scale):
 @pytest.mark.parametrize("kind, prefix", [
     ("v1", "model.mm_projector."), ("1.5", "base_model.model.model.mm_projector.")])
 def test_a_projector_alone_becomes_a_model_with_its_parts(tmp_path, kind, prefix):
-    """The original's stage 1 leaves mm_projector.bin: stage 2 may go on from the converted folder."""
+    """The original's stage 1 leaves mm_projector.bin; stage 2 may go on from what we make of it."""
     parts = Parts(tmp_path, kind)
     argv = ["--model", parts.stage1(prefix), "--llm", parts.base()]
     assert_refused(tmp_path / "out", argv, "--vision")   # without config.json nothing names CLIP
@@ -430,9 +432,9 @@ def test_a_projector_alone_becomes_a_model_with_its_parts(tmp_path, kind, prefix
 
 
 def test_a_v0_delta_is_added_to_its_llama(tmp_path):
-    """delta + LLaMA in fp16; projector and rows of the four added tokens are in the delta itself."""
+    """delta + LLaMA in fp16; projector and rows of four added tokens are in the delta itself."""
     added = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>")
-    parts = Parts(tmp_path, "v1", rows=263, dtype=torch.float16, added=added, files=2)
+    parts = Parts(tmp_path, "v1", rows=263, dtype=torch.float16, added=added)
     parts.configure(mm_use_im_start_end=True)
     (llama := tmp_path / "llama").mkdir()
     base = {k: v.half() for k, v in tiny_llm(seed=3, vocab_size=259).state_dict().items()}
@@ -464,17 +466,16 @@ def test_memory_peaks_at_about_one_shard(tmp_path, end):
     state = {"model.embed_tokens.weight": torch.ones(259, D), "lm_head.weight": torch.ones(259, D),
              "model.norm.weight": torch.ones(D), "model.mm_projector.weight": torch.ones(D, 32),
              "model.mm_projector.bias": torch.ones(D)}
-    shapes = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D // 2, D), "mlp.up_proj": (2 * D, D),
-              "self_attn.v_proj": (D // 2, D), "self_attn.o_proj": (D, D), "input_layernorm": (D,),
-              "mlp.gate_proj": (2 * D, D), "mlp.down_proj": (D, 2 * D),
+    shapes = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D // 2, D), "input_layernorm": (D,),
+              "self_attn.v_proj": (D // 2, D), "self_attn.o_proj": (D, D),
+              "mlp.gate_proj": (2 * D, D), "mlp.up_proj": (2 * D, D), "mlp.down_proj": (D, 2 * D),
               "post_attention_layernorm": (D,)}
     for i in range(30):
         for name, shape in shapes.items():
             state[f"model.layers.{i}.{name}.weight"] = torch.ones(shape)
     for old in parts.dir.glob("pytorch_model*"):
         old.unlink()
-    stem = "model" if end == "safetensors" else "pytorch_model"
-    save_files(state, parts.dir, stem, end, files=6)
+    save_files(state, parts.dir, end, files=6)
     parts.configure(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=30, head_dim=D // 4)
     argv = ["--model", str(parts.dir), "--out", str(tmp_path / "out"), "--shard", "40MB"]
     process = FORKS.Process(target=peak, args=(argv, tmp_path / "log"))

@@ -44,8 +44,7 @@ DISSERTATION = [
     ("Eq. 2.4; Eq. 2.5; Eq. 2.6", "the loss and its positives", "extras/react.py", "react_loss"),
     ("Fig. 2.3", "gated blocks in a locked tower", "parts/gated.py", "GatedBlock"),
     ("Table 2.6", "which parameters of CLIP train", "extras/react.py", ""),
-    ("Sec. 4.3; Table 4.2", "LLaVA-1.5, step by step", "train.py", ""),
-    ("Sec. 4.4", "1.5-HD and its global picture", "parts/tiles.py", ""),
+    ("Sec. 4.3", "LLaVA-1.5, step by step", "train.py", ""),
     ("Table 4.3; Table 4.4", "the benchmarks", "eval.py", ""),
     ("Sec. 4.5", "less data", "train.py", "Config"),
     ("Sec. 4.7", "LLaVA-NeXT: tiles", "parts/tiles.py", ""),
@@ -222,6 +221,7 @@ def with_values(text):
     """A shell script with 1 for each variable, and with a recipe or a row that there is."""
     text = re.sub(r'--recipe "?\$\{?[\w:.-]+\}?"?', "--recipe toy", text)
     text = re.sub(r'--train "\$1"', "--train full", text)
+    text = re.sub(r'--numbers "\$\{@:2\}"', "", text)
     text = re.sub(FURTHER_FLAGS, "", text)
     return re.sub(r"\$\{.*?\}|\$\w+", "1", text)
 
@@ -237,6 +237,8 @@ def parse(module, argv):
     module = importlib.import_module(module)
     if hasattr(module, "COMMANDS"):
         parse_command(module.COMMANDS, argv)
+    elif hasattr(module, "open_data"):
+        module.check.parse_args(argv)
     elif hasattr(module, "resolve"):
         module.resolve(argv)
     else:

@@ -361,7 +361,7 @@ def shrink(vision, scale):
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Config:
     part: str                            # llm, clip or small_llm
     out: str                             # the part goes to OUT/PART
     seed: int = 0
@@ -371,7 +371,7 @@ class Pretrain:
 
 
 def main(argv=None):
-    config = Pretrain(**typed_flags(Pretrain, argv, __doc__))
+    config = Config(**typed_flags(Config, argv, __doc__))
     torch.manual_seed(config.seed)
     start = time.time()
     out = Path(config.out, config.part)

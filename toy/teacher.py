@@ -319,14 +319,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class Config:
     world: str                           # folder of toy.world
     port: int = 0                        # 0: a free one; the printed address has it
     seed: int = 0                        # of what the teacher says
 
 
 def main(argv=None):
-    config = TeacherConfig(**typed_flags(TeacherConfig, argv, __doc__))
+    config = Config(**typed_flags(Config, argv, __doc__))
     server = ThreadingHTTPServer(("127.0.0.1", config.port), Handler)
     server.daemon_threads = True
     server.script = Script(config.world, config.seed)
