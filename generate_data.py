@@ -8,8 +8,8 @@ Where the data comes from: a text-only teacher writes instruction-following data
     annotations -> Context -> system message, examples, context -> reply -> turns -> record
 
 The teacher never sees a picture: captions and boxes are all that it knows of one (Table 1, top).
-The context, the three types of response, the numbers of their examples and the form of the messages
-are the paper's. The wording under prompts/, the parser and the checks are ours.
+The paper's are the context, the three types of response, how many examples each has and the form of
+the messages; the wording under prompts/, the parser and the checks are ours.
 """
 import random
 import re
@@ -24,8 +24,7 @@ from parts.annotations import box_line, coco_records, read_amounts, read_caption
 from parts.client import Endpoint, Replies, Request
 from parts.files import IMAGE, PROMPTS
 
-TYPES = ("conversation", "detail_description", "complex_reasoning")
-
+TYPES = ("conversation", "detail_description", "complex_reasoning")     # 58K, 23K, 77K
 
 # --------------------------------------------------------------------------------------------------
 # Context: the picture in words, its "symbolic representations" (Sec. 3)
@@ -60,17 +59,15 @@ def read_contexts(captions, instances=None):
     """
     is_coco = instances or b'"annotations"' in Path(captions).read_bytes()
     records = coco_records(captions, instances) if is_coco else files.read_json(captions)
-    contexts = {}
+    contexts = {}                                   # by id, which a reply is found by
     for i, record in enumerate(records):
         try:
             context = from_record(record)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{captions}[{i}]: {type(error).__name__} {error}; needed are id, "
-                             "image, captions (a list of strings), and for boxes instances: "
-                             "[{category, bbox}]") from error
-        if context.id in contexts:
+                             "image, captions (a list), instances: [{category, bbox}]") from error
+        if contexts.setdefault(context.id, context) is not context:
             raise ValueError(f"{captions}[{i}]: the id {context.id} has come before")
-        contexts[context.id] = context
     if not contexts:
         raise ValueError(f"{captions}: no pictures in it")
     return list(contexts.values())
@@ -83,11 +80,11 @@ def read_contexts(captions, instances=None):
 def read_prompts(folder=PROMPTS):
     """{type: (system message, [(context, response), ...])}, from a folder like prompts/.
 
-    Few-shot examples are the files NNN_caps.txt and NNN_conv.txt; the paper has 2, 3 and 3.
+    Few-shot examples are the files NNN_caps.txt and NNN_conv.txt.
     """
     prompts = {}
     for kind in TYPES:
-        shots = []
+        shots = []                                  # the paper has 2, 3 and 3 (Sec. 3)
         for path in sorted(Path(folder, kind).glob("*_caps.txt")):
             response = path.with_name(path.name.replace("_caps", "_conv"))
             shots.append((path.read_text(), response.read_text()))
@@ -103,14 +100,14 @@ def detail_questions(folder=PROMPTS):
 def context_text(kind, context):
     """What the teacher is shown: for a conversation the captions, else captions and boxes."""
     if kind == "conversation" or not context.boxes:
-        return context.captions
+        return context.captions                     # of a COCO picture, five sentences
     return f"{context.captions}\n\n{context.boxes}"
 
 
 def make_request(kind, context, prompts, config):
     """The request for one type of response to one picture."""
     system, shots = prompts[kind]
-    if config.language:
+    if config.language:                             # the examples stay English
         system += (f"\n\nWrite in {config.language}, whatever the language of the sentences. Only "
                    "the words Question and Answer stay.")
     messages = client.chat_messages(system, shots, context_text(kind, context))
@@ -121,7 +118,7 @@ def assign_types(contexts, config):
     """[(type, Context), ...]: which picture gets which type, by --mix or --numbers; seeded."""
     rng = random.Random(config.seed)
     amounts = read_amounts(config.numbers or config.mix, TYPES)
-    pairs, edge = [], 0.0
+    pairs, edge = [], 0.0                           # edge: where a type's share of `order` ends
     order = [] if config.numbers else rng.sample(contexts, len(contexts))
     for kind, n in amounts.items():
         if config.numbers:      # an order for each type: more of one leaves the others as they are
@@ -133,7 +130,7 @@ def assign_types(contexts, config):
             start, edge = edge, edge + n * len(contexts) / sum(amounts.values())
             chosen = order[round(start):round(edge)]
         pairs += [(kind, context) for context in chosen]
-    rng.shuffle(pairs)
+    rng.shuffle(pairs)                              # so that --limit takes some of each type
     return pairs
 
 
@@ -146,8 +143,10 @@ class Reject(Exception):
 
 
 # At the head of a line: "Question:", "**Answer:**", "1. Q:", "### Question 2:"
-LABEL = re.compile(r"^[^\w\n]*(?:\d+\s*[.)]\W*)?(question|answer|q|a)\s*\d*\W{0,3}:", re.I | re.M)
-RULE = re.compile(r"^\s*[=\-*_#]{3,}\s*$", re.M)
+LABEL = re.compile(r"^[^\w\n]*(?:\d+\s*[.)]\W*)?(question|answer|q|a)\s*\d*\W{0,3}[:：]",
+                   re.I | re.M)
+TITLE = re.compile(r"^\W*(detailed )?description\W*:", re.I)     # some put it above theirs
+RULE = re.compile(r"^\s*[=\-*_#]{3,}\s*$", re.M)                 # a line like ===, --- or ***
 SPEAKS_OF = {     # OURS, for English: the paper does not say how bad replies were found
     "speaks of its context": re.compile(
         r"\bcaptions?\b|\bbounding box(es)?\b|\bcoordinates?\b"
@@ -170,20 +169,20 @@ def parse(kind, text):
 
     The form asked for is "Question:\\n...\\n===\\nAnswer:\\n..."; "Q:" and markdown are read, too.
     """
-    _, *pieces = LABEL.split(text)                  # what stands before the first label is chatter
+    _, *pieces = LABEL.split(text)                  # before the first label there is chatter
     labels = [label[0].lower() for label in pieces[::2]]
     parts = [tidy(part) for part in pieces[1::2]]
     if kind == "detail_description":
-        answer = parts[labels.index("a")] if "a" in labels else tidy(text)
+        answer = parts[labels.index("a")] if "a" in labels else tidy(TITLE.sub("", text))
         return [(None, answer)] if answer else []
-    turns, question = [], ""
+    turns, question = [], ""                        # question: one that has no answer yet
     for label, part in zip(labels, parts, strict=True):
         if label == "q":
             question = part
         elif question and part:
             turns.append((question, part))
             question = ""
-    return turns[:1] if kind == "complex_reasoning" else turns
+    return turns[:1] if kind == "complex_reasoning" else turns      # one is asked for
 
 
 def reject_words(words):
@@ -195,20 +194,20 @@ def reject_words(words):
 
 def read_reply(kind, reply):
     """A reply -> [(question, answer), ...]. Raises Reject; a reply that was cut off is one."""
-    finish = reply["choices"][0].get("finish_reason")
+    finish = reply["choices"][0].get("finish_reason")               # "stop", if all is well
     if finish in ("length", "content_filter"):
         raise Reject("cut off at max_tokens" if finish == "length" else "content filter")
     text = client.content_of(reply).strip()
     turns = parse(kind, text)
     reject_words("\n".join(part for turn in turns for part in turn if part) or text)
-    if not turns:
+    if not turns:                                   # and it does not say why
         raise Reject("no question and answer")
     return turns
 
 
 def make_record(context, request, reply, questions, seed):
     """A reply -> a sample in LLaVA's format; a description gets one of `questions`."""
-    rng = random.Random(f"{seed} {request.id}")
+    rng = random.Random(f"{seed} {request.id}")     # its own: no other reply changes this record
     turns = [(question or rng.choice(questions), answer)
              for question, answer in read_reply(request.kind, reply)]
     return {"id": request.id, "image": context.image, "conversations": conversation(turns, rng)}
@@ -219,7 +218,7 @@ def conversation(turns, rng):
 
     OURS: the place is drawn once and written down, as in the released data; train.py redraws it.
     """
-    texts = [text for turn in turns for text in turn]
+    texts = [text for turn in turns for text in turn]       # question, answer, question, ...
     texts[0] = f"{IMAGE}\n{texts[0]}" if rng.random() < 0.5 else f"{texts[0]}\n{IMAGE}"
     return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
 
@@ -234,12 +233,12 @@ class Instruct(Endpoint):
     captions: str              # COCO's captions_*.json, or JSON lines of id, image, captions, ...
     instances: str = None      # COCO's instances_*.json
     model: str = "gpt-4"       # the paper's; any chat model that the endpoint has
-    prompts: str = str(PROMPTS)  # folder of TYPE/system_message.txt, TYPE/NNN_caps.txt, ...
+    prompts: str = str(PROMPTS)     # folder of TYPE/system_message.txt, TYPE/NNN_caps.txt, ...
     language: str = None       # language to write in, by its English name
     mix: list[str] = ("conversation=58", "detail_description=23", "complex_reasoning=77")  # shares
     numbers: list[str] = ()    # TYPE=N: so many pictures, drawn for each type alone (not --mix)
     limit: int = None          # only the first N requests
-    seed: int = 0
+    seed: int = 0              # of pictures and types; of questions and places in the records
     price_in: float = 0        # money for a million tokens of prompt
     price_out: float = 0       # money for a million tokens of answer
     keep_duplicates: bool = False  # equal answers stay: for a teacher that speaks in set phrases
@@ -252,7 +251,7 @@ class Instruct(Endpoint):
             raise ValueError("--numbers and --mix: only one can say how much there is of each type")
 
     def money(self, tokens_in, tokens_out):
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6      # per million
 
 
 def good_records(plan, replies, config, counts, rejected):
@@ -281,11 +280,11 @@ def good_records(plan, replies, config, counts, rejected):
 
 
 def write_outputs(plan, out, config):
-    """instruct.json, rejected.jsonl, metadata.json; returns how many requests have a reply."""
+    """instruct.json, rejected.jsonl and metadata.json, anew from all replies that there are."""
     replies = Replies(out / "raw.jsonl")
     answered = [(context, request) for context, request in plan if request.key in replies]
     if not answered:                                # another run's files stay as they are
-        return 0
+        return
     counts, rejected = Counter(replies=len(answered)), []
     records = good_records(answered, replies, config, counts, rejected)
     files.write_array(out / "instruct.json", records)       # this runs the generator
@@ -296,19 +295,19 @@ def write_outputs(plan, out, config):
     for what, n in sorted(counts.items()):
         print(f"{what:<60}{n:>12,}")
     print(f"wrote {out / 'instruct.json'}")
-    return len(answered)
 
 
 def instruct(config):
     """Captions and boxes -> instruction data in LLaVA's format. It goes on after interruptions."""
-    prompts = read_prompts(config.prompts)
+    prompts = read_prompts(config.prompts)          # what is wrong with files shows before we pay
     contexts = read_contexts(config.captions, config.instances)
     pairs = assign_types(contexts, config)[:config.limit]
+    # a request is a function of these files and flags alone: the same command finds its replies
     plan = [(context, make_request(kind, context, prompts, config)) for kind, context in pairs]
     requests = [request for _, request in plan]
     if config.show:                                 # look before you pay
         return client.print_requests(requests[:config.show])
-    if config.estimate:
+    if config.estimate:                             # or learn what you would pay
         return client.print_estimate(requests, config, config.money)
     with files.lock_folder(config.out) as out:
         try:
@@ -316,10 +315,10 @@ def instruct(config):
         except (ValueError, KeyboardInterrupt):
             write_outputs(plan, out, config)        # what is paid can be used all the same
             raise
-        n = write_outputs(plan, out, config)
+        write_outputs(plan, out, config)
     if failed:                                      # each a (request, reason)
         raise ValueError(f"{len(failed)} of {len(plan)} requests have no reply yet "
-                         f"({failed[0][1]}, ...), {n} have; see {out}; {client.AGAIN}")
+                         f"({failed[0][1]}, ...); {client.AGAIN}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,10 +338,11 @@ def expanded_pairs(config):
     rng = random.Random(config.seed)
     questions = files.brief_instructions()
     for image, caption in read_caption_pairs(config.pairs, config.columns):
-        if not caption or IMAGE in caption or "://" in image:
+        if not caption or IMAGE in caption or "://" in image:       # CC3M's file has addresses
             raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; download the "
                              f"pictures and name the files; a caption has no {IMAGE} in it")
         turns = conversation([(rng.choice(questions), caption)], rng)
+        # the caption as it is, X_c, is the answer: stage 1 only has to align features
         yield {"id": Path(image).stem, "image": image, "conversations": turns}
 
 

@@ -51,6 +51,7 @@ DISSERTATION = [
 ]
 PAPER_TAG = r"(?<!Diss\. )\b(Eq\. \(\d\)|(?:Table|Fig\.) \d+(?!\d|\.\d)|Sec\. \d(?:\.\d)?)"
 DISS_TAG = r"Diss\. ((?:Ch\.|Eq\.|Fig\.|Table|Sec\.) \d+(?:\.\d+)?)"
+TABLE_ROW = r"\n\s*\n|\n(?=\s*\S+ {2,}\S)"     # where a docstring starts anew
 GENERATED = [("README.md", "paper-to-code"), ("README.md", "dissertation-to-code"),
              ("docs/differences.md", "OFFICIAL"), ("docs/differences.md", "OURS"),
              ("docs/course.md", "COURSE")]
@@ -104,41 +105,50 @@ def table_of_homes(homes, prefix=""):
 
 
 def comment_blocks(name):
-    """[row, text] of each paragraph of a docstring, and of each comment with its further lines.
+    """[row, text, code] of each comment with its further lines, and of each docstring paragraph.
 
-    A comment that stands alone has the row behind it, which is what it speaks of.
+    A comment that stands alone speaks of the row behind it; one behind code comes with that code.
     """
     text, blocks, last = read_file(name), [], None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type != tokenize.COMMENT:
             continue
         row, column = token.start
-        alone = not token.line[:column].strip()
+        code = token.line[:column].strip()
         words = token.string.lstrip("#").strip()
-        if alone and last == (row - 1, column):
+        if last == (row - 1, column) and not code:
             begun = blocks.pop()
-            words = f"{begun[1]} {words}"
-            alone = begun[0] == row          # false behind code: that block speaks of its first row
-            blocks.append([row + 1 if alone else begun[0], words])
+            row_of = begun[0] if begun[2] else row + 1
+            blocks.append([row_of, f"{begun[1]} {words}", begun[2]])
         else:
-            blocks.append([row + 1 if alone else row, words])
+            blocks.append([row if code else row + 1, words, code])
         last = (row, column)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node) is not None:
             row = node.body[0].lineno
-            for paragraph in re.split(r"\n\s*\n", node.body[0].value.value):
-                blocks.append([row, " ".join(paragraph.split())])
-                row += paragraph.count("\n") + 2
+            for paragraph in re.split(TABLE_ROW, node.body[0].value.value):
+                sentences = re.sub(r"(?<=\.) [^.]*[^.:)]$", "", " ".join(paragraph.split()))
+                blocks.append([row, sentences, ""])
     return sorted(blocks)
 
 
 def tagged(name):
-    """(kind, place, text) of every OFFICIAL:, OURS: and COURSE: of a file."""
+    """(kind, place, text) of every OFFICIAL:, OURS: and COURSE: of a file.
+
+    What stands before a tag in its sentence, or the code before a comment, is part of the text.
+    """
     place = place_finder(name)
-    for row, text in comment_blocks(name):
-        _, *parts = re.split(r"\b(OFFICIAL|OURS|COURSE): ", text)
+    for row, text, code in comment_blocks(name):
+        before, *parts = re.split(r"\b(OFFICIAL|OURS|COURSE): ", text)
         for kind, says in zip(parts[::2], parts[1::2], strict=True):
-            yield kind, place(row), says.strip(" (;,").replace("|", "\\|")
+            begun = re.split(r"(?<=[.:]) ", before)[-1].strip(" (;,")
+            begun = f"{begun}: " if re.search(r"\w", begun) and begun[-1] not in ".:" else ""
+            snippet = f"`{code}` " if code else ""
+            says = re.split(r"(?<=\.) (?:Raises|Returns) ", says)[0].strip(" (;,")
+            if says.count(")") > says.count("("):
+                says = says.rstrip(")")
+            says = (snippet + begun + says).replace("|", "\\|").replace("<", "&lt;")
+            yield kind, place(row), says
 
 
 def table_of_tags(kind):

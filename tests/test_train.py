@@ -13,8 +13,16 @@ import time
 
 import pytest
 import torch
-from conftest import (ROOT, answer_logits, lines, run_script, save_parts, scripted_llm,
-                      start_script, tiny_llm)
+from conftest import (
+    ROOT,
+    answer_logits,
+    lines,
+    run_script,
+    save_parts,
+    scripted_llm,
+    start_script,
+    tiny_llm,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
@@ -252,7 +260,7 @@ def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)       # torchrun takes its processes with it
         pytest.fail(f"torchrun does not end:\n{process.communicate()[0][-5000:]}")
-    assert process.returncode == code, shown[-5000:]
+    assert process.returncode == code, shown[-9000:]
     return shown
 
 
