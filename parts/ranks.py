@@ -19,7 +19,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import fsdp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -196,8 +195,15 @@ class Machine:
 
     def gathered_state(self, model):
         """The model's state dict on the CPU of rank 0, whole; every rank calls this."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options)
+        state = {}
+        for name, tensor in model.state_dict().items():
+            is_sharded = isinstance(tensor, DTensor)
+            if is_sharded:
+                tensor = tensor.full_tensor()
+            if self.rank == 0:
+                # a gathered tensor may be part of a larger one, which a file would hold as well
+                state[name] = tensor.to("cpu", copy=is_sharded)
+        return state
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""The toy: a world, its teacher and judge as an endpoint, and what is held out of it."""
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import eval as eval_py
+import generate_data
+from extras import llava_bench
+from parts.files import read_lines, record_problem, write_lines
+from toy import teacher, world
+
+
+@pytest.fixture(scope="module")
+def toy_world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "world"
+    world.main(["world", "--out", str(out), "--pictures", "60", "--questions", "120"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def url(toy_world):
+    """The teacher as a process of its own; its address."""
+    command = [sys.executable, "-m", "toy.teacher", "--world", str(toy_world)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    yield process.stdout.readline().strip()
+    process.kill()
+
+
+def test_no_training_picture_shows_or_names_a_held_out_pair(toy_world):
+    """The composition test asks for what no part of the assembled model was trained to see."""
+    scenes = world.read_coco(toy_world / "annotations" / "instances_train.json")
+    seen = {thing.pair for scene in scenes.values() for thing in scene.things}
+    assert not seen & set(world.HELD_OUT) and len(scenes) == 60
+
+
+def test_an_exam_has_as_many_questions_of_each_kind(toy_world):
+    """Balanced kinds: no answer is a safe bet; blind and shuffled ask the same questions."""
+    rows = read_lines(toy_world / "questions_held_out.jsonl")
+    kinds = [row["category"] for row in rows]
+    assert {kinds.count(kind) for kind in kinds} == {120}
+    blind = read_lines(toy_world / "questions_blind.jsonl")
+    shuffled = read_lines(toy_world / "questions_shuffled.jsonl")
+    assert [row["text"] for row in blind] == [row["text"] for row in rows]
+    assert not any("image" in row for row in blind)
+    assert all(a["image"] != b["image"] for a, b in zip(rows, shuffled, strict=True))
+
+
+def test_a_world_is_a_function_of_its_seed(toy_world, tmp_path):
+    """Anybody's toy is the same toy."""
+    world.main(["world", "--out", str(tmp_path), "--pictures", "60", "--questions", "120"])
+    for name in ("pairs.jsonl", "annotations/captions_train.json", "images/000000000007.png"):
+        assert (tmp_path / name).read_bytes() == (toy_world / name).read_bytes(), name
+
+
+def test_what_the_teacher_says_is_true_by_its_own_judge():
+    """A right answer gets 10, a wrong one less: the judge knows all that can rightly be said."""
+    rng = random.Random(0)
+    for _ in range(10):
+        scene = world.sample_scene(rng)
+        for question, answer in teacher.teach("complex_reasoning", scene, rng):
+            words = teacher.review(question, {"A 1": answer, "A 2": "The moon is blue."}, scene)
+            good, bad = map(float, words.split("\n")[0].split())
+            assert good == 10 and bad == 1, words
+
+
+def test_data_bench_and_judge_go_through_the_real_endpoint(toy_world, url, tmp_path, capsys):
+    """The toy's run uses the client that everybody's run uses."""
+    notes = toy_world / "annotations"
+    generate_data.main(["instruct", "--captions", str(notes / "captions_train.json"),
+                        "--instances", str(notes / "instances_train.json"), "--base_url", url,
+                        "--keep_duplicates", "--out", str(tmp_path / "instruct")])
+    records = json.loads((tmp_path / "instruct" / "instruct.json").read_text())
+    assert len(records) == 60 and not any(record_problem(r, "images") for r in records)
+
+    bench = tmp_path / "bench"
+    llava_bench.main(["--bench", "4", "--captions", str(notes / "captions_held_out.json"),
+                      "--instances", str(notes / "instances_held_out.json"), "--base_url", url,
+                      "--out", str(bench)])
+    reference = read_lines(bench / "reference.jsonl")
+    write_lines(tmp_path / "a.jsonl", [row | {"text": "It is a cow."} for row in reference[:-1]]
+                + reference[-1:])
+    eval_py.main(["judge", "--questions", str(bench / "questions.jsonl"),
+                  "--reference", str(bench / "reference.jsonl"), "--base_url", url,
+                  "--answers", str(tmp_path / "a.jsonl"), "--reviews", str(tmp_path / "r.jsonl"),
+                  "--context", str(bench / "context.jsonl")])
+    scores = [row["tuple"] for row in read_lines(tmp_path / "r.jsonl")]
+    assert scores[-1] == [10, 10] and scores[:-1] == [[10, 1]] * 11
+    assert "no language model" in capsys.readouterr().out
