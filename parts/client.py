@@ -113,6 +113,11 @@ def count_tokens(text):
     return len(TOKEN.findall(text))
 
 
+def tokens_of(request):
+    """About how many tokens each message of a request has, with its role."""
+    return [count_tokens(message["content"]) + 4 for message in request.body["messages"]]
+
+
 def print_estimate(asked, endpoint, money):
     """Print requests, tokens, money and hours; answers are taken to be as long as the examples.
 
@@ -120,12 +125,11 @@ def print_estimate(asked, endpoint, money):
     """
     rows = {}
     for request in asked:
-        tokens = [count_tokens(message["content"]) for message in request.body["messages"]]
+        tokens = tokens_of(request)
         answers = tokens[2:-1:2] or [300]                 # of the assistant, behind the system's
         for kind in ("all", request.kind):
             row = rows.setdefault(kind, Counter())
-            row.update(requests=1, prompts=sum(tokens) + 4 * len(tokens),
-                       answers=sum(answers) / len(answers))
+            row.update(requests=1, prompts=sum(tokens), answers=sum(answers) / len(answers))
     for kind, row in rows.items():
         cost = money(row["prompts"], row["answers"])
         print(f"{kind:<20}{row['requests']:>9,} requests, {row['prompts']:>13,} tokens in, "
@@ -298,10 +302,10 @@ class Client:
     def fetch(self, request):
         """Ask until there is a reply, and keep it; else returns the reason of the last failure."""
         endpoint = self.endpoint
-        tokens = count_tokens(json.dumps(request.body["messages"], ensure_ascii=False))
+        tokens = sum(tokens_of(request)) + endpoint.max_tokens      # as servers count
         reason = "stopped"
         for attempt in range(1, endpoint.attempts + 1):
-            self.wait_turn(tokens + endpoint.max_tokens)
+            self.wait_turn(tokens)
             if self.stopping.is_set():
                 break
             try:

@@ -2,9 +2,10 @@
 
     python chat_server.py '{"seconds": 1, "faults": {"429": 0.1, "reset": 0.1}, "log": "asked.jsonl"}'
 
-It prints its port. A good reply comes after `seconds`; each fault comes with its probability. Every request goes to the log,
-with what became of it. The answer quotes the last line of the request, so that a test can tell whose it is; or it is the one
-that `says` has for a text that the request's last message contains.
+It prints its port. A good reply comes after `seconds`; each fault comes with its probability. Every
+request goes to the log, with what became of it. The answer quotes the last line of the request, so
+that a test can tell whose it is; or it is the one that `says` has for a text that the request's
+last message contains.
 """
 import http.server
 import json
@@ -15,10 +16,14 @@ import sys
 import threading
 import time
 
-SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None, "says": {}, "finish": "stop", "seed": 0}
+SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None, "says": {},
+            "finish": "stop", "seed": 0}
 SETTINGS |= json.loads(sys.argv[1])
 FAULTS = SETTINGS["faults"]
-RNG, LOCK = random.Random(SETTINGS["seed"]), threading.Lock()
+TEXTS = {"unparsable": "Certainly! What a nice picture.", "empty": " ",
+         "refuses": "I'm sorry, I cannot help with that."}
+RNG = random.Random(SETTINGS["seed"])
+LOCK = threading.Lock()
 LOG = open(SETTINGS["log"], "a", buffering=1) if SETTINGS["log"] else None
 
 
@@ -27,47 +32,58 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        last = asked["messages"][-1]["content"].splitlines()[-1]
+        last_message = asked["messages"][-1]["content"]
+        last = last_message.splitlines()[-1]
         with LOCK:
-            fault = RNG.choices([*FAULTS, "good"], [*FAULTS.values(), 1 - sum(FAULTS.values())])[0]
+            chances = [*FAULTS.values(), 1 - sum(FAULTS.values())]
+            fault = RNG.choices([*FAULTS, "good"], chances)[0]
             if LOG:
-                LOG.write(json.dumps({"last": last, "fault": fault, "time": time.time(), "body": asked}) + "\n")
-        if SETTINGS["key"] and self.headers.get("Authorization") != f"Bearer {SETTINGS['key']}":
+                row = {"last": last, "fault": fault, "time": time.time(), "body": asked}
+                LOG.write(json.dumps(row) + "\n")
+        sent = self.headers.get("Authorization")
+        if SETTINGS["key"] and sent != f"Bearer {SETTINGS['key']}":
             fault = "401"
-        error = lambda code: json.dumps({"error": {"message": f"{code} it is; you sent {self.headers.get('Authorization')}"}})
         if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            self.close_connection = True
-            return
+            return self.reset()
         if fault == "hang":
             time.sleep(30)
         if fault.isdigit():
-            return self.reply(int(fault), error(fault), {"Retry-After": "1"} if fault == "429" else {})
+            error = json.dumps({"error": {"message": f"{fault} it is; you sent {sent}"}})
+            return self.reply(int(fault), error, {"Retry-After": "1"} if fault == "429" else {})
         time.sleep(SETTINGS["seconds"])
         if fault == "garbage":
             return self.reply(200, "<html>we will be back soon</html>")
         if fault == "shape":
             return self.reply(200, json.dumps({"choices": []}))
-        said = (reply for part, reply in SETTINGS["says"].items() if part in asked["messages"][-1]["content"])
-        text = next(said, SETTINGS["text"]) or f"Question:\nWhat does it say about {last}?\n===\nAnswer:\nIt is about {last}."
-        if fault == "unparsable":
-            text = "Certainly! What a nice picture."
-        if fault == "refuses":
-            text = "I'm sorry, I cannot help with that."
-        if fault == "empty":
-            text = " "
-        reply = json.dumps({"model": asked["model"], "choices": [{"message": {"role": "assistant", "content": text},
-                                                                  "finish_reason": SETTINGS["finish"]}],
-                            "usage": {"prompt_tokens": 1000, "completion_tokens": 100}})
+        text = TEXTS.get(fault) or self.answer(last_message, last)
+        completion = json.dumps({
+            "model": asked["model"],
+            "choices": [{"message": {"role": "assistant", "content": text},
+                         "finish_reason": SETTINGS["finish"]}],
+            "usage": {"prompt_tokens": 1000, "completion_tokens": 100}})
         if fault == "half":
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply[:len(reply) // 2].encode())
-            self.close_connection = True
-            return
-        self.reply(200, reply)
+            return self.half(completion)
+        return self.reply(200, completion)
+
+    def answer(self, last_message, last):
+        for part, text in SETTINGS["says"].items():
+            if part in last_message:
+                return text
+        return SETTINGS["text"] or (f"Question:\nWhat does it say about {last}?\n===\n"
+                                    f"Answer:\nIt is about {last}.")
+
+    def reset(self):
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.connection.close()
+        self.close_connection = True
+
+    def half(self, text):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text[:len(text) // 2].encode())
+        self.close_connection = True
 
     def reply(self, code, text, headers=()):
         self.send_response(code)

@@ -1,13 +1,13 @@
 """Where the data comes from (Sec. 3): contexts, prompts, a client that loses nothing, records."""
 import json
-import random
+import re
 from collections import Counter
 
 import pytest
 from conftest import lines
 
 import generate_data
-from extras import concept_filter, llava_bench
+from extras import llava_bench
 from parts.files import brief_instructions, read_json, read_lines, record_problem, write_lines
 
 SHOP = {"id": "7", "image": "7.jpg", "captions": ["A red bus at a shop.", "A bus  stops."],
@@ -20,6 +20,11 @@ def write_contexts(path, n):
             for i in range(n)]
     write_lines(path, rows)
     return path
+
+
+def reply_of(text, finish="stop"):
+    """A reply as a chat endpoint gives it."""
+    return {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
 
 
 def instruct(tmp_path, contexts, *flags):
@@ -41,7 +46,8 @@ def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path):
     """COCO's own boxes are x, y, width, height in pixels."""
     images = [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}]
     texts = [{"image_id": 7, "caption": text} for text in SHOP["captions"]]
-    boxes = [{"image_id": 7, "category_id": 6, "bbox": [20, 25, 86.008, 75]}]
+    boxes = [{"image_id": 7, "category_id": 6, "bbox": [20, 25, 86.008, 75]},
+             {"image_id": 7, "category_id": 6, "bbox": [10, 50, 20, 0]}]     # COCO has such lines
     names = [{"id": 6, "name": "bus"}]
     (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": texts}))
     (tmp_path / "i.json").write_text(json.dumps(
@@ -67,6 +73,44 @@ def test_the_few_shot_numbers_are_the_papers():
     """Two examples of conversations, three of descriptions, three of reasoning."""
     prompts = generate_data.read_prompts()
     assert [len(shots) for _, shots in prompts.values()] == [2, 3, 3]
+    assert len(generate_data.detail_questions()) == 16 and len(brief_instructions()) == 11
+    for kind, (_, shots) in prompts.items():
+        for shown, response in shots:
+            assert ("\n\n" in shown) == (kind != "conversation"), "boxes where they do not belong"
+            turns = generate_data.read_reply(kind, reply_of(response))    # else none could pass
+            assert len(turns) == (6 if kind == "conversation" else 1)
+
+
+def test_every_picture_gets_one_type_by_mix_and_so_many_by_numbers():
+    """58 : 23 : 77 by default; more of one type by --numbers changes none that is paid for."""
+    contexts = [generate_data.Context(str(i), f"{i}.jpg", "x") for i in range(1580)]
+
+    def assign(**more):
+        config = generate_data.Instruct(out="", captions="", **more)
+        return generate_data.assign_types(contexts, config)
+
+    pairs = assign()
+    assert Counter(kind for kind, _ in pairs) == {
+        "conversation": 580, "detail_description": 230, "complex_reasoning": 770}
+    assert len({context.id for _, context in pairs}) == 1580
+    assert pairs == assign() and pairs != assign(seed=1)
+    few = assign(numbers=["conversation=20", "detail_description=30"])
+    more = assign(numbers=["conversation=90", "detail_description=30"])
+    assert len(few) == 50 and set(few) < set(more), "other pictures for what is paid already"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--numbers conversation=2000", "there are 9 pictures"), ("--mix talk=3", "talk=3: TYPE=N"),
+    ("--numbers conversation=1.5", "whole number"), ("--mix conversation=0", "not 0 for all"),
+    ("--mix conversation=1 conversation=2", "each TYPE once"), ("--limit 0", "--limit 0"),
+    ("--price_in -1", "--price_in -1"), ("--extra [1]", "JSON object"),
+    ("--numbers conversation=1 --mix conversation=1", "--numbers and --mix"),
+    ("--prompts nowhere", "nowhere")])
+def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
+    """Before anything is sent."""
+    contexts = write_contexts(tmp_path / "c.jsonl", 9)
+    with pytest.raises((ValueError, OSError), match=says):
+        instruct(tmp_path, contexts, "--base_url", "http://127.0.0.1:9/v1", *flags.split())
 
 
 @pytest.mark.parametrize("text, turns", [
@@ -78,19 +122,53 @@ def test_the_few_shot_numbers_are_the_papers():
 def test_what_models_write_is_understood(text, turns):
     """The form asked for, markdown, short labels, a last question without its answer."""
     assert generate_data.parse("conversation", text) == turns
+    assert generate_data.parse("complex_reasoning", text) == turns[:1]
+
+
+@pytest.mark.parametrize("text", [" A bus.\n", "**Detailed description:** A bus.\n---",
+                                  "Question:\nWhat?\n===\nAnswer:\nA bus."])
+def test_a_description_is_the_text_itself(text):
+    """Its question comes from our list, whatever heading or question a model writes."""
+    assert generate_data.parse("detail_description", text) == [(None, "A bus.")]
+
+
+@pytest.mark.parametrize("answer, reason", [
+    ("According to the description, a bus.", "speaks of its context"),
+    ("A bus at [0.1, 0.25, 0.5, 1.0].", "speaks of its context"),
+    ("Its bounding box is large.", "speaks of its context"),
+    ("As an AI language model, no.", "refuses"), ("See <image>.", "names the image token"),
+    ("The cardboard boxes stand in a bus, as the text on its side says.", None)])
+def test_a_record_speaks_of_the_picture(answer, reason):
+    """As if the assistant saw it; what betrays the contrary is rejected, nothing else."""
+    reply = reply_of(f"Question:\nWhat?\n===\nAnswer:\n{answer}")
+    if reason is None:
+        assert generate_data.read_reply("conversation", reply) == [("What?", answer)]
+    else:
+        with pytest.raises(generate_data.Reject, match=reason):
+            generate_data.read_reply("conversation", reply)
+
+
+@pytest.mark.parametrize("text, finish, reason", [
+    ("A bus.", "length", "cut off"), ("", "content_filter", "content filter"),
+    ("I'm sorry, I cannot help with that.", "stop", "refuses"),
+    ("Certainly!", "stop", "no question and answer")])
+def test_what_is_no_answer_is_rejected_with_its_reason(text, finish, reason):
+    """A half sentence would teach the model to stop in the middle of one."""
+    with pytest.raises(generate_data.Reject, match=reason):
+        generate_data.read_reply("conversation", reply_of(text, finish))
 
 
 def test_a_run_survives_a_lying_server_and_pays_for_nothing_twice(tmp_path, serve):
     """Every fault is asked again, each good reply becomes one record, a second run asks none."""
-    contexts = write_contexts(tmp_path / "c.jsonl", 40)
-    faults = {"429": 0.05, "500": 0.1, "reset": 0.05, "garbage": 0.05, "empty": 0.05, "half": 0.05}
+    contexts = write_contexts(tmp_path / "c.jsonl", 20)
+    faults = {"500": 0.1, "reset": 0.05, "garbage": 0.05, "empty": 0.05, "half": 0.05}
     url, log = serve(faults=faults)
     flags = ["--base_url", url, "--workers", 8]
     records = instruct(tmp_path, contexts, *flags)
     asked = lines(log)
     good = Counter(row["last"] for row in asked if row["fault"] == "good")
     assert max(good.values()) == 1, "a request that had its reply was paid again"
-    assert {record["image"] for record in records} == {f"p{i}.jpg" for i in range(40)}
+    assert {record["image"] for record in records} == {f"p{i}.jpg" for i in range(20)}
     assert not any(record_problem(record, "images") for record in records)
     before = (tmp_path / "out" / "instruct.json").read_bytes()
     instruct(tmp_path, contexts, *flags)
@@ -121,6 +199,52 @@ def test_what_will_not_pass_stops_the_run_with_the_servers_words(tmp_path, serve
     assert len(lines(log)) <= 2, "the run went on asking"
 
 
+def test_a_changed_filter_costs_nothing(tmp_path, serve, monkeypatch):
+    """instruct.json is made anew from raw.jsonl each time; equal answers stay if they may."""
+    contexts = write_contexts(tmp_path / "c.jsonl", 5)
+    url, log = serve(text="Question:\nWhat?\n===\nAnswer:\nThe caption says so.")
+    assert instruct(tmp_path, contexts, "--base_url", url, "--mix", "conversation=1") == []
+    monkeypatch.setattr(generate_data, "SPEAKS_OF", {})
+    nowhere = ("--base_url", "http://127.0.0.1:9/v1", "--mix", "conversation=1")
+    assert len(instruct(tmp_path, contexts, *nowhere)) == 1, "equal answers are one record"
+    assert len(instruct(tmp_path, contexts, *nowhere, "--keep_duplicates")) == 5
+    assert len(lines(log)) == 5
+    made = (tmp_path / "out" / "instruct.json").read_bytes()
+    with pytest.raises(ValueError, match="5 of 5 requests have no reply yet"):
+        instruct(tmp_path, contexts, *nowhere, "--temperature", 0.5, "--attempts", 1)
+    assert (tmp_path / "out" / "instruct.json").read_bytes() == made, "another run's file is lost"
+
+
+def test_an_interrupted_run_writes_what_is_paid(tmp_path, serve):
+    """Records of all replies so far, then the error."""
+    url, _ = serve(faults={"404": 0.2}, seed=3)
+    with pytest.raises(ValueError, match="HTTP 404"):
+        instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 40), "--base_url", url,
+                 "--mix", "conversation=1")
+    made = list(read_json(tmp_path / "out" / "instruct.json"))
+    assert len(made) == len(lines(tmp_path / "out" / "raw.jsonl")) > 0
+    counts = json.loads((tmp_path / "out" / "metadata.json").read_text())["counts"]
+    assert counts["replies"] == counts["conversation, records"] == len(made)
+
+
+def test_show_and_estimate_send_nothing(tmp_path, capsys):
+    """Look before you pay: whole requests, and their number, tokens, money and hours."""
+    contexts = write_contexts(tmp_path / "c.jsonl", 158)
+    flags = ["instruct", "--captions", str(contexts), "--out", str(tmp_path / "out"),
+             "--base_url", "http://127.0.0.1:9/v1", "--language", "German"]
+    generate_data.main([*flags, "--show", "2"])
+    shown = capsys.readouterr().out
+    assert shown.count("[system]") == 2 and "Write in German" in shown and "number" in shown
+    generate_data.main([*flags, "--estimate", "--price_in", "30", "--price_out", "60",
+                        "--rpm", "1"])
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if line.startswith("all"))
+    n, tokens_in, tokens_out, money = re.findall(r"[\d.]+", row.replace(",", ""))
+    cost = int(tokens_in) * 30 + int(tokens_out) * 60
+    assert n == "158" and float(money) == pytest.approx(cost / 1e6, abs=0.01)
+    assert "2.6 hours" in shown and not (tmp_path / "out").exists()
+
+
 def test_naive_expansion_asks_one_of_the_brief_instructions(tmp_path):
     """Stage 1: Human: X_q X_v, Assistant: X_c; the picture stands first or last."""
     write_lines(tmp_path / "p.jsonl", [{"image": f"{i}.jpg", "caption": f"a dog {i}"}
@@ -147,20 +271,17 @@ def test_a_bench_has_a_question_of_each_type_and_a_reference_answer(tmp_path, se
     assert {q["image"] for q in questions} == {c["image"] for c in context}
 
 
-def test_the_concept_filter_equals_a_slow_loop():
-    """From the rarest frequent phrase up, each adds all its captions, or `most` random ones."""
-    rng = random.Random(0)
-    phrases = [{f"p{int(rng.expovariate(0.3))}" for _ in range(3)} for _ in range(300)]
-    stays, before, after = concept_filter.concept_filter(phrases, most=300, least=4)
-    counts = Counter(phrase for found in phrases for phrase in found)
-    want = [any(counts[phrase] >= 4 for phrase in found) for found in phrases]
-    assert stays.tolist() == want
-    assert sorted(before) == sorted(counts.values())
-    few, _, _ = concept_filter.concept_filter(phrases, most=5, least=4)
-    assert few.sum() < stays.sum()
-
-
-def test_phrases_are_the_words_between_function_words():
-    """OURS: a rough finder that needs no tagger."""
-    found, = concept_filter.light_phrases(["A small dog sits on the wooden bench."])
-    assert found == {"small dog", "wooden bench"}
+def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, capsys):
+    """A candidate must not be scored beside "I'm sorry"; the next picture takes its place."""
+    url, _ = serve(faults={"refuses": 0.15})
+    llava_bench.main(["--bench", "6", "--captions", str(write_contexts(tmp_path / "c.jsonl", 40)),
+                      "--out", str(tmp_path / "b"), "--base_url", url, "--workers", "1"])
+    assert "refuses; another picture takes its place" in capsys.readouterr().out
+    questions = read_lines(tmp_path / "b" / "questions.jsonl")
+    references = read_lines(tmp_path / "b" / "reference.jsonl")
+    assert len(questions) == len(references) == 18
+    assert "sorry" not in str(questions) + str(references)
+    for question, reference in zip(questions, references, strict=True):
+        assert question["text"] == reference["prompt"]
+    with pytest.raises(ValueError, match="--bench 41.*40 pictures"):
+        llava_bench.main(["--bench", "41", "--captions", str(tmp_path / "c.jsonl"), "--out", "x"])

@@ -277,10 +277,10 @@ def test_shards_train_as_one_process_and_any_number_of_ranks_goes_on(flags, stra
     """FSDP2 over 3 processes, with g, equals one process; its state of step 4 goes on under one
     process, and under two whose layers run again in the backward pass."""
     reference = straight("NeXT")
-    torchrun(3, flags(tmp_path / "out", *STAGE["NeXT"], "--shard", "--global_batch_size", 6))
-    other = flags(tmp_path / "reference", *STAGE["NeXT"], "--global_batch_size", 6)
-    assert train.main(other) == 0
-    assert_equal_runs(tmp_path / "out", tmp_path / "reference", 1e-5)
+    batches = ["--global_batch_size", 6, "--micro_batch_size", 2]
+    torchrun(3, flags(tmp_path / "three", *STAGE["NeXT"], *batches, "--shard"))
+    assert train.main(flags(tmp_path / "one", *STAGE["NeXT"], *batches)) == 0
+    assert_equal_runs(tmp_path / "three", tmp_path / "one", 1e-5)
     for ranks in (1, 2):
         out = tmp_path / f"ranks_{ranks}"
         shutil.copytree(reference / "train_state/step_00000004", out / "train_state/step_00000004")

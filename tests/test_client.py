@@ -1,0 +1,266 @@
+"""One endpoint, asked many times: nothing that is paid is lost, nothing is paid twice."""
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import lines, run_script, start_script
+
+import generate_data
+from parts import client
+from parts.files import write_lines
+
+
+class Asker(client.Endpoint):
+    """An endpoint with the name of a model, as every command has it."""
+    model = "m"
+
+
+def make_requests(n):
+    """n requests whose last message is their id, which the test's server quotes."""
+    return [client.Request(f"r{i}", "test", {"model": "m", "messages": client.chat_messages(
+        "system", [("q", "a")], f"r{i}")}) for i in range(n)]
+
+
+def instruct_command(tmp_path, url, n, *flags):
+    """The command line of a real run about n pictures."""
+    rows = [{"id": f"p{i}", "image": f"p{i}.jpg", "captions": [f"number {i}"]} for i in range(n)]
+    write_lines(tmp_path / "c.jsonl", rows)
+    return ["generate_data.py", "instruct", "--captions", tmp_path / "c.jsonl", "--out",
+            tmp_path / "out", "--base_url", url, "--mix", "conversation=1", *flags]
+
+
+def wait_until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "nothing happened for 30 seconds"
+        time.sleep(0.01)
+
+
+# --------------------------------------------------------------------------------------------------
+# One request
+
+
+@pytest.mark.parametrize("fault, reason", [
+    ("429", "HTTP 429"), ("500", "HTTP 500"), ("503", "HTTP 503"), ("reset", "connection lost"),
+    ("half", "connection lost"), ("garbage", "not a chat completion"), ("empty", "empty answer"),
+    ("shape", "not a chat completion"), ("hang", "timeout")])
+def test_what_may_pass_is_told_apart(serve, fault, reason):
+    """A busy server, a torn or foreign reply and silence are tried again; each has its name."""
+    url, _ = serve(faults={fault: 1.0})
+    with pytest.raises(client.TryAgain) as raised:
+        client.ask(url, make_requests(1)[0].body, timeout=0.5)
+    assert raised.value.reason == reason
+    assert raised.value.after == (1.0 if fault == "429" else None), "Retry-After is not heeded"
+
+
+@pytest.mark.parametrize("code", ["400", "401", "403", "404"])
+def test_what_will_not_pass_is_an_error_with_the_servers_words_without_the_key(
+        serve, code, monkeypatch):
+    """A wrong key or model is told at once, and no message shows the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
+    url, _ = serve(faults={code: 1.0})
+    with pytest.raises(ValueError, match=f"HTTP {code}.*{code} it is") as raised:
+        client.ask(url, make_requests(1)[0].body)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url, reason", [
+    ("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1/chat/completions: connection refused"),
+    ("http://no.such.host.invalid/v1", "unknown host")])
+def test_a_dead_or_mistyped_endpoint_is_named(url, reason):
+    """Nobody should have to guess which of two machines does not answer."""
+    with pytest.raises(client.TryAgain, match=reason):
+        client.ask(url, make_requests(1)[0].body)
+    with pytest.raises(ValueError, match="nonsense"):
+        client.ask("nonsense", make_requests(1)[0].body)
+
+
+def test_a_request_is_found_again_by_its_id_and_body():
+    """The key finds replies that were paid with earlier versions; it changes with what is sent."""
+    request = client.Request("7", "k", {"model": "m", "messages": []})
+    assert request.key == "ee825938e071d735035811f9b51c0308", "paid replies are not found any more"
+    assert request.key != request._replace(body={"model": "n", "messages": []}).key
+    assert request.key == request._replace(kind="other").key
+
+
+@pytest.mark.parametrize("extra, says", [("[1]", "JSON object"), ("{", "JSON object")])
+def test_extra_fields_join_the_request_and_null_removes_one(extra, says):
+    """Endpoints differ in what they take: --extra is for their other fields."""
+    endpoint = Asker(extra='{"seed": 0, "temperature": null}')
+    body = client.request_body(endpoint, [])
+    assert body == {"model": "m", "messages": [], "max_tokens": 1024, "seed": 0}
+    with pytest.raises(ValueError, match=says):
+        client.request_body(Asker(extra=extra), [])
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("attempts", 0), ("workers", 0), ("show", -1), ("rpm", -1), ("tpm", float("inf")),
+    ("timeout", 0), ("temperature", float("nan")), ("max_tokens", 0)])
+def test_a_flag_that_cannot_be_meant_is_named(flag, value):
+    """Before the first request, not at the first reply."""
+    with pytest.raises(ValueError, match=f"--{flag} {value}"):
+        Asker(**{flag: value})
+
+
+# --------------------------------------------------------------------------------------------------
+# Many requests
+
+
+@pytest.mark.slow
+def test_through_faults_each_request_has_its_own_reply(serve, tmp_path):
+    """120 requests, 16 workers: every good reply is kept, once, under its request."""
+    faults = {"429": 0.02, "500": 0.05, "reset": 0.05, "half": 0.05, "garbage": 0.05}
+    url, log = serve(faults=faults, seconds=0.02)
+    requests = make_requests(120)
+    endpoint = Asker(base_url=url, workers=16, attempts=20)
+    replies = client.ask_everything(requests, tmp_path / "raw.jsonl", endpoint)
+    for request in requests:
+        text = client.content_of(replies[request.key])
+        assert text.endswith(f"It is about {request.id}."), "another request's reply"
+    asked = Counter(row["fault"] for row in lines(log))
+    assert asked["good"] == 120 and len(asked) > 3
+    assert "date" in replies[requests[0].key]
+
+
+def test_budgets_hold(serve, tmp_path):
+    """At most `rpm` requests and `tpm` tokens a minute are sent, evenly spaced."""
+    requests = make_requests(9)
+    tokens = sum(client.tokens_of(requests[0])) + 1024
+    for limits in ({"rpm": 1200}, {"tpm": 1200 * tokens}):
+        url, log = serve()
+        endpoint = Asker(base_url=url, workers=8, **limits)
+        client.ask_everything(requests, tmp_path / f"{limits}.jsonl", endpoint)
+        times = np.sort([row["time"] for row in lines(log)])
+        assert times[-1] - times[0] > 0.35, f"9 requests in {times[-1] - times[0]:.2f} s"
+    with pytest.raises(ValueError, match="--tpm 100: one request.*tokens"):
+        client.ask_missing(requests, tmp_path / "r.jsonl", Asker(base_url=url, tpm=100))
+
+
+def test_a_failing_server_is_asked_a_bounded_number_of_times(serve, tmp_path):
+    """And what failed is told, with the reason, for the same command to go on."""
+    url, log = serve(faults={"500": 1.0})
+    endpoint = Asker(base_url=url, attempts=2)
+    with pytest.raises(ValueError, match="4 requests have no reply.*HTTP 500.*same command"):
+        client.ask_everything(make_requests(4), tmp_path / "raw.jsonl", endpoint)
+    assert len(lines(log)) == 8
+
+
+def test_a_permanent_error_stops_the_run_and_keeps_what_is_under_way(serve, tmp_path):
+    """What was sent is paid: its reply is waited for, and the message says how many there are."""
+    url, log = serve(seconds=0.3, faults={"404": 0.1}, seed=2)
+    raw = tmp_path / "raw.jsonl"
+    with pytest.raises(ValueError, match="HTTP 404") as raised:
+        client.ask_missing(make_requests(100), raw, Asker(base_url=url, workers=8))
+    asked = Counter(row["fault"] for row in lines(log))
+    assert sum(asked.values()) < 100, "it went on after an error that will not pass"
+    assert len(lines(raw)) == asked["good"] > 0, "a reply that was on its way is lost"
+    assert f"{asked['good']} of 100 replies are kept in {raw}" in str(raised.value)
+
+
+def test_a_torn_line_is_cut_or_told_and_its_request_asked_again(serve, tmp_path, capsys):
+    """A kill tears the last line; a line in the middle is torn by what we do not know."""
+    url, log = serve()
+    raw = tmp_path / "raw.jsonl"
+    requests = make_requests(4)
+    client.ask_everything(requests, raw, Asker(base_url=url, workers=1))
+    first, second, third, fourth = raw.read_bytes().splitlines(keepends=True)
+    raw.write_bytes(first + second[:40] + b"\n" + third + fourth[:50])
+    client.ask_everything(requests, raw, Asker(base_url=url))
+    assert len(lines(log)) == 6
+    told = capsys.readouterr().out
+    assert "torn, or no reply" in told and "2 of them to these 4 requests; 2 are new" in told
+
+
+def test_the_key_is_sent_but_never_written(serve, tmp_path, monkeypatch, capfd):
+    """Not in a file, not on the screen."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
+    url, _ = serve(key="sk-secret-1234", faults={"500": 0.3})
+    raw = tmp_path / "raw.jsonl"
+    client.ask_everything(make_requests(12), raw, Asker(base_url=url, attempts=20))
+    assert "secret" not in raw.read_text() + "".join(capfd.readouterr())
+
+
+# --------------------------------------------------------------------------------------------------
+# Real processes
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_does_not(serve, tmp_path, times):
+    """And neither says of a reply that it is kept if it is not."""
+    url, log = serve(seconds=times)
+    output, raw = tmp_path / "output", tmp_path / "out" / "raw.jsonl"
+    process = start_script(tmp_path, *instruct_command(tmp_path, url, 30, "--workers", 4))
+    wait_until(lambda: log.exists() and len(lines(log)) >= 5)    # one is kept, others under way
+    os.kill(process.pid, signal.SIGINT)
+    if times == 2:
+        wait_until(lambda: "waiting for" in output.read_text())
+        os.kill(process.pid, signal.SIGINT)
+    stopped = time.monotonic()
+    process.join(20)
+    kept, asked = len(lines(raw)), len(lines(log))
+    last = output.read_text().splitlines()[-1]
+    assert f"{kept} of 30 replies are kept in" in last, last
+    if times == 1:
+        assert process.exitcode == 1 and 4 < kept == asked < 30 and last.startswith("stopped")
+        assert len(json.loads((tmp_path / "out" / "instruct.json").read_text())) == kept
+    else:
+        assert process.exitcode == 130 and 0 < kept < asked
+        assert time.monotonic() - stopped < 1 and "under way are not kept" in last
+
+
+def test_a_full_disk_leaves_no_torn_line_and_says_what_is_kept(serve, tmp_path):
+    """The run goes on from there when there is room again."""
+    url, _ = serve()
+    command = instruct_command(tmp_path, url, 30, "--workers", 4)
+    raw = tmp_path / "out" / "raw.jsonl"
+    code, output = run_script(tmp_path, *command, file_size=4000)
+    kept = len(lines(raw))
+    assert code == 1 and 0 < kept < 30
+    assert f"{kept} of 30 replies are kept in" in output.splitlines()[-1], output
+    assert run_script(tmp_path, *command)[0] == 0
+    assert len(lines(raw)) == 30
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
+    """SIGKILL, again and again, each with a torn line: the records equal an undisturbed run's."""
+    url, log = serve(seconds=0.15, faults={"500": 0.05, "reset": 0.05, "half": 0.05})
+    command = instruct_command(tmp_path, url, 80, "--workers", 4, "--attempts", 20)
+    raw, records = tmp_path / "out" / "raw.jsonl", tmp_path / "out" / "instruct.json"
+    rng = random.Random(0)
+    for _ in range(3):
+        before = raw.stat().st_size if raw.exists() else 0
+        process = start_script(tmp_path, *command)
+        wait_until(lambda size=before: raw.exists() and raw.stat().st_size > size)
+        time.sleep(rng.uniform(0.1, 0.6))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        with open(raw, "ab") as f:
+            f.write(b'{"key": "0123", "repl')
+    code, output = run_script(tmp_path, *command)
+    assert code == 0, output
+    assert len({row["id"] for row in lines(raw)}) == len(lines(raw)) == 80
+    good = Counter(row["fault"] for row in lines(log))["good"]
+    assert good <= 80 + 3 * 4, "more was asked twice than what was on its way at a kill"
+    resumed = records.read_bytes()
+    undisturbed, _ = serve()
+    argv = instruct_command(tmp_path, undisturbed, 80)
+    argv[argv.index("--out") + 1] = tmp_path / "again"
+    generate_data.main([str(word) for word in argv[1:]])
+    assert (tmp_path / "again" / "instruct.json").read_bytes() == resumed
+
+
+def test_two_processes_on_one_folder_are_refused(serve, tmp_path):
+    """They would both ask for everything."""
+    url, _ = serve(seconds=1.0)
+    command = instruct_command(tmp_path, url, 2, "--workers", 1)
+    process = start_script(tmp_path, *command)
+    wait_until(lambda: (tmp_path / "out" / "raw.jsonl").exists())
+    with pytest.raises(ValueError, match="another process is writing there"):
+        generate_data.main([str(word) for word in command[1:]])
+    process.join()

@@ -1,0 +1,175 @@
+"""What lies on disk and what is typed: read strictly, written at once, errors name the place."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from conftest import ROOT
+
+from parts import files
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
+RECORD = {"id": "7", "image": "7.jpg", "conversations": TURNS}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.mark.parametrize("text, records", [
+    ("", []), ("[]", []), (' [ {"a": 1} , {"a": "]"}\n]\n', [{"a": 1}, {"a": "]"}]),
+    ('{"a": 1}\n\n{"a": "é"}\n', [{"a": 1}, {"a": "é"}]), ('\ufeff[{"a": 1}]', [{"a": 1}])])
+def test_an_array_and_json_lines_give_the_same_records(tmp_path, text, records):
+    """LLaVA's files are arrays, many others are lines; an editor may have put a mark in front."""
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    assert list(files.read_json(tmp_path / "x.json")) == records
+
+
+@pytest.mark.parametrize("text, place", [
+    ('[{"a": 1},\n {"a" 2}]', "line 2, column 7"), ("[1 2]", "line 1, column 3"),
+    ("[1,", "line 1, column 4"), ("[1]\nx", "line 1, column 4"), ('{"a": 1}\n{"a"}\n', "line 2")])
+def test_bad_json_is_named_by_line_and_column(tmp_path, text, place):
+    """Someone has to find the place in a file of 200 MB."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.json: bad JSON at {place}"):
+        list(files.read_json(tmp_path / "x.json"))
+    with pytest.raises(FileNotFoundError, match="no.json: no such file"):
+        list(files.read_json(tmp_path / "no.json"))
+
+
+def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path):
+    """What a kill leaves must not stop whoever goes on; anything else that is no JSON must."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert files.read_lines(path) == [{"a": 1}, {"a": 2}]
+    assert files.read_lines(path, repair=True) == [{"a": 1}, {"a": 2}]
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    path.write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="log.jsonl: line 2 is not JSON"):
+        files.read_lines(path)
+    assert files.read_lines(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("change, says", [
+    ("text", "a str where an object"), ({"conversations": []}, "no conversations"),
+    ({"conversations": TURNS[:1]}, "the last question has no answer"),
+    ({"conversations": TURNS[::-1]}, "turn 0 is from 'gpt' where 'human' belongs"),
+    ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "turn 1 (gpt) is empty"),
+    ({"conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}]}, "turn 1 (gpt) holds"),
+    ({"conversations": [TURNS[0], {"from": "gpt", "value": "\ud83d"}]}, "surrogate"),
+    ({"conversations": [TURNS[0], {"from": "gpt"}]}, "turn 1 is not {from, value}"),
+    ({"image": ["1.jpg", "2.jpg"]}, "1 <image> tags for 2 images"), ({"image": [7]}, "file name")])
+def test_what_is_wrong_with_a_record_is_said(change, says):
+    """Before step 0, by the check, and never as a loss that is zero."""
+    record = RECORD | change if isinstance(change, dict) else change
+    assert says in files.record_problem(record, "images")
+    assert files.record_problem(RECORD, "images") is None
+    assert "--images" in files.record_problem(RECORD, None)
+
+
+def test_records_are_found_and_named(tmp_path):
+    """Every message names its sample by file, place and id; half a surrogate pair survives."""
+    rows = [RECORD, {"conversations": [{"value": "\ud83d"}]}, "text"]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    records = files.Records([tmp_path / "chat.json"])
+    assert [records[i] for i in range(len(records))] == rows
+    assert [records.where(i) for i in range(3)] == [
+        "chat.json[0] (id 7)", "chat.json[1]", "chat.json[2]"]
+    other = files.Records([f"{tmp_path}/chat.json=6"])
+    assert records.checksum != other.checksum and len(other) == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
+    """A kill or an error in the middle leaves the file of before, and nothing beside it."""
+    path = tmp_path / "new" / "x.json"
+    files.write_json(path, {"a": "é"})
+    with pytest.raises(ZeroDivisionError):
+        files.write_array(path, (1 / n for n in (2, 1, 0)))
+    assert json.loads(path.read_text()) == {"a": "é"} and os.listdir(path.parent) == ["x.json"]
+    files.write_array(path, [{"a": "\ud83d"}, 2])
+    assert list(files.read_json(path)) == [{"a": "\ud83d"}, 2]
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path):
+    """However it ends: the next one need not clean up."""
+    program = ("import sys; from parts.files import lock_folder, run_main\n"
+               "def main():\n    with lock_folder(sys.argv[1]): print('mine')\nrun_main(main)")
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    with files.lock_folder(tmp_path / "out"):
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: ") and "another process" in second.stderr
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "mine\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# What is typed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    count: int = 3                       # how many, 50% of all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(Base):
+    """A class of flags, as every command has one."""
+    name: str                            # whose
+    count: int = 5                       # how many, 100% of all
+    words: list[str] = ("a", "b")        # which
+    fast: bool = True                    # without a look
+    mode: str = None                     # one of two
+    CHOICES: ClassVar[dict] = {"mode": ["x", "y"]}
+
+
+def test_flags_are_the_fields_and_only_what_was_typed_comes_back(capsys):
+    """A field, its flag and its help are one line; no abbreviation and no unknown flag passes."""
+    typed = files.typed_flags(Flags, ["--name", "n", "--words", "c", "d", "--no-fast"], "What.")
+    assert typed == {"name": "n", "words": ["c", "d"], "fast": False}
+    for wrong in (["--nam", "n"], ["--name", "n", "--mode", "z"], ["--name", "n", "--other", "1"],
+                  []):
+        with pytest.raises(SystemExit):
+            files.typed_flags(Flags, wrong, "What.")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        files.typed_flags(Flags, ["-h"], "What.")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "how many, 100% of all (default: 5)" in shown and "which (default: a b)" in shown
+    assert "(default: None)" not in shown and "{x,y}" in shown
+
+
+def test_a_number_out_of_range_is_named():
+    """Infinity and NaN are typed, too."""
+    for value in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"--count {value}: a number is needed, 1 or more"):
+            files.check_least(Base(count=value), count=1)
+    files.check_least(Base(count=None), count=1)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "no command given"), (["make"], "make is no command"), (["score"], "score is no command")])
+def test_a_command_is_needed(argv, says):
+    """Of one word or two; whoever types none learns which there are."""
+    commands = {"run": (print, Base), "score all": (print, Base)}
+    with pytest.raises(ValueError, match=f"{says}; one of run, score all"):
+        files.parse_command(commands, argv)
+    assert files.parse_command(commands, ["score", "all", "--count", "2"]) == (print, Base(count=2))
+
+
+def test_no_traceback_for_a_users_error_or_a_reader_that_leaves():
+    """`error: ...` and exit status 1; nothing at all behind `| head`."""
+    program = "from parts.files import run_main\ndef main():\n    {}\nrun_main(main)"
+    wrong = subprocess.run([sys.executable, "-c", program.format("raise ValueError('no such')")],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (1, "error: no such\n")
+    many = program.format("[print('x' * 99) for _ in range(9999)]")
+    piped = subprocess.run(["bash", "-c", f'{sys.executable} -c "{many}" | head -1'], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert piped.stdout == "x" * 99 + "\n" and not piped.stderr
