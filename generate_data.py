@@ -8,8 +8,8 @@ Where the data comes from: a text-only teacher writes instruction-following data
     annotations -> Context -> system message, examples, context -> reply -> turns -> record
 
 The teacher never sees a picture: captions and boxes are all that it knows of one (Table 1, top).
-The paper's are the context, the three types of response, how many examples each has and the form of
-the messages; the wording under prompts/, the parser and the checks are ours.
+The paper has the context, the three types of response and a few examples of each; how many, and the
+form of the messages, is as released. The wording in prompts/, the parser and the checks are ours.
 """
 import random
 import re
@@ -25,6 +25,8 @@ from parts.client import Endpoint, Replies, Request
 from parts.files import IMAGE, PROMPTS
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")     # 58K, 23K, 77K
+WRITE_IN = ("\n\nWrite in {}, whatever the language of the sentences. Only the words Question and "
+            "Answer stay.")
 
 # --------------------------------------------------------------------------------------------------
 # Context: the picture in words, its "symbolic representations" (Sec. 3)
@@ -84,7 +86,7 @@ def read_prompts(folder=PROMPTS):
     """
     prompts = {}
     for kind in TYPES:
-        shots = []                                  # the paper has 2, 3 and 3 (Sec. 3)
+        shots = []                                  # as released, 2, 3 and 3 of them (Sec. 3)
         for path in sorted(Path(folder, kind).glob("*_caps.txt")):
             response = path.with_name(path.name.replace("_caps", "_conv"))
             shots.append((path.read_text(), response.read_text()))
@@ -108,8 +110,7 @@ def make_request(kind, context, prompts, config):
     """The request for one type of response to one picture."""
     system, shots = prompts[kind]
     if config.language:                             # the examples stay English
-        system += (f"\n\nWrite in {config.language}, whatever the language of the sentences. Only "
-                   "the words Question and Answer stay.")
+        system += WRITE_IN.format(config.language)
     messages = client.chat_messages(system, shots, context_text(kind, context))
     return Request(f"{context.id}-{kind}", kind, client.request_body(config, messages))
 
@@ -302,7 +303,6 @@ def instruct(config):
     prompts = read_prompts(config.prompts)          # what is wrong with files shows before we pay
     contexts = read_contexts(config.captions, config.instances)
     pairs = assign_types(contexts, config)[:config.limit]
-    # a request is a function of these files and flags alone: the same command finds its replies
     plan = [(context, make_request(kind, context, prompts, config)) for kind, context in pairs]
     requests = [request for _, request in plan]
     if config.show:                                 # look before you pay

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from generate_data import (
     TYPES,
+    WRITE_IN,
     Reject,
     context_text,
     detail_questions,
@@ -61,6 +62,8 @@ class Config(Endpoint):
 def reference_request(context, kind, question, config):
     """The request for a reference answer: the teacher reads captions and boxes, no picture."""
     system = Path(config.prompts, "reference", "system_message.txt").read_text()
+    if config.language:
+        system += WRITE_IN.format(config.language)
     text = f"{context_text('reference', context)}\n\n{question}"
     messages = client.chat_messages(system, [], text)
     return Request(f"{context.id}-reference-{kind}", "reference",

@@ -142,13 +142,6 @@ class Machine:
             dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value):
-        """Rank 0's value, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
     def to_device(self, batch, names=TRAINING):
         """These tensors of a batch, on this rank's device."""
         return {name: batch[name].to(self.device, non_blocking=True) for name in names}

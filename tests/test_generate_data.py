@@ -69,8 +69,8 @@ def test_a_bad_context_is_named(tmp_path, record, says):
     assert says in str(error.value)
 
 
-def test_the_few_shot_numbers_are_the_papers():
-    """Two examples of conversations, three of descriptions, three of reasoning."""
+def test_the_few_shot_numbers_are_those_of_the_released_prompts():
+    """Two examples of conversations, three of descriptions, three of reasoning; ours would pass."""
     prompts = generate_data.read_prompts()
     assert [len(shots) for _, shots in prompts.values()] == [2, 3, 3]
     assert len(generate_data.detail_questions()) == 16 and len(brief_instructions()) == 11

@@ -1,126 +1,405 @@
-"""REACT (Diss. Ch. 2): gated blocks, the loss, what trains, and a run from corpus to table."""
+"""REACT (Diss. Ch. 2): gated blocks, the loss, training and evaluation, on a tiny CLIP."""
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
-from PIL import Image
+import torch.nn.functional as F
+from conftest import ROOT, byte_tokenizer, lines, run_script, save_parts, start_script
+from test_retrieve import COLOURS, TEMPLATES, run_index, run_retrieve, save_clip, square
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from extras import react, retrieve
-from parts.gated import GatedCLIP, gate
+from extras import react
+from extras.retrieve import load_clip, tokenise_for_clip
+from model import LLaVA
+from parts.checkpoints import load_part
+from parts.gated import GatedLayer, VisionTower, gate
+from parts.run import fingerprints
+from parts.views import preprocess
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
-
-
-def tiny_clip(cls=CLIPModel):
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-             "num_attention_heads": 2}
-    words = {"vocab_size": 320, "max_position_embeddings": 40, "bos_token_id": 1,
-             "eos_token_id": 0, "pad_token_id": 0}
-    return cls(CLIPConfig(projection_dim=24, text_config=tower | words,
-                          vision_config=tower | {"image_size": 28, "patch_size": 14})).eval()
+pytest.importorskip("faiss")
+QUICK = ["--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny CLIP, and a corpus: squares of a colour on grey."""
-    pytest.importorskip("faiss")
-    out = tmp_path_factory.mktemp("react")
-    tiny_clip().save_pretrained(out / "clip")
-    byte_tokenizer().save_pretrained(out / "clip")
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(48):
-        name = list(COLOURS)[i % 3]
-        pixels = rng.integers(90, 130, (32, 32, 3), dtype=np.uint8)
-        pixels[8:24, 8:24] = COLOURS[name]
-        Image.fromarray(pixels).save(out / f"{i}.png")
-        rows.append(f"{i}.png\ta {name} square\n")
-    (out / "corpus.tsv").write_text("".join(rows))
-    (out / "test.tsv").write_text("".join(row.replace("a ", "").replace(" square", "")
-                                          for row in rows[:12]))
-    (out / "classes.txt").write_text("red\ngreen\nblue\n")
-    (out / "templates.txt").write_text("a {} square\na {}.\n")
-    retrieve.main(words("index", out, clip="clip", corpus="corpus.tsv", images=".", out="index")
-                  + ["--workers", "0"])
-    retrieve.main(words("retrieve", out, index="index", clip="clip", classes="classes.txt",
-                        templates="templates.txt", out="retrieved") + ["--k", "6"])
-    return out
+def clip(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
-def words(command, root, **paths):
-    """A command line whose values are paths below `root`."""
-    argv = [command]
-    for flag, path in paths.items():
-        argv += [f"--{flag}", str(root / path)]
-    return argv
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """corpus.tsv and labels.tsv of 64 pictures, class names and templates, in one folder."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows, labels = "", ""
+    for i in range(64):
+        colour = list(COLOURS)[i % 4]
+        square(i, colour).save(folder / f"{i}.png")
+        rows += f"{i}.png\ta {colour} square, number {i}\n"
+        labels += f"{i}.png\t{colour}\n"
+    (folder / "corpus.tsv").write_text(rows)
+    (folder / "labels.tsv").write_text(labels)
+    (folder / "classes.txt").write_text("\n".join(COLOURS))
+    (folder / "templates.txt").write_text("\n".join(TEMPLATES))
+    return folder
 
 
-def train(folder, out, *flags):
-    argv = words("train", folder, clip="clip", retrieved="retrieved") + ["--out", str(out)]
-    return react.main([*argv, "--global_batch_size", "4", "--epochs", "2", "--workers", "0",
-                       "--gated_layers", "2", "--lr", "1e-3", *flags])
+@pytest.fixture(scope="module")
+def retrieved(clip, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("retrieved")
+    run_index(clip, corpus, out / "index")
+    run_retrieve(clip, corpus, out / "index", out / "pairs", k=12, keys=["image", "text"])
+    return out / "pairs"
 
 
-def test_with_gamma_1_the_loss_is_clips_own():
-    """Diss. Eqs. 2.4-2.6: 2 B times CLIP's loss where no text is another's positive."""
+def training(retrieved, clip, out, *more):
+    argv = ["train", "--clip", clip, "--retrieved", retrieved, "--out", out, "--gated_layers", 2,
+            "--global_batch_size", 8, "--max_steps", 6, "--epochs", 9, *QUICK, *more]
+    return [str(word) for word in argv]
+
+
+def tiny_inputs(clip):
     torch.manual_seed(0)
-    u, v = (torch.nn.functional.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
-    loss = react.react_loss(u, v, torch.tensor(7.0), 1.0) / 10
-    torch.testing.assert_close(loss, image_text_contrastive_loss(7 * v @ u.T))
+    texts = ["a red thing", "blue", "a very long green thing"]
+    ids = tokenise_for_clip(texts, byte_tokenizer(), clip.config.text_config)
+    return torch.randn(3, 3, 28, 28), ids
 
 
-def test_equal_texts_are_positives_of_each_other():
-    """Diss. Eq. 2.4, against a slow loop over P(i)."""
+# -----------------------------------------------------------------------------
+# Gated blocks
+
+B_16 = {"patch_size": 16}
+L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "patch_size": 14}
+BIG_G = {"hidden_size": 1664, "intermediate_size": 8192, "num_hidden_layers": 48,
+         "num_attention_heads": 16, "patch_size": 14}
+
+
+@pytest.mark.parametrize("row, count", [
+    ("locked_image", 63_428_096), ("locked_text", 88_111_360), ("full", 151_277_312),
+    ("gated_text", 18_914_316), ("locked_text_gated_image", 42_527_244),
+    ("gated_both", 61_441_560)])
+def test_each_row_of_table_2_6_trains_as_many_parameters_as_it_says(row, count):
+    """Diss. Table 2.6, ViT-B/32: 63.4M, 88.1M, 151.3M, 18.9M, 42.5M, besides logit_scale."""
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig())
+    theta = react.customise(clip, row)
+    assert sum(p.numel() for p in theta.values()) == count + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision, k, gated", [
+    (B_16, 6, 42_527_244), (L_14, 6, 75_577_356), (BIG_G, 12, 398_980_632)])
+def test_other_towers_have_gated_blocks_of_the_published_size(vision, k, gated):
+    """12 D_v^2 + 13 D_v + 2 a block, as in the public code's B/16, L/14 and bigG/14."""
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(vision_config=vision))
+    theta = react.customise(clip, "locked_text_gated_image", k)
+    assert sum(p.numel() for p in theta.values()) == gated + 1
+
+
+def test_without_gates_it_is_transformers_CLIP(clip):
+    """Features and similarities of transformers.CLIPModel, within 1e-6."""
+    ours, theirs = load_clip(clip)[0], CLIPModel.from_pretrained(clip).eval()
+    X, ids = tiny_inputs(ours)
+    u, v, tau = ours(X, ids)
+    want = theirs(input_ids=ids, pixel_values=X)
+    torch.testing.assert_close(u, want.image_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(v, want.text_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(tau * u @ v.T, want.logits_per_image, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("row", react.ROWS)
+def test_before_training_every_row_is_its_base_bit_for_bit(row, clip):
+    """Diss. Fig. 2.3: tanh(0) = 0; open gates change the output."""
+    model = load_clip(clip)[0]
+    X, ids = tiny_inputs(model)
+    u, v, _ = model(X, ids)
+    react.customise(model, row, 2)
+    u_closed, v_closed, _ = model(X, ids)
+    assert torch.equal(u, u_closed) and torch.equal(v, v_closed)
+    for name, p in model.named_parameters():
+        if "alpha" in name:
+            torch.nn.init.constant_(p, 0.3)
+    u_open, v_open, _ = model(X, ids)
+    assert torch.equal(u, u_open) == ("vision_model" not in react.ROWS[row][0])
+    assert torch.equal(v, v_open) == ("text_model" not in react.ROWS[row][0])
+
+
+def test_a_gated_text_tower_sees_no_later_word(clip):
+    """The causal mask reaches the gated attention."""
+    model = load_clip(clip)[0]
+    react.customise(model, "gated_text", 2)
+    for layer in model.text_model.encoder.layers:
+        torch.nn.init.ones_(layer.gated.alpha_attn)
+    ids = torch.tensor([[1, 50, 60, 70, 80, 0], [1, 50, 60, 71, 90, 0]])
+    h = model.text_model(ids).last_hidden_state
+    assert torch.equal(h[0, :3], h[1, :3]) and not torch.equal(h[0, 3:], h[1, 3:])
+
+
+def test_gated_blocks_stand_immediately_before_the_last_k_layers(clip):
+    """Layers 6 to 11 of B/32; a block's output is what its layer gets."""
+    with torch.device("meta"):
+        large = CLIPModel(CLIPConfig())
+        gate(large.vision_model, 6)
+    is_gated = [isinstance(layer, GatedLayer) for layer in large.vision_model.encoder.layers]
+    assert is_gated == [False] * 6 + [True] * 6
+    model, seen = load_clip(clip)[0], {}
+    gate(model.vision_model, 1)
+    before, layer = model.vision_model.encoder.layers
+    before.register_forward_hook(lambda *call: seen.update(before=call[2]))
+    layer.layer_norm1.register_forward_hook(lambda *call: seen.update(input=call[1][0]))
+    torch.nn.init.ones_(layer.gated.alpha_dense)
+    X, _ = tiny_inputs(model)
+    model.images(X)
+    torch.testing.assert_close(seen["input"], layer.gated(seen["before"]))
+    assert not torch.equal(seen["input"], seen["before"])
+    with pytest.raises(ValueError, match="gated_layers 3: this tower has 2 layers"):
+        gate(model.text_model, 3)
+
+
+def test_in_the_first_step_only_the_gates_have_a_gradient(clip):
+    """2 k scalars and logit_scale; all that lies behind a closed gate gets exactly 0."""
+    model = load_clip(clip)[0]
+    theta = react.customise(model, "locked_text_gated_image", 2)
+    u, v, tau = model(*tiny_inputs(model))
+    react.react_loss(u, v, tau, 0.9).backward()
+    names = [name.rsplit(".", 1)[-1] for name, p in theta.items() if p.grad.any()]
+    assert sorted(names) == ["alpha_attn"] * 2 + ["alpha_dense"] * 2 + ["logit_scale"]
+
+
+# -----------------------------------------------------------------------------
+# The loss
+
+
+def unit_vectors():
+    u = torch.tensor([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0.6, 0.8]], dtype=torch.float64)
+    v = torch.tensor([[1, 0, 0], [0.96, 0.28, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    return u, v
+
+
+@pytest.mark.parametrize("gamma, loss", [(0.9, 3.643694634089292), (1.0, 1.883694634089293)])
+def test_the_loss_of_a_worked_example(gamma, loss):
+    """Diss. Eqs. 2.4-2.6, tau 10; at gamma 0.9 the first two texts are positives of both pictures.
+    With one positive each it is 2 B times the loss of CLIP."""
+    u, v = unit_vectors()
+    ours = react.react_loss(u, v, 10.0, gamma).item()
+    assert ours == pytest.approx(loss, abs=1e-12)
+    if gamma == 1:
+        assert ours == pytest.approx(8 * image_text_contrastive_loss(10 * v @ u.T).item())
+
+
+def test_near_texts_are_positives_of_each_other():
+    """Diss. Eq. 2.4, against a slow loop over P(i); equal texts cost what CLIP makes of them."""
     torch.manual_seed(1)
-    u = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
-    v = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    u, v = (F.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
     v[2] = v[0]
+    v[4] = F.normalize(v[1] + 0.1 * v[3], dim=-1)
     logits = 5 * u @ v.T
     want = 0.0
-    for i in range(4):
-        positives = [k for k in range(4) if k == i or v[k] @ v[i] >= 0.9]
+    for i in range(5):
+        positives = [k for k in range(5) if k == i or v[k] @ v[i] >= 0.9]
         for k in positives:
             want -= logits[i].log_softmax(0)[k] / len(positives)
             want -= logits[:, i].log_softmax(0)[k] / len(positives)
-    torch.testing.assert_close(react.react_loss(u, v, torch.tensor(5.0), 0.9), want)
+    torch.testing.assert_close(react.react_loss(u, v, 5.0, 0.9), want)
+    theirs = 8 * image_text_contrastive_loss(5 * v[:4] @ u[:4].T)
+    torch.testing.assert_close(react.react_loss(u[:4], v[:4], 5.0, 0.999), theirs)
 
 
-def test_gates_start_as_clip_bit_for_bit():
-    """Diss. Fig. 2.3: both alphas are 0."""
-    clip = tiny_clip(GatedCLIP)
-    X = torch.randn(2, 3, 28, 28)
-    with torch.no_grad():
-        before = clip.images(X)
-        gate(clip.vision_model, 2)
-        assert torch.equal(clip.images(X), before)
+def test_a_pair_is_its_own_positive_whatever_rounding_says():
+    """In float32 v . v is often less than 1; without the diagonal the loss would be NaN."""
+    torch.manual_seed(0)
+    v = F.normalize(torch.randn(64, 48), dim=-1)
+    assert ((v @ v.T).diagonal() < 1).any()
+    assert math.isfinite(react.react_loss(v, v, 10.0, 1.0).item())
 
 
-@pytest.mark.parametrize("row, n", [
-    ("locked_text_gated_image", 42.5), ("locked_text", 88.1), ("locked_image", 63.4),
-    ("gated_text", 18.9), ("full", 151.3)])
-def test_each_row_trains_the_published_number_of_parameters(row, n):
-    """Diss. Table 2.6, for CLIP ViT-B/32, in millions."""
-    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-    config = CLIPConfig(text_config=text, vision_config={"patch_size": 32})
-    with torch.device("meta"):
-        theta = react.customise(GatedCLIP(config), row, 6)
-    assert sum(p.numel() for p in theta.values()) / 1e6 == pytest.approx(n, abs=0.06)
+# -----------------------------------------------------------------------------
+# Training
 
 
-def test_a_run_is_a_function_of_its_seed_and_its_clip_can_be_evaluated(folder, tmp_path):
-    """From the corpus to the table by the real commands; how often it saves changes nothing."""
-    train(folder, tmp_path / "one")
-    (tmp_path / "two").mkdir()
-    train(folder, tmp_path / "two", "--save_every", "2")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+@pytest.mark.parametrize("row", react.ROWS)
+def test_what_is_locked_is_bit_identical_after_training(retrieved, clip, tmp_path, row):
+    """Diss. Table 2.6: what a row locks stays as it was; what it trains has moved."""
+    out = tmp_path / "out"
+    react.main(training(retrieved, clip, out, "--train", row, "--lr", "0.01", "--no-augment"))
+    base, trained = load_clip(clip)[0], load_clip(str(out))[0]
+    theta = react.customise(load_clip(clip)[0], row, 2)
+    before, after = fingerprints(base), fingerprints(trained)
+    assert after.keys() == before.keys() | theta.keys()
+    for name in before.keys() - theta.keys():
+        assert after[name] == before[name], f"{name} is locked and has changed"
+    moved = [after[name] != before.get(name) for name in theta]
+    assert sum(moved) > 0.9 * len(theta)
+    for name in theta:
+        assert "alpha" not in name or trained.get_parameter(name).abs() > 1e-5, "a closed gate"
+    losses = [record["loss"] for record in lines(out / "log.jsonl")]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_the_logit_scale_stays_below_100(retrieved, clip, tmp_path):
+    """Clamped to [0, ln 100] after each step. Layers that run again give the same losses."""
+    model, tokenizer = load_clip(clip)
+    torch.nn.init.constant_(model.logit_scale, math.log(100))
+    react.save_clip(tmp_path / "clip", model, tokenizer)
+    logs = []
+    for flag in ("--no-checkpoint_activations", "--checkpoint_activations"):
+        react.main(training(retrieved, tmp_path / "clip", tmp_path / flag, flag, "--lr", "0.01"))
+        logs.append(lines(tmp_path / flag / "log.jsonl"))
+    assert all(record["tau"] <= 100.001 for record in logs[0])
+    losses = [[record["loss"] for record in log] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_customisation_goes_on_bit_for_bit(retrieved, clip, tmp_path):
+    """SIGKILL after a saved step, then --resume: the log and the weights of an undisturbed run."""
+    argv = training(retrieved, clip, "out", "--save_every", 1, "--max_steps", 30, "--lr", 0.01)
+    (tmp_path / "left_alone").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert run_script(tmp_path / "left_alone", "extras.react", *argv)[0] == 0
+    process = start_script(tmp_path / "killed", "extras.react", *argv)
+    while not list((tmp_path / "killed").glob("out/train_state/step_*[3-9]")):
+        assert process.is_alive(), (tmp_path / "killed" / "output").read_text()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    code, shown = run_script(tmp_path / "killed", "extras.react", *argv, "--resume")
+    assert code == 0 and "resuming at step" in shown, shown
+    logs = [{record["step"]: record["loss"] for record in lines(tmp_path / run / "out/log.jsonl")}
+            for run in ("left_alone", "killed")]
+    assert logs[0] == logs[1] and len(logs[0]) == 30
+    weights = [(tmp_path / run / "out/model.safetensors").read_bytes()
+               for run in ("left_alone", "killed")]
     assert weights[0] == weights[1]
-    react.main(["eval", "--models", str(folder / "clip"), str(tmp_path / "one"),
-                "--test", str(folder / "test.tsv"), "--images", str(folder),
-                "--classes", str(folder / "classes.txt"), "--workers", "0",
-                "--templates", str(folder / "templates.txt"), "--out", str(tmp_path / "t.json")])
-    assert json.loads((tmp_path / "t.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_ranks_customise_as_one(retrieved, clip, tmp_path):
+    """The global batch's features are gathered with gradients."""
+    more = ["--lr", "0.01", "--train", "full"]
+    react.main(training(retrieved, clip, tmp_path / "one", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "extras.react", *training(retrieved, clip, tmp_path / "two", *more)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    logs = [[(record["loss"], record["grad_norm"], record["tau"]) for record in lines(path)]
+            for path in (tmp_path / "one/log.jsonl", tmp_path / "two/log.jsonl")]
+    for alone, together in zip(*logs, strict=True):
+        assert together == pytest.approx(alone, rel=1e-3), "gradients are missing or doubled"
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("again", "holds a run already"), ("batch", "at most the"), ("none", "no report.json"),
+    ("corpus", "is of another corpus")])
+def test_a_customisation_that_cannot_be_right_does_not_start(retrieved, clip, tmp_path, wrong,
+                                                             message):
+    """All is checked before step 0."""
+    (tmp_path / "out").mkdir()
+    more = []
+    if wrong == "again":
+        (tmp_path / "out" / "log.jsonl").touch()
+    if wrong == "batch":
+        more = ["--global_batch_size", "4096"]
+    if wrong == "none":
+        more = ["--retrieved", str(tmp_path)]
+    if wrong == "corpus":
+        report = json.loads((retrieved / "report.json").read_text())
+        (tmp_path / "report.json").write_text(json.dumps(report | {"crc": 1}))
+        (tmp_path / "retrieved.jsonl").write_text((retrieved / "retrieved.jsonl").read_text())
+        more = ["--retrieved", str(tmp_path)]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        react.main(training(retrieved, clip, tmp_path / "out", *more))
+
+
+# -----------------------------------------------------------------------------
+# Evaluation, and into LLaVA
+
+
+def test_a_class_vector_has_length_1_and_templates_count_once_each(clip):
+    """Each template's text normalised, their mean normalised; twice the same changes nothing."""
+    model, tokenizer = load_clip(clip)
+    W = react.class_vectors(model, tokenizer, ["red", "blue"], ["a {}.", "the {}."])
+    twice = react.class_vectors(model, tokenizer, ["red", "blue"], ["a {}.", "the {}."] * 2)
+    torch.testing.assert_close(W, twice)
+    ids = tokenise_for_clip(["a blue.", "the blue."], tokenizer, model.config.text_config)
+    torch.testing.assert_close(W[1], F.normalize(model.texts(ids).mean(0), dim=-1))
+
+
+def test_recall_counts_a_picture_that_finds_one_of_its_texts():
+    """R@K: picture 0 has texts 0 and 1, picture 1 has text 2."""
+    similar = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.8, 0.2]])
+    belongs = torch.tensor([[True, True, False], [False, False, True]])
+    assert [react.recall_at(similar, belongs, k) for k in (1, 2, 5)] == [0.5, 0.5, 1.0]
+    assert react.recall_at(similar.T, belongs.T, 1) == pytest.approx(1 / 3)
+
+
+def test_a_linear_probe_learns_what_is_linear():
+    """Separable classes are told apart, and random labels are not."""
+    torch.manual_seed(0)
+    y = torch.arange(120) % 3
+    u = F.normalize(F.one_hot(y, 8).float() + 0.1 * torch.randn(120, 8), dim=-1)
+    assert react.linear_probe(u[:90], y[:90], u[90:], y[90:], 3) == 1
+    assert react.linear_probe(u[:90], y[torch.randperm(90)], u[90:], y[90:], 3) < 0.7
+
+
+def test_base_and_customised_are_compared_in_one_table(retrieved, clip, corpus, tmp_path, capsys):
+    """Zero-shot, linear probe and retrieval of each model; the first as in a plain loop."""
+    out = str(tmp_path / "out")
+    react.main(training(retrieved, clip, out, "--lr", "0.01"))
+    labels = str(corpus / "labels.tsv")
+    react.main(["eval", "--models", clip, out, "--test", labels, "--probe", labels, "--classes",
+                f"{corpus}/classes.txt", "--templates", f"{corpus}/templates.txt", "--pairs",
+                f"{corpus}/corpus.tsv", "--images", str(corpus), "--out",
+                str(tmp_path / "table.json"), *QUICK])
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert list(table) == [clip, out]
+    assert list(table[clip]) == ["zero-shot", "linear probe", "I2T R@1", "T2I R@1", "I2T R@5",
+                                 "T2I R@5"]
+    shown = capsys.readouterr().out
+    assert f"{100 * table[out]['zero-shot']:.1f}" in shown
+    model, tokenizer = load_clip(out)
+    W = react.class_vectors(model, tokenizer, list(COLOURS), TEMPLATES)
+    right = 0
+    for i in range(64):
+        picture = square(i, list(COLOURS)[i % 4])
+        right += int((W @ model.images(preprocess(picture, 28)[None])[0]).argmax()) == i % 4
+    assert table[out]["zero-shot"] == pytest.approx(right / 64)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--test", "labels.tsv"], "go together"), ([], "go together"),
+    (["--test", "corpus.tsv", "--classes", "classes.txt", "--templates", "templates.txt"],
+     "64 class names of the pictures are not in --classes")])
+def test_an_evaluation_without_sense_is_refused(clip, corpus, flags, message):
+    flags = [word if word.startswith("--") else str(corpus / word) for word in flags]
+    with pytest.raises(ValueError, match=message):
+        react.main(["eval", "--models", clip, *flags, "--images", str(corpus), *QUICK])
+
+
+def test_the_customised_tower_is_g_of_a_LLaVA(retrieved, clip, chats, tmp_path):
+    """train.py --vision out/react: both stages keep the gated blocks, the checkpoint loads again,
+    and does not say that it is a plain LLaVA."""
+    import train
+    react.main(training(retrieved, clip, tmp_path / "react", "--lr", "0.05"))
+    folder = save_parts(tmp_path)
+    common = ["--data", chats / "chat.json", "--images", chats / "images", "--max_steps", 1,
+              "--global_batch_size", 4, "--workers", 0, "--template", "llava_v0"]
+    one = ["--stage", 1, "--vision", tmp_path / "react", "--llm", folder / "llm", "--out",
+           tmp_path / "s1", *common]
+    two = ["--stage", 2, "--init", tmp_path / "s1", "--out", tmp_path / "s2", *common]
+    for argv in (one, two):
+        assert train.main([str(word) for word in argv]) == 0
+    model = LLaVA.from_pretrained(tmp_path / "s2")
+    tower = load_part(VisionTower, str(tmp_path / "react"), torch.float32, "vision")
+    assert fingerprints(model.g) == fingerprints(tower), "g is not the customised tower"
+    assert any(isinstance(layer, GatedLayer) for layer in model.g.encoder.layers)
+    config = json.loads((tmp_path / "s2" / "config.json").read_text())
+    assert config["architectures"] == ["GatedLlavaForConditionalGeneration"]
