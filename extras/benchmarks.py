@@ -95,21 +95,22 @@ def read_workbook(path):
     return [dict(zip(head, row, strict=True)) for row in texts]
 
 
-def read_labels(paths, *patterns):
-    """{path: rows} of the files of --labels; of a folder, those that are called as officially."""
+def read_labels(paths, pattern):
+    """{path: rows} of the files of --labels; of a folder, those that are called like the official
+    ones."""
     files = []
     for path in paths:
         found = [path]
         if os.path.isdir(path):
-            found = [str(file) for pattern in patterns for file in sorted(Path(path).glob(pattern))]
+            found = sorted(map(str, Path(path).glob(pattern)))
         if not found:
-            raise FileNotFoundError(f"--labels {path}: the folder has no {' or '.join(patterns)}")
+            raise FileNotFoundError(f"--labels {path}: the folder has no {pattern}")
         files += found
     return {path: read_rows(path) for path in files}
 
 
 def read_predictions(path):
-    """[(id, prompt or "", text), ...] of an answers file, of an upload or of a result sheet."""
+    """[(id, prompt or "", text), ...] of an answers file, an upload or a result sheet."""
     predictions = []
     for i, row in enumerate(read_rows(path)):
         found = row if isinstance(row, dict) else {}
@@ -141,17 +142,18 @@ def match_answers(wanted, found, source, hint="", missing_ok=False):
     What is asked more than once is found in order. Raises ValueError, with counts and examples, for
     what is missing, doubled or unknown; with `missing_ok` a missing value is None.
     """
-    values_of = defaultdict(list)
-    for key, value in found:
-        values_of[key].append(value)
-    unknown = [key for key in values_of if key not in set(wanted)]
-    values = []
+    left = defaultdict(list)
+    for key, value in reversed(found):
+        left[key].append(value)
+    known = set(wanted)
+    unknown = [key for key in left if key not in known]
     missing = []
+    values = []
     for key in wanted:
-        values.append(values_of[key].pop(0) if values_of.get(key) else None)
+        values.append(left[key].pop() if left.get(key) else None)
         if values[-1] is None and not missing_ok:
             missing.append(key)
-    doubled = [key for key, left in values_of.items() if left and key not in unknown]
+    doubled = [key for key in known if left.get(key)]
     if missing or doubled or unknown:
         hint = hint or "Are these the answers to these questions, all of them, once each?"
         raise ValueError(
@@ -165,7 +167,7 @@ def match_answers(wanted, found, source, hint="", missing_ok=False):
 def texts_by_id(config, ids, missing_ok=False):
     """The texts of --answers to these ids, in their order."""
     found = [(name, text) for name, _, text in read_predictions(config.answers)]
-    return match_answers([str(i) for i in ids], found, config.answers, missing_ok=missing_ok)
+    return match_answers(list(map(str, ids)), found, config.answers, missing_ok=missing_ok)
 
 
 def texts_by_question(config, asked):
@@ -204,7 +206,7 @@ def pope_measures(split, texts, truths):
     """POPE's five measures of one split; None where nothing can be divided by."""
     yes = [says_yes(text) for text in texts]
     true = [truth != "no" for truth in truths]
-    pairs = list(zip(yes, true, strict=False))       # --official does not look whether they fit
+    pairs = list(zip(yes, true, strict=False))       # see the note on --official
     yes_count = sum(said for said, _ in pairs)
     true_count = sum(is_true for _, is_true in pairs)
     hits = pairs.count((True, True))
@@ -225,35 +227,44 @@ def score_pope(config, labels):
     if not config.questions:
         raise ValueError("--questions FILE is needed: it says which question is of which split")
     questions = read_rows(config.questions)
-    asked = [(question["question_id"], question["text"]) for question in questions]
-    texts = [] if config.official else texts_by_question(config, asked)
-    rows_of = {}
+    splits = {}
     for path, rows in labels.items():
-        split = re.search("random|popular|adversarial", Path(path).name)
-        if not split or split[0] in rows_of:
+        name = re.search("random|popular|adversarial", Path(path).name)
+        if not name or name[0] in splits:
             raise ValueError(f"{path}: one file each for random, popular and adversarial is "
                              "needed, called after its split")
-        rows_of[split[0]] = rows
-    others = {question["category"] for question in questions} - rows_of.keys()
+        splits[name[0]] = rows
+    others = {question["category"] for question in questions} - splits.keys()
     if others:
         raise ValueError(f"--labels: no labels of {', '.join(sorted(others))}, which was asked")
-    scores, notes = {}, []
-    for split, rows in rows_of.items():
-        if config.official:
-            found = texts_by_position(read_predictions(config.answers), questions, split)
-            if len(found) != len(rows):
-                notes.append(f"{split}: {len(found)} answers and {len(rows)} labels, paired by "
-                             "position, do not belong together")
-        else:
-            pairs = [((question["image"], bare_question(question["text"])), text)
-                     for question, text in zip(questions, texts, strict=True)
-                     if question["category"] == split]
-            wanted = [(row["image"], bare_question(row["text"])) for row in rows]
-            found = match_answers(wanted, pairs, f"labels of {split}", POPE_VERSION)
-        scores |= pope_measures(split, found, [row["label"] for row in rows])
+    if config.official:
+        predictions = read_predictions(config.answers)
+        texts = {split: texts_by_position(predictions, questions, split) for split in splits}
+    else:
+        texts = pope_texts(config, questions, splits)
+    scores = {}
+    notes = []
+    for split, rows in splits.items():
+        scores |= pope_measures(split, texts[split], [row["label"] for row in rows])
+        if len(texts[split]) != len(rows):       # only --official does not look whether they fit
+            notes.append(f"{split}: {len(texts[split])} answers and {len(rows)} labels, paired by "
+                         "position, do not belong together")
     f1 = [scores.get(f"{split}.f1") for split in ("random", "popular", "adversarial")]
     scores["f1"] = None if None in f1 else sum(f1) / 3
     return scores, notes
+
+
+def pope_texts(config, questions, splits):
+    """{split: the texts to its labels}: found by question, and by picture and question."""
+    texts = texts_by_question(config, [(q["question_id"], q["text"]) for q in questions])
+    found = defaultdict(list)
+    for question, text in zip(questions, texts, strict=True):
+        key = (question["image"], bare_question(question["text"]))
+        found[question["category"]].append((key, text))
+    for split, rows in splits.items():
+        wanted = [(row["image"], bare_question(row["text"])) for row in rows]
+        found[split] = match_answers(wanted, found[split], f"labels of {split}", POPE_VERSION)
+    return found
 
 
 POPE_VERSION = ("The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, "
@@ -400,13 +411,14 @@ def write_sheet(path, sheet):
     book = import_openpyxl().Workbook()
     replaced = 0
     for row in sheet:
-        book.active.append([control.sub("?", cell) for cell in row])
-        replaced += sum(bool(control.search(cell)) for cell in row)
+        cells = [control.subn("?", cell) for cell in row]
+        book.active.append([text for text, _ in cells])
+        replaced += sum(count for _, count in cells)
         for cell in book.active[book.active.max_row]:
             cell.data_type = "s"                 # "=..." is an answer, no formula
     book.save(path)
     if replaced:
-        print(f"note: {replaced} cells hold characters that no .xlsx can hold; they are ? there")
+        print(f"note: {replaced} characters that no .xlsx can hold are ? there")
 
 
 @dataclass(frozen=True)
@@ -582,10 +594,10 @@ def value_named(problem, text):
     choices = problem.get("choices") or []
     letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", text.strip())
     try:
-        if problem["question_type"] == "multi_choice" and text in choices:
-            return text
-        if problem["question_type"] == "multi_choice" and letter:
-            return choices[ord(letter[1]) - ord("A")]
+        if problem["question_type"] == "multi_choice":
+            if letter and text not in choices:
+                return choices[ord(letter[1]) - ord("A")]
+            return text if text in choices else None
         if problem["answer_type"] == "integer":
             return str(int(text))
         if problem["answer_type"] == "float":
@@ -640,8 +652,7 @@ def score_vqav2(config, labels):
         upload.append({"question_id": row["question_id"], "answer": normalise(text or "")})
         if rows:
             pairs.append(("accuracy", vqa_accuracy(text, row, config.official)))
-    if config.upload:
-        write_json(config.upload, upload, indent=None)
+    write_upload(config, upload)
     return tally(pairs), [f"{texts.count(None):,} of {len(texts):,} questions have no answer"]
 
 
@@ -655,7 +666,12 @@ def score_textvqa(config, labels):
     numbers = {str(row["question_id"]) for row in rows}
     key = "question_id" if predictions[0][0] in numbers else "image_id"
     texts = texts_by_question(config, [(row[key], row["question"]) for row in rows])
-    pairs = [("accuracy", vqa_accuracy(text, row)) for row, text in zip(rows, texts, strict=True)]
+    pairs = []
+    upload = []
+    for row, text in zip(rows, texts, strict=True):
+        pairs.append(("accuracy", vqa_accuracy(text, row)))
+        upload.append({"question_id": row["question_id"], "answer": normalise(text)})
+    write_upload(config, upload)
     with_ocr = sum("Reference OCR token:" in prompt for _, prompt, _ in predictions)
     return tally(pairs), [f"{with_ocr:,} of {len(predictions):,} prompts hold OCR tokens"]
 
@@ -672,9 +688,8 @@ def score_vizwiz(config, labels):
                  for row in read_rows(config.questions)]
     texts = texts_by_question(config, [(name, question) for name, question, _ in asked])
     images = [image for _, _, image in asked]
-    if config.upload:
-        write_json(config.upload, [{"image": image, "answer": normalise(text)}
-                                   for image, text in zip(images, texts, strict=True)], indent=None)
+    write_upload(config, [{"image": image, "answer": normalise(text)}
+                          for image, text in zip(images, texts, strict=True)])
     if not rows or "answers" not in rows[0]:
         return {}, ["there are no human answers: the server scores"]
     wanted = [row["image"] for row in rows]
@@ -701,10 +716,22 @@ def score_gqa(config, labels):
     texts = match_answers(asked, found, config.answers)
     pairs = []
     for name, text in zip(asked, texts, strict=True):
-        right = text.rstrip(".").lower() == questions[name]["answer"]
+        right = gqa_answer(text) == questions[name]["answer"]
         is_open = questions[name]["types"]["structural"] == "query"
         pairs += [("accuracy", right), ("open" if is_open else "binary", right)]
+    write_upload(config, [{"questionId": name, "prediction": gqa_answer(text)}
+                          for name, _, text in predictions])         # its server wants all of them
     return tally(pairs), []
+
+
+def gqa_answer(text):
+    return text.rstrip(".").lower()
+
+
+def write_upload(config, rows):
+    """Write what a benchmark's server takes, if --upload asks for it."""
+    if config.upload:
+        write_json(config.upload, rows, indent=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -721,17 +748,19 @@ SCORERS = {                              # the scorer, and what its label files 
     "gqa": (score_gqa, "*questions.json"),
     "mmmu": (score_mmmu, "*.json"),
     "mathvista": (score_mathvista, "*.json")}
-UPLOADS = ("vqav2", "vizwiz", "mmbench", "seed_bench")           # the first two without labels, too
+WITHOUT_LABELS = ("vqav2", "vizwiz")     # only their servers can score the test splits
+UPLOADS = (*WITHOUT_LABELS, "mmbench", "seed_bench", "textvqa", "gqa")
 
 
 def run_scorer(name, config):
     """Score one benchmark: print the table, write --json and --upload."""
     scorer, pattern = SCORERS[name]
     if config.upload and name not in UPLOADS:
-        raise ValueError(f"--upload: no file for {name}'s server; {', '.join(UPLOADS)} have one")
-    if not config.labels and not (config.upload and config.questions and name in UPLOADS[:2]):
-        raise ValueError(f"--labels: {name} needs {pattern}, or the folder with it; without labels "
-                         f"--questions and --upload are for {' and '.join(UPLOADS[:2])}")
+        raise ValueError(f"--upload: {name} has no server; {', '.join(UPLOADS)} have one")
+    for_server = name in WITHOUT_LABELS and config.upload and config.questions
+    if not config.labels and not for_server:
+        raise ValueError(f"--labels: {name} needs {pattern}, or the folder with it; with "
+                         f"--questions and --upload, {' and '.join(WITHOUT_LABELS)} do without")
     labels = read_labels(config.labels, pattern)
     try:
         scores, notes = scorer(config, labels)
@@ -740,7 +769,9 @@ def run_scorer(name, config):
                          f"({type(error).__name__}: {error})") from error
     if scores:
         keys, published = PUBLISHED[name]
-        print(layout(score_rows(name, scores, keys.split(), published)))
+        rows = score_rows(name, scores, keys.split(), published)
+        print(layout(list(zip(*rows, strict=True))))         # one score a line
+        print("low, high: 95% interval (Wilson); behind them, as published")
     for note in notes:
         print(f"note: {note}")
     if config.official:

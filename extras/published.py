@@ -92,14 +92,21 @@ def published_scienceqa(config):
 
 
 def published_relative_score(scores):
-    """(relative score, reference's mean, answers' mean) of one run, rounded as it was released."""
+    """(relative score, reference's mean, answers' mean) of one run: means have three decimals."""
     reference, answers = [round(float(mean), 3) for mean in scores.mean(0)]
-    return round(answers / reference * 100, 1), reference, answers
+    return answers / reference * 100, reference, answers
+
+
+def published_score_of_several(scores):
+    """The same of one run of several, whose relative score has one decimal before their mean."""
+    relative, reference, answers = published_relative_score(scores)
+    return round(relative, 1), reference, answers
 
 
 def published_llava_bench(config):
     """LLaVA-Bench as the released script scores it: failed judgements count as -1 for both."""
-    numbers, text = relative_scores(config.reviews, published_relative_score, most_failed=1)
+    score = published_relative_score if len(config.reviews) == 1 else published_score_of_several
+    numbers, text = relative_scores(config.reviews, score, most_failed=1)
     print(f"{text}, counted as -1")
     if config.json:
         write_json(config.json, numbers)

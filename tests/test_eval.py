@@ -6,7 +6,7 @@ import pytest
 from conftest import lines
 
 import eval as eval_py
-from extras import benchmarks, judges
+from extras import benchmarks, judges, published
 from parts.files import read_lines, write_json, write_lines
 
 KINDS = ("conv", "detail", "complex")
@@ -186,3 +186,37 @@ def test_mm_vet_grades_are_means_in_percent(tmp_path, serve, capsys):
     numbers, _ = judges.mm_vet_scores(str(tmp_path / "g.json"), str(tmp_path / "mm-vet.json"))
     assert (numbers["total"], numbers["rec"], numbers["ocr"]) == (75, 100, 50)
     assert np.isfinite(numbers["total_std"])
+
+
+def test_gqas_server_gets_every_answer_and_a_table_the_balanced_ones(tmp_path):
+    """The server of GQA wants all questions; accuracy is over the balanced ones."""
+    write_json(tmp_path / "l.json", {
+        str(i): {"answer": "dog", "isBalanced": i < 2, "types": {"structural": "query"}}
+        for i in range(4)})
+    write_lines(tmp_path / "a.jsonl", [{"question_id": str(i), "text": "Dog."} for i in range(4)])
+    run(benchmarks, "score", "gqa", "--answers", tmp_path / "a.jsonl", "--labels",
+        tmp_path / "l.json", "--upload", tmp_path / "up.json")
+    rows = json.loads((tmp_path / "up.json").read_text())
+    assert rows == [{"questionId": str(i), "prediction": "dog"} for i in range(4)]
+
+
+@pytest.mark.parametrize("text, value", [("red", "red"), ("(B)", "blue"), ("5", None), ("Z", None)])
+def test_a_number_is_no_choice_of_mathvista(text, value):
+    """What is no choice and no letter of one is unparsed, whatever kind the answer has."""
+    problem = {"question_type": "multi_choice", "answer_type": "integer",
+               "choices": ["red", "blue"]}
+    assert benchmarks.value_named(problem, text) == value
+
+
+def test_the_published_relative_score_is_rounded_only_over_several_runs(tmp_path, capsys):
+    """One run is a ratio of means with three decimals; of several, each is rounded to one first."""
+    reviews = tmp_path / "r.jsonl"
+    write_lines(reviews, [{"question_id": i, "category": "conv", "tuple": [3, 2], "judge": "j"}
+                          for i in range(3)])
+    run(published, "llava_bench", "--reviews", reviews, "--json", tmp_path / "s.json")
+    one = json.loads((tmp_path / "s.json").read_text())["all.relative"]
+    (tmp_path / "r2.jsonl").write_bytes(reviews.read_bytes())
+    run(published, "llava_bench", "--reviews", reviews, tmp_path / "r2.jsonl",
+        "--json", tmp_path / "s.json")
+    several = json.loads((tmp_path / "s.json").read_text())["all.relative"]
+    assert one == pytest.approx(200 / 3) and several == pytest.approx(66.7)
