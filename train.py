@@ -55,8 +55,8 @@ V1_5_LORA = dict(V1_5, stage2=dict(V1_5["stage2"], lr=2e-4, lr_W=2e-5, lora_rank
 # OURS: HD's code and weights were not released; its stage 1 is that of 1.5, at 224 pixels
 HD = dict(V1_5, vision=CLIP, stage2=dict(V1_5["stage2"], aspect="hd", max_length=4096))
 # Diss. Sec. 4.7. OFFICIAL: g trains, too. OURS: its 760K samples were not released in full
-NEXT = dict(V1_5, stage2=dict(V1_5["stage2"], data=["data/llava_next.json"], aspect="anyres",
-                              max_length=4096, lr_g=2e-6))
+NEXT = dict(V1_5, max_length=4096, stage2=dict(V1_5["stage2"], data=["data/llava_next.json"],
+                                               aspect="anyres", lr_g=2e-6))
 TOY = dict(                                              # OURS: the paper in miniature (toy/)
     vision="toy/pretrained/clip", llm="toy/pretrained/llm", template="llava_v0",
     images="out/toy/world/images", image_position="first", max_length=512, workers=0,
@@ -156,7 +156,7 @@ def resolve(argv):
 
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
-    if config.lora_rank and (config.init == "none" or config.lr_g):
+    if config.lora_rank and (config.init == "none" or config.lr_g is not None):
         raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
                          "belong to: --init out/stage1, and no --lr_g")
     useless = {"lr_g": stage == 1, "lora_rank": stage == 1, "vision": has_init, "llm": has_init}
@@ -187,7 +187,7 @@ def build_model(config, machine):
                                  f"{getattr(config, flag)}; take --{flag} {found}")
     had_newline = model.newline is not None
     view = set_view(model, config.aspect)
-    theta = model.set_stage(config.stage, train_g=config.lr_g is not None)
+    model.set_stage(config.stage, train_g=config.lr_g is not None)
     if config.lora_rank:
         lora.adapt(model, config.lora_rank, had_newline)
     theta = machine.place(model, config.checkpoint_activations, config.compile)
@@ -202,9 +202,7 @@ def build_model(config, machine):
 
 def build_data(config, machine, model, template, view):
     """The checked data set, its samples' lengths, indices to train on and held out, a report.
-
-    Raises ValueError with file, index and id of what is wrong. Rank 0 checks, the others wait.
-    """
+    Raises ValueError with file, index and id of what is wrong. Rank 0 checks, the others wait."""
     questions = brief_instructions() if config.stage == 1 else None      # Sec. 4.2
     records = Records(config.data, config.fraction, config.seed)
     data = Conversations(records, config.images, model.tokenizer, template, view,
@@ -234,8 +232,8 @@ def lr_at(step, total, warmup_ratio=0.03):
 def accumulate(model, batches, machine, optimizer, n_answer):
     """Gradients of Eq. (3) over one global batch. Returns the loss per answer token, of all ranks.
 
-    Every micro-batch is divided by the answer tokens of the whole global batch.
-    DistributedDataParallel averages over the ranks, hence the factor world_size.
+    Divided by the answer tokens of the whole batch; DistributedDataParallel averages over the
+    ranks, hence the factor world_size.
     """
     optimizer.zero_grad()
     total = 0.0
@@ -262,13 +260,14 @@ def validate(model, data, held_out, machine, micro_batch_size):
         total += loss.item()
         n += count
     total, n = machine.sum(total, n)
-
     prompts, truths = zip(*[data.question(int(i)) for i in held_out[:3]], strict=True)
     batch = collate(prompts, data.view, side="left")
     with machine.forward(model):
         answers = model.generate(**machine.to_device(batch, ANSWERING), stop=[data.template.STOP],
                                  max_new_tokens=64)
-    answers = list(zip(batch["where"], truths, answers, strict=True))
+    answers = [{"id": where, "truth": truth, "answer": answer}
+               for where, truth, answer in zip(batch["where"], truths, answers, strict=True)]
+    machine.print0(f"  held out: loss {total / n:.4f}", *[f"    {row}" for row in answers])
     return {"val_loss": total / n, "answers": answers}
 
 
@@ -280,7 +279,9 @@ def train(config, origin, machine, run):
                                         machine.world_size)
     steps = Steps(data, train_on, lengths, config.global_batch_size, micro,
                   machine.world_size, machine.rank)
-    total = min(steps.per_epoch * config.epochs, config.max_steps or math.inf)
+    total = steps.per_epoch * config.epochs
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
 
     def render_first(batch):
         text = show(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), data.tokenizer)
@@ -292,7 +293,8 @@ def train(config, origin, machine, run):
                    f"{accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all\n")
     machine.print0(render_first(collate([data[0, int(train_on[0]), True]], view)))
 
-    peaks = dict(W=config.lr_W or config.lr, g=config.lr_g, f_phi=config.lr, newline=config.lr)
+    lr_W = config.lr if config.lr_W is None else config.lr_W
+    peaks = {"W": lr_W, "g": config.lr_g, "f_phi": config.lr, "newline": config.lr}
     optimizer = Optimizer(groups_of(theta, peaks), machine)      # AdamW, no weight decay
     if config.dry_run:
         longest = data, train_on[np.argsort(-lengths[train_on])]

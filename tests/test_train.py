@@ -820,3 +820,12 @@ def test_a_finished_checkpoint_brings_its_own_ways(flags, tmp_path, capsys):
     assert LLaVA.from_pretrained(tmp_path / "again").meta["tiling"]["pinpoints"] == [[28, 84]]
     model = build(flags(tmp_path / "pad", *start, "--aspect", "pad"))[1]
     assert model.meta["aspect"] == "pad" and model.newline is None
+
+
+def test_a_rate_or_a_length_of_0_is_not_the_default(flags, tmp_path):
+    """What a user typed counts, 0 as well: no step is taken, and W stands still."""
+    assert train.main(flags(tmp_path / "no_steps", *STAGE[2], "--max_steps", "0")) == 0
+    assert train.main(flags(tmp_path / "one", *STAGE[2], "--lr_W", "0", "--max_steps", "1")) == 0
+    before, after = (LLaVA.from_pretrained(tmp_path / name) for name in ("no_steps", "one"))
+    assert torch.equal(before.W.weight, after.W.weight), "--lr_W 0 moved W"
+    assert not torch.equal(before.f_phi.lm_head.weight, after.f_phi.lm_head.weight)
