@@ -279,9 +279,8 @@ def train(config, origin, machine, run):
                                         machine.world_size)
     steps = Steps(data, train_on, lengths, config.global_batch_size, micro,
                   machine.world_size, machine.rank)
-    total = steps.per_epoch * config.epochs
-    if config.max_steps is not None:
-        total = min(total, config.max_steps)
+    limit = math.inf if config.max_steps is None else config.max_steps
+    total = min(steps.per_epoch * config.epochs, limit)
 
     def render_first(batch):
         text = show(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), data.tokenizer)
