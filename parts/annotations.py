@@ -74,14 +74,27 @@ def read_caption_pairs(path, columns="image caption"):
     that each have their caption in a .txt file beside them.
 
     columns    a TSV's, in order; CC3M's own file is "caption image", with an address for the image
-    Raises ValueError that names the line, FileNotFoundError.
+    Raises ValueError that names the line, or for no pairs at all, and FileNotFoundError.
     """
-    if os.path.isdir(path):
-        for picture in sorted(Path(path).rglob("*")):
-            if PICTURE_NAME.search(picture.name):
-                caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
-                yield str(picture.relative_to(path)), " ".join(caption.split())
-        return
+    pairs = pairs_of_folder(path) if os.path.isdir(path) else pairs_of_file(path, columns)
+    is_empty = True
+    for pair in pairs:
+        is_empty = False
+        yield pair
+    if is_empty:
+        raise ValueError(f"{path}: no pairs in it")
+
+
+def pairs_of_folder(path):
+    """Yield (picture's name, text of the .txt file beside it)."""
+    for picture in sorted(Path(path).rglob("*")):
+        if PICTURE_NAME.search(picture.name):
+            caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
+            yield str(picture.relative_to(path)), " ".join(caption.split())
+
+
+def pairs_of_file(path, columns):
+    """Yield (image, caption) of each line."""
     is_json = path.endswith((".json", ".jsonl"))
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):

@@ -285,3 +285,16 @@ def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, 
         assert question["text"] == reference["prompt"]
     with pytest.raises(ValueError, match="--bench 41.*40 pictures"):
         llava_bench.main(["--bench", "41", "--captions", str(tmp_path / "c.jsonl"), "--out", "x"])
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_pairs_that_are_none_are_an_error_and_leave_no_file(tmp_path, kind):
+    """An empty training file would be found much later, or never."""
+    pairs = tmp_path / "pairs.tsv"
+    if kind == "file":
+        pairs.write_text("")
+    else:
+        pairs.mkdir()
+    with pytest.raises(ValueError, match="no pairs in it"):
+        generate_data.main(["expand", "--pairs", str(pairs), "--out", str(tmp_path / "chat.json")])
+    assert not list(tmp_path.glob("chat.json*"))
