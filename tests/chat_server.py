@@ -1,6 +1,6 @@
 """An OpenAI-compatible endpoint that misbehaves, as a process of its own.
 
-    python chat_server.py '{"seconds": 1, "faults": {"429": 0.1, "reset": 0.1}, "log": "asked.jsonl"}'
+    python chat_server.py '{"seconds": 1, "faults": {"429": 0.1}, "log": "asked.jsonl"}'
 
 It prints its port. A good reply comes after `seconds`; each fault comes with its probability. Every
 request goes to the log, with what became of it. The answer quotes the last line of the request, so

@@ -1,4 +1,5 @@
 """Tiny real models and tokenizers, built from configs in the process: no download, no mock."""
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,13 +18,24 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AddedToken, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    AddedToken,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from model import LLaVA
 from parts.files import IMAGE
 
-torch.set_num_threads(1)     # such small matrices gain nothing from a second thread, and lose much on a busy machine
+# such small matrices gain nothing from a second thread, and lose much on a busy machine
+torch.set_num_threads(1)
 
 
 def byte_tokenizer(specials=("<unk>", "<s>", "</s>")):
@@ -32,30 +44,36 @@ def byte_tokenizer(specials=("<unk>", "<s>", "</s>")):
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate([*specials, *alphabet])}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                        pad_token="<unk>")
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in (*specials, IMAGE)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<unk>")
+    for token in (*specials, IMAGE):
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)])
     return tokenizer
 
 
 def tiny_clip(image_size=28, seed=0):
     """ViT with the shape of CLIP ViT-L/14: 14-pixel patches, 28 px -> N = 4 visual tokens."""
     torch.manual_seed(seed)
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                            num_attention_heads=2, image_size=image_size, patch_size=14)).eval()
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                              num_attention_heads=2, image_size=image_size, patch_size=14)
+    return CLIPVisionModel(config).eval()
 
 
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM),
-            "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 
 
 def tiny_llm(family="llama", tied=False, vocab_size=320, seed=0, **more):
     config, model = FAMILIES[family]
     torch.manual_seed(seed)
-    return model(config(vocab_size=vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                        bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-                        tie_word_embeddings=tied, **more)).eval()
+    return model(config(
+        vocab_size=vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+        tie_word_embeddings=tied, **more)).eval()
 
 
 def tiny_llava(family="llama", tied=False, **more):
@@ -79,13 +97,16 @@ def llava():
 
 
 def scripted_llm(*texts, end=None):
-    """A Llama that has learnt texts by heart: no layer does anything, and the head maps each byte to the one behind it.
+    """A Llama that has learnt texts by heart: no layer does anything, and the head maps each byte
+    to the one behind it.
 
-    No byte may have two different successors. `end`: the byte behind which the end-of-sequence id comes.
+    No byte may have two different successors. `end`: the byte behind which an answer ends.
     """
-    llm, id_of = tiny_llm(), byte_tokenizer().encode
-    follows = {a: b for text in texts for ids in [id_of(text)] for a, b in zip(ids, ids[1:])}
-    assert all(follows[a] == b for text in texts for ids in [id_of(text)] for a, b in zip(ids, ids[1:])), "two successors"
+    llm = tiny_llm()
+    id_of = byte_tokenizer().encode
+    pairs = [pair for text in texts for pair in itertools.pairwise(id_of(text))]
+    follows = dict(pairs)
+    assert all(follows[a] == b for a, b in pairs), "two successors"
     if end:
         follows[id_of(end)[-1]] = llm.config.eos_token_id
     with torch.no_grad():
@@ -99,14 +120,15 @@ def scripted_llm(*texts, end=None):
     return llm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # On disk: what the commands take
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def save_parts(folder, llm=None, tokenizer=None, clip=None):
-    """A CLIP folder and a language model folder with its tokenizer, as `--vision` and `--llm` take them."""
+    """A CLIP folder and a language model folder with its tokenizer, as `--vision` and `--llm` take
+    them."""
     (clip or tiny_clip()).save_pretrained(folder / "clip")
     (llm or tiny_llm()).save_pretrained(folder / "llm")
     (tokenizer or byte_tokenizer()).save_pretrained(folder / "llm")
@@ -120,46 +142,57 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    """chat.json and images/: 41 samples of one to three answers; a third is text alone, some have two pictures."""
+    """chat.json and images/: 41 samples of one to three answers; a third is text alone, some have
+    two pictures."""
     folder, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(0)
     (folder / "images").mkdir()
     modes, records = ["RGB", "L", "RGBA", "P", "CMYK"], []
     for i in range(41):
-        names = [f"{i}_{j}.{'png' if i % 2 else 'tiff'}" for j in range([1, 0, 1, 0, 2, 1, 1, 0][i % 8])]
+        extension = "png" if i % 2 else "tiff"
+        n_pictures = [1, 0, 1, 0, 2, 1, 1, 0][i % 8]
+        names = [f"{i}_{j}.{extension}" for j in range(n_pictures)]
         for name in names:
-            picture = Image.fromarray(rng.integers(0, 256, (*rng.integers(9, 90, 2), 3), dtype=np.uint8))
-            picture.convert(modes[i % 5] if name.endswith("tiff") else modes[i % 4]).save(folder / "images" / name)
+            shape = (*rng.integers(9, 90, 2), 3)
+            picture = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+            mode = modes[i % 4 if i % 2 else i % 5]
+            picture.convert(mode).save(folder / "images" / name)
         turns = []
         for turn in range(1 + i % 3):
-            turns.append({"from": "human", "value": "<image>\n" * (len(names) if turn == 0 else 0) + f"What is {i}.{turn}?"})
-            turns.append({"from": "gpt", "value": f"It is {'long and ' * (i % 4)}{['red', 'green', 'blue'][i % 3]}."})
+            tags = "<image>\n" * len(names) if turn == 0 else ""
+            colour = ["red", "green", "blue"][i % 3]
+            turns.append({"from": "human", "value": f"{tags}What is {i}.{turn}?"})
+            turns.append({"from": "gpt", "value": f"It is {'long and ' * (i % 4)}{colour}."})
         image = {"image": names if len(names) > 1 else names[0]} if names else {}
         records.append({"id": f"chat_{i}", **image, "conversations": turns})
     (folder / "chat.json").write_text(json.dumps(records))
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real processes. Importing torch and transformers takes seconds; a fork server imports them once, and each process that
-# it forks runs a script as `python script.py ARGUMENTS` would: its own pid, signals, standard streams and exit code.
+# -----------------------------------------------------------------------------
+# Real processes. Importing torch and transformers takes seconds; a fork server imports them once,
+# and each process that
+# it forks runs a script as `python script.py ARGUMENTS` would: its own pid, signals, standard
+# streams and exit code.
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "sample", "matplotlib.pyplot"])
 
 
 def be_script(script, argv, folder, stdin, stdout, file_size):
-    os.setsid()                                          # a group of its own, as a terminal's foreground job has
-    multiprocessing.set_start_method(None, force=True)   # its own processes start as they would without the fork server
+    os.setsid()                          # a group of its own, as a terminal's foreground job has
+    # its own processes start as they would without the fork server
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(folder)
-    for fd, path, mode in ((0, stdin, os.O_RDONLY), *((fd, stdout, os.O_WRONLY | os.O_APPEND) for fd in (1, 2))):
-        os.dup2(os.open(path, mode), fd)
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    for fd in (1, 2):
+        os.dup2(os.open(stdout, os.O_WRONLY | os.O_APPEND), fd)
     sys.stdin = open(0, closefd=False)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = [script, *map(str, argv)]
     if script.endswith(".py"):
         runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-    else:                                                # "extras.react", as in python -m extras.react
+    else:                                # "extras.react", as in python -m extras.react
         sys.path.insert(0, ROOT)
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
@@ -173,7 +206,8 @@ def start_script(folder, script, *argv, stdin="", file_size=None, fifo=False):
     (folder / "input").write_text(stdin)
     (folder / "output").unlink(missing_ok=True)
     os.mkfifo(folder / "output") if fifo else (folder / "output").touch()
-    process = FORKS.Process(target=be_script, args=(script, argv, folder, folder / "input", folder / "output", file_size))
+    args = (script, argv, folder, folder / "input", folder / "output", file_size)
+    process = FORKS.Process(target=be_script, args=args)
     process.start()
     return process
 
@@ -185,19 +219,21 @@ def run_script(folder, script, *argv, **options):
     return process.exitcode, (folder / "output").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # A language model's endpoint, as far as a client can tell
 
 
 @pytest.fixture
 def serve(tmp_path):
-    """Start tests/chat_server.py with some settings; returns its address and the file of all that it was asked."""
+    """Start tests/chat_server.py with some settings; returns its address and the file of all that
+    it was asked."""
     processes = []
 
     def start(**settings):
         log = tmp_path / f"log{len(processes)}.jsonl"
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tests", "chat_server.py"),
-                                    json.dumps({"log": str(log), **settings})], stdout=subprocess.PIPE, text=True)
+        server = os.path.join(ROOT, "tests", "chat_server.py")
+        command = [sys.executable, server, json.dumps({"log": str(log), **settings})]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         return f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log
     yield start

@@ -1,4 +1,5 @@
-"""What the model sees (data.py): templates, ids and labels, the image's place, truncation. Files are in test_images.py."""
+"""What the model sees (data.py): templates, ids and labels, the image's place, truncation. Files
+are in test_images.py."""
 
 import itertools
 import json
@@ -45,10 +46,11 @@ def scored_runs(labels):
     """[(start, stop)] of each run of scored positions."""
     scored = [False, *(label != IGNORE for label in labels), False]
     edges = [i for i in range(len(labels) + 1) if scored[i] != scored[i + 1]]
-    return list(zip(edges[::2], edges[1::2]))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ templates (Table 2)
+# -----------------------------------------------------------------------------
+# Templates (Table 2)
 
 V0 = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -59,8 +61,9 @@ V1 = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 L2 = (
-    "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language.\n<</SYS>>\n\n"
+    "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.\n<</SYS>>\n\n"
 )
 RENDERED = {  # the prompt of one open turn, and what a finished first and an open second turn add
     "llava_v0": (
@@ -77,12 +80,14 @@ RENDERED = {  # the prompt of one open turn, and what a finished first and an op
         " A cat. </s>[INST] Why? [/INST]",
     ),
     "chatml_direct": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is this?<|im_end|>"
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n"
+        "<image>\nWhat is this?<|im_end|>"
         "<|im_start|>assistant\n",
         "A cat.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n",
     ),
     "qwen_1_5": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<image>\nWhat is this?"
         "<|im_end|>\n<|im_start|>assistant\n",
         "A cat.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
     ),
@@ -99,7 +104,8 @@ RENDERED = {  # the prompt of one open turn, and what a finished first and an op
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_renders_the_published_text(template):
-    """Table 2 and the released prompts: character for character, or released checkpoints see text they never saw."""
+    """Table 2 and the released prompts: character for character, or released checkpoints see text
+    they never saw."""
     one, more = RENDERED[template]
     assert text_of(chat("<image>\nWhat is this?"), template) == one, (
         "the prompt of a first question is not the published one"
@@ -134,7 +140,8 @@ def messages(turns, as_parts=False):
 @pytest.mark.parametrize("as_parts", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, as_parts):
-    """Ours, Sec. 4.2: an engine that applies `chat_template` must show the model the text that it was trained on."""
+    """Ours, Sec. 4.2: an engine that applies `chat_template` must show the model the text that it
+    was trained on."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template(TEMPLATES[template])
     for first in (
@@ -196,7 +203,8 @@ def test_each_language_model_gets_the_template_that_it_knows():
     ],
 )
 def test_a_template_whose_stop_is_no_token_is_refused(name, missing):
-    """Sec. 4.2: STOP as plain text would never end an answer; the message says which templates would do."""
+    """Sec. 4.2: STOP as plain text would never end an answer; the message says which templates
+    would do."""
     have = [t for t in ("<s>", "</s>", "<|im_start|>", "<|im_end|>") if t != missing]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({t: i for i, t in enumerate(["a", *have])}, []))
@@ -210,7 +218,8 @@ def test_a_template_whose_stop_is_no_token_is_refused(name, missing):
     check_template(TEMPLATES["llava_v0"], tokenizer)
 
 
-# ------------------------------------------------------------------- the released code's ids and labels (golden vectors)
+# -----------------------------------------------------------------------------
+# The released code's ids and labels (golden vectors)
 
 LLAMA = {
     319: "▁A",
@@ -273,8 +282,9 @@ LLAMA = {
 
 
 def llama_tokenizer(legacy):
-    """LLaMA's 32,000 entries where every piece of the vectors stands at its true id. The other ids hold single
-    characters, the prefixes through which byte-pair merges reach the pieces (words first, then word endings), filler."""
+    """LLaMA's 32,000 entries where every piece of the vectors stands at its true id. The other ids
+    hold single characters, the prefixes through which byte-pair merges reach the pieces (words
+    first, then word endings), filler."""
     vocab = {
         "<unk>": 0,
         "<s>": 1,
@@ -309,40 +319,9 @@ def golden(template, *turns, legacy=False):
 
 
 HEAD = [
-    1,
-    319,
-    13563,
-    1546,
-    263,
-    12758,
-    1404,
-    322,
-    385,
-    23116,
-    21082,
-    20255,
-    29889,
-    450,
-    20255,
-    4076,
-    8444,
-    29892,
-    13173,
-    29892,
-    322,
-    1248,
-    568,
-    6089,
-    304,
-    278,
-    1404,
-    29915,
-    29879,
-    5155,
-    29889,
-    3148,
-    1001,
-    29901,
+    1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255,
+    4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879,
+    5155, 29889, 3148, 1001, 29901,
 ]
 TAIL_1 = [319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2]
 USER = {True: [3148, 1001, 29901], False: [11889, 29901]}
@@ -352,26 +331,18 @@ A1, A2 = ["▁A", "▁cat", ".", "</s>"], ["▁It", "▁has", "▁ears", ".", "<
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_vicuna_ids_and_labels_with_an_image_are_the_released_ones(legacy):
-    """Table 2 and the released tokenisation: split at <image>, a lone blank on either side; the answers and </s> scored."""
+    """Table 2 and the released tokenisation: split at <image>, a lone blank on either side; the
+    answers and </s> scored."""
     ids, scored = golden(
         "vicuna_v1", "<image>\nWhat is this?", "A cat.", "Why?", "It has ears.", legacy=legacy
     )
     assert ids == [
-        *HEAD,
-        29871,
-        -200,
-        29871,
-        13,
-        5618,
-        338,
-        445,
-        29973,
-        *TAIL_1,
-        *USER[legacy],
+        *HEAD, 29871, -200, 29871, 13, 5618, 338, 445, 29973, *TAIL_1, *USER[legacy],
         *TAIL_2,
     ], "released checkpoints were trained on other ids than these"
     second = 61 if legacy else 60
-    assert scored == dict(zip([*range(47, 51), *range(second, second + 5)], A1 + A2)), (
+    places = [*range(47, 51), *range(second, second + 5)]
+    assert scored == dict(zip(places, A1 + A2, strict=True)), (
         "not exactly answers and </s> are scored"
     )
 
@@ -386,52 +357,28 @@ def test_vicuna_ids_and_labels_without_an_image_are_the_released_ones(legacy):
         "text-only samples get other ids"
     )
     second = 57 if legacy else 56
-    assert scored == dict(zip([*range(43, 47), *range(second, second + 5)], A1 + A2)), (
+    places = [*range(43, 47), *range(second, second + 5)]
+    assert scored == dict(zip(places, A1 + A2, strict=True)), (
         "not exactly answers and </s> are scored"
     )
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_the_other_golden_vectors_of_the_llama_vocabulary_hold(legacy):
-    """Released stage 1 (caption and newline, no </s>), the [INST] formats (a blank before </s>), digits and CJK."""
+    """Released stage 1 (caption and newline, no </s>), the [INST] formats (a blank before </s>),
+    digits and CJK."""
     ids, scored = golden("plain", IMAGE, "a cat on a mat", legacy=legacy)
     assert ids == [1, -200, 263, 6635, 373, 263, 1775, 13], "stage 1 has not the released ids"
     assert list(scored) == [2, 3, 4, 5, 6, 7], "stage 1 does not score the caption and its newline"
     inst, turns = [518, 25580, 29962], ("<image>\nWhat is this?", "A cat.", "Why?", "It has ears.")
     body = [
-        -200,
-        29871,
-        13,
-        5618,
-        338,
-        445,
-        29973,
-        518,
-        29914,
-        25580,
-        29962,
-        319,
-        6635,
-        29889,
-        29871,
-        2,
+        -200, 29871, 13, 5618, 338, 445, 29973, 518, 29914, 25580, 29962, 319, 6635,
+        29889, 29871, 2,
     ]
     again = [
         518 if legacy else 29961,
-        25580,
-        29962,
-        3750,
-        29973,
-        518,
-        29914,
-        25580,
-        29962,
-        739,
-        756,
-        22827,
-        29889,
-        29871,
-        2,
+        25580, 29962, 3750, 29973, 518, 29914, 25580, 29962, 739, 756, 22827, 29889,
+        29871, 2,
     ]
     answers = [*A1[:-1], "▁", "</s>", *A2[:-1], "▁", "</s>"]
     ids, scored = golden("mistral_instruct", *turns, legacy=legacy)
@@ -443,92 +390,36 @@ def test_the_other_golden_vectors_of_the_llama_vocabulary_hold(legacy):
     assert (
         ids[:4] == [1, *inst] and ids[-len(tail) :] == tail and list(scored.values()) == answers
     ), "llava_llama_2 is off"
-    assert list(golden("vicuna_v1", "1 + 2?", "3", legacy=legacy)[1].values()) == ["▁", "3", "</s>"]
+    _, scored = golden("vicuna_v1", "1 + 2?", "3", legacy=legacy)
+    assert list(scored.values()) == ["▁", "3", "</s>"]
     assert list(golden("vicuna_v1", "Hello?", "你好", legacy=legacy)[1].values()) == [
-        "▁",
-        "你",
-        "好",
-        "</s>",
+        "▁", "你", "好", "</s>",
     ]
     assert llama_tokenizer(legacy)("Hello this is a test").input_ids == [
-        1,
-        15043,
-        445,
-        338,
-        263,
-        1243,
+        1, 15043, 445, 338, 263, 1243,
     ]
 
 
-# ------------------------------------------------------------------------------- labels under every kind of tokenizer
+# -----------------------------------------------------------------------------
+# Labels under every kind of tokenizer
 
 PIECES = [
-    "a cat",
-    "The dog",
-    "sits",
-    "on the mat.",
-    "x",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    "3",
-    "12345",
-    "3.14",
-    "%",
-    "C#",
-    "#",
-    "##",
-    "###",
-    "</s>",
-    "<s>",
-    " ASSISTANT: ",
-    "USER: ",
-    "ASSISTANT:",
-    "Human: ",
-    "###Human: ",
-    "[/INST]",
-    "[INST] ",
-    "<|im_end|>",
-    "<|im_start|>",
-    "{}",
-    "{0}",
-    "{{ 7 * 7 }}",
-    "'s",
+    "a cat", "The dog", "sits", "on the mat.", "x", " ", "  ", "\n", "\n\n", "\t", "3",
+    "12345", "3.14", "%", "C#", "#", "##", "###", "</s>", "<s>", " ASSISTANT: ", "USER: ",
+    "ASSISTANT:", "Human: ", "###Human: ", "[/INST]", "[INST] ", "<|im_end|>",
+    "<|im_start|>", "{}", "{0}", "{{ 7 * 7 }}", "'s",
     '"',
-    "\\",
-    ":",
-    ": ",
-    ".",
-    ",",
-    "!",
-    "?",
-    "(",
-    ")",
-    "é",
-    "e\u0301",
-    "ß",
-    "你好",
-    "。",
-    "日本語",
-    "שלום",
-    "🐈",
+    "\\", ":", ": ", ".", ",", "!", "?", "(", ")",
+    "é", "e\u0301", "ß", "你好", "。", "日本語",
+    "שלום", "🐈",
     "👩\u200d👩\u200d👧",
-    "🇩🇪",
-    "\u00a0",
-    "\u3000",
-    "\u200b",
-    "<im",
-    "age>",
-    "</",
-    "<",
-    ">",
+    "🇩🇪", "\u00a0", "\u3000", "\u200b", "<im", "age>", "</", "<", ">",
 ]
 
 
 def random_chat(rng, rounds):
-    """Questions with 0 to 2 images anywhere; questions and answers of anything, separators of every template included."""
+    """Questions with 0 to 2 images anywhere; questions and answers of anything, separators of every
+    template included."""
     texts = []
     for _ in range(rounds):
         question, answer = "".join(rng.choices(PIECES, k=rng.randint(1, 8))), ""
@@ -653,7 +544,8 @@ def tokenizer(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer):
-    """200 random conversations over all templates: (template, turns, ids, labels). `plain` is for one caption."""
+    """200 random conversations over all templates: (template, turns, ids, labels). `plain` is for
+    one caption."""
     rng, out = random.Random(1), []
     for template in itertools.islice(itertools.cycle(TEMPLATES.values()), 200):
         turns = random_chat(rng, 1 if template.name == "plain" else rng.randint(1, 6))
@@ -663,7 +555,8 @@ def encoded(tokenizer):
 
 
 def test_exactly_the_answers_and_stop_are_scored_under_every_tokenizer(tokenizer, encoded):
-    """Sec. 4.2, Eq. (3), Table 2 (green): what the scored labels spell is each answer and STOP, and nothing else is scored."""
+    """Sec. 4.2, Eq. (3), Table 2 (green): what the scored labels spell is each answer and STOP, and
+    nothing else is scored."""
     x, image_id = (
         tokenizer("x", add_special_tokens=False).input_ids,
         tokenizer.convert_tokens_to_ids(IMAGE),
@@ -673,14 +566,14 @@ def test_exactly_the_answers_and_stop_are_scored_under_every_tokenizer(tokenizer
     )  # sentencepiece: texts start with a blank
     for template, turns, ids, labels in encoded:
         assert len(ids) == len(labels) and all(
-            label in (i, IGNORE) for i, label in zip(ids, labels)
+            label in (i, IGNORE) for i, label in zip(ids, labels, strict=True)
         ), "labels are shifted"
         assert ids.count(image_id) == 4 * tags(turns), "an image has not its N placeholders"
         runs, answers = scored_runs(labels), [turn["value"].strip() for turn in turns[1::2]]
         assert len(runs) == len(answers), (
             f"{template.name}: {len(runs)} scored stretches for {len(answers)} answers in {turns}"
         )
-        for (start, stop), answer in zip(runs, answers):
+        for (start, stop), answer in zip(runs, answers, strict=True):
             spelled = tokenizer.decode(x + labels[start:stop], clean_up_tokenization_spaces=False)
             want = template.answer.format(answer) + template.STOP
             starts = template.name == "plain" and not want.startswith(
@@ -692,7 +585,8 @@ def test_exactly_the_answers_and_stop_are_scored_under_every_tokenizer(tokenizer
 
 
 def test_a_sampling_prompt_has_the_ids_that_training_had_before_the_answer(tokenizer, encoded):
-    """Sec. 4.2: X_instruct^t is the same sequence in training and sampling, or the model is asked what it never learned."""
+    """Sec. 4.2: X_instruct^t is the same sequence in training and sampling, or the model is asked
+    what it never learned."""
     picture = Image.new("RGB", (2, 2))
     for template, turns, ids, labels in encoded:
         for i, (start, _) in enumerate(scored_runs(labels)):
@@ -705,7 +599,8 @@ def test_a_sampling_prompt_has_the_ids_that_training_had_before_the_answer(token
 
 
 def test_images_become_their_own_number_of_placeholders_in_order():
-    """Sec. 4.1: the k-th <image> is the k-th picture's N tokens, unscored, also where pictures differ in tokens."""
+    """Sec. 4.1: the k-th <image> is the k-th picture's N tokens, unscored, also where pictures
+    differ in tokens."""
     tokenizer = byte_tokenizer()
     segments = render(chat("<image>a<image>", "b", "<image>"), TEMPLATES["plain"])[:1] + [
         ("b", True),
@@ -719,7 +614,8 @@ def test_images_become_their_own_number_of_placeholders_in_order():
 
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_a_prompt_whose_tags_and_pictures_disagree_is_an_error_that_counts_them(pictures):
-    """Sec. 4.1: each <image> needs one picture; anything else would splice features into the wrong place."""
+    """Sec. 4.1: each <image> needs one picture; anything else would splice features into the wrong
+    place."""
     with pytest.raises((AssertionError, ValueError), match=f"{pictures} (image|picture)s"):
         sample_of(
             chat("<image>\nWhat?"),
@@ -731,7 +627,8 @@ def test_a_prompt_whose_tags_and_pictures_disagree_is_an_error_that_counts_them(
 
 
 def test_limits_in_a_tokenizer_file_neither_cut_nor_pad_a_sample():
-    """Ours: some tokenizer.json carry a truncation or padding of their own; a chunk shortened by it would lose its answer."""
+    """Ours: some tokenizer.json carry a truncation or padding of their own; a chunk shortened by it
+    would lose its answer."""
     tokenizer, template = (
         byte_tokenizer(("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")),
         TEMPLATES["chatml_direct"],
@@ -748,7 +645,8 @@ def test_limits_in_a_tokenizer_file_neither_cut_nor_pad_a_sample():
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_saved_tokenizer_gives_the_ids_that_training_had(legacy, tmp_path):
-    """Sec. 4.2: sampling from a checkpoint uses its tokenizer files; transformers drops `legacy` when it saves them."""
+    """Sec. 4.2: sampling from a checkpoint uses its tokenizer files; transformers drops `legacy`
+    when it saves them."""
     os.makedirs(tmp_path / "llm")
     tokenizer = sentencepiece_bpe(tmp_path / "llm", legacy)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
@@ -762,7 +660,8 @@ def test_a_saved_tokenizer_gives_the_ids_that_training_had(legacy, tmp_path):
     )
 
 
-# ----------------------------------------------------------------------------------------- the image's place, Eq. (2)
+# -----------------------------------------------------------------------------
+# The image's place, Eq. (2)
 
 
 def test_the_image_stands_first_or_last_in_turn_1_half_the_time():
@@ -779,7 +678,8 @@ def test_the_image_stands_first_or_last_in_turn_1_half_the_time():
 
 
 def test_image_first_and_as_written_do_what_they_say():
-    """The released code: every lone <image> leads its turn; as_written: nothing moves; several images never move."""
+    """The released code: every lone <image> leads its turn; as_written: nothing moves; several
+    images never move."""
     turns = chat("a <image> b", "A.", "c\n<image>", "B.", "<image> d <image>", "C.")
     first = [t["value"] for t in arrange(turns, "first", random.Random(0))]
     assert first == ["<image>\na  b", "A.", "<image>\nc", "B.", "<image> d <image>", "C."]
@@ -792,7 +692,8 @@ def test_image_first_and_as_written_do_what_they_say():
 
 @pytest.mark.parametrize("position", ["random", "first", "as_written"])
 def test_stage_1_draws_a_question_where_the_human_turn_is_only_an_image(position):
-    """Sec. 4.2: for an image X_v a question X_q is sampled that asks to describe it briefly; X_a is the caption."""
+    """Sec. 4.2: for an image X_v a question X_q is sampled that asks to describe it briefly; X_a is
+    the caption."""
     drawn = {
         arrange(chat("<image>", "A cat."), position, random.Random(i), ["Q1?", "Q2?"])[0]["value"]
         for i in range(200)
@@ -807,12 +708,14 @@ def test_stage_1_draws_a_question_where_the_human_turn_is_only_an_image(position
     assert "Mine?" in own and "Q1?" not in own, "a question of one's own was replaced"
 
 
-# ----------------------------------------------------------------------------------------------------------- truncation
+# -----------------------------------------------------------------------------
+# Truncation
 
 
 @pytest.mark.parametrize("template", ["llava_v0", "vicuna_v1"])
 def test_a_long_conversation_loses_whole_trailing_turns_and_no_more_than_needed(template):
-    """Ours (the released code cuts tokens): each kept answer ends in its STOP, and an image is never cut."""
+    """Ours (the released code cuts tokens): each kept answer ends in its STOP, and an image is
+    never cut."""
     tokenizer, template, N = byte_tokenizer(), TEMPLATES[template], 9
     turns = chat(
         "<image>\nWhat?",
@@ -840,6 +743,7 @@ def test_a_long_conversation_loses_whole_trailing_turns_and_no_more_than_needed(
         assert tokenizer.decode([i for i in labels if i != IGNORE]).endswith(template.STOP), (
             "the last answer lost its STOP"
         )
-    message = f"{whole[0]} tokens (9 of them visual) with a single answer left, the limit is {whole[0] - 1}"
+    message = (f"{whole[0]} tokens (9 of them visual) with a single answer left, "
+               f"the limit is {whole[0] - 1}")
     with pytest.raises(ValueError, match=re.escape(message)):
         encode_within(turns, template, tokenizer, [N] * tags(turns), whole[0] - 1)

@@ -1,4 +1,5 @@
-"""The model against the paper (Sec. 4.1, Eqs. (1) and (3)), against `transformers`, and against slow loops."""
+"""The model against the paper (Sec. 4.1, Eqs. (1) and (3)), against `transformers`, and against
+slow loops."""
 
 import ast
 import io
@@ -9,16 +10,16 @@ import tokenize
 import numpy as np
 import pytest
 import torch
+from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import model as model_py
-from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from data import collate, sample_of
 from model import IGNORE, LLaVA, sample_id
 from parts.files import IMAGE
 from parts.templates import TEMPLATES
 from parts.views import view_of
-from PIL import Image
 
 KINDS = [(family, tied) for family in ("llama", "mistral", "qwen2") for tied in (False, True)]
 CHATS = [
@@ -69,12 +70,13 @@ def pair(request, tmp_path_factory):
     return ours, AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Parity with transformers
 
 
 def test_logits_loss_and_gradients_equal_those_of_transformers(pair):
-    """Eq. (1), Eq. (3): text-only rows, several images and several turns, right padding; theirs with attention_mask."""
+    """Eq. (1), Eq. (3): text-only rows, several images and several turns, right padding; theirs
+    with attention_mask."""
     ours, theirs = pair
     batch, attention_mask = training_batch(ours)
     assert not attention_mask.all(), "the batch must be ragged, or padding is not tested"
@@ -121,7 +123,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(pair):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # g, W and the splice
 
 
@@ -136,7 +138,8 @@ def visual_features(model, X_v):
 
 @pytest.mark.parametrize("feature_layer, layers", [(-2, 2), (-1, 3)])
 def test_Z_v_is_the_grid_of_the_chosen_CLIP_layer_without_CLS(feature_layer, layers):
-    """Sec. 4.1 "before and after the last Transformer layer", Table 8. Oracle: CLIP's layers called one by one."""
+    """Sec. 4.1 "before and after the last Transformer layer", Table 8. Oracle: CLIP's layers called
+    one by one."""
     model = tiny_llava(feature_layer=feature_layer)
     X_v = torch.randn(2, 3, 28, 28)
     Z_v = visual_features(model, X_v)
@@ -168,12 +171,13 @@ def test_what_lies_behind_the_chosen_CLIP_layer_does_not_matter(feature_layer, l
                 p.add_(torch.randn_like(p))
         changed = not torch.equal(model.encode_images(X_v), before)
         assert changed == matters, (
-            f"{type(part).__name__} {'changes' if changed else 'does not change'} H_v at {feature_layer}"
+            f"{type(part).__name__} at {feature_layer}: H_v has changed: {changed}"
         )
 
 
 def test_the_splice_equals_a_slow_loop(llava):
-    """Sec. 4.1: row by row, each placeholder gets the next row of H_v, and every other id its word embedding."""
+    """Sec. 4.1: row by row, each placeholder gets the next row of H_v, and every other id its word
+    embedding."""
     batch, _ = training_batch(llava)
     H, Z_v = (
         llava.splice(batch["input_ids"], batch["X_v"], batch["visual_index"]),
@@ -194,13 +198,14 @@ def test_the_splice_equals_a_slow_loop(llava):
 
 
 def test_swapped_pictures_change_the_answer(llava):
-    """Sec. 4.1: H_v of picture k lands at placeholder run k, also across rows, so order is not lost on the way."""
+    """Sec. 4.1: H_v of picture k lands at placeholder run k, also across rows, so order is not lost
+    on the way."""
     batch, _ = training_batch(llava)
     straight, swapped = llava(**batch)[0], llava(**batch | {"X_v": batch["X_v"].flip(0)})[0]
     assert not torch.isclose(straight, swapped), "the model does not look at its pictures"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Stages
 
 
@@ -215,7 +220,8 @@ def one_step(model, batch, theta):
 
 @pytest.mark.parametrize("family, tied", KINDS)
 def test_stage_1_trains_only_W(family, tied):
-    """Sec. 4.2 "theta = W (the projection matrix)": after a step g and f_phi are bit-identical, and W has moved."""
+    """Sec. 4.2 "theta = W (the projection matrix)": after a step g and f_phi are bit-identical, and
+    W has moved."""
     model = tiny_llava(family, tied)
     batch, _ = training_batch(model)
     theta = model.set_stage(1)
@@ -258,7 +264,8 @@ def test_there_is_no_third_stage(llava, stage):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_g_gets_no_gradient_even_if_somebody_thaws_it(llava, stage):
-    """Sec. 4.2 "keep the visual encoder weights frozen": no graph is recorded through CLIP (memory, and the claim)."""
+    """Sec. 4.2 "keep the visual encoder weights frozen": no graph is recorded through CLIP (memory,
+    and the claim)."""
     llava.set_stage(stage)
     llava.g.requires_grad_(True)
     batch, _ = training_batch(llava)
@@ -266,12 +273,13 @@ def test_g_gets_no_gradient_even_if_somebody_thaws_it(llava, stage):
     assert all(p.grad is None for p in llava.g.parameters()), "a gradient flows into CLIP"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # The loss, Eq. (3)
 
 
 def test_the_loss_does_not_depend_on_padding(llava):
-    """Eq. (3): ids to the right of a sample, whatever they are, change neither the sum nor the count."""
+    """Eq. (3): ids to the right of a sample, whatever they are, change neither the sum nor the
+    count."""
     batch, attention_mask = training_batch(llava)
     total, count = llava(**batch)
     batch["input_ids"] = torch.where(attention_mask.bool(), batch["input_ids"], 77)
@@ -283,7 +291,8 @@ def test_the_loss_does_not_depend_on_padding(llava):
 
 
 def test_logits_in_chunks_give_the_same_loss_and_gradients(llava, monkeypatch):
-    """Eq. (3) is a sum: of many answers, a chunk at a time reaches the vocabulary, and its logits are made again backwards."""
+    """Eq. (3) is a sum: of many answers, a chunk at a time reaches the vocabulary, and its logits
+    are made again backwards."""
     batch, _ = training_batch(llava)
     seen = []
     llava.f_phi.get_output_embeddings().register_forward_hook(
@@ -323,7 +332,8 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_split(llava, split):
 
 
 def test_a_batch_of_text_alone_gives_W_a_zero_gradient(llava):
-    """Sec. 4.2: not None; a rank without pictures would otherwise wait for ever for the others in the all-reduce."""
+    """Sec. 4.2: not None; a rank without pictures would otherwise wait for ever for the others in
+    the all-reduce."""
     batch, _ = training_batch(llava, [CHATS[1], ["Hi", "Yes."]])
     assert batch["X_v"].shape == (1, 3, 28, 28) and not len(batch["visual_index"])
     total, count = llava(**batch)
@@ -334,7 +344,8 @@ def test_a_batch_of_text_alone_gives_W_a_zero_gradient(llava):
 
 
 def test_only_answer_positions_reach_the_head(llava):
-    """Eq. (3) needs p(x_i) of answers alone: the head sees (A, D), so the (B, T, V) logits are never built."""
+    """Eq. (3) needs p(x_i) of answers alone: the head sees (A, D), so the (B, T, V) logits are
+    never built."""
     batch, _ = training_batch(llava)
     A, shapes = (batch["labels"][:, 1:] != IGNORE).sum().item(), []
     hook = llava.f_phi.get_output_embeddings().register_forward_hook(
@@ -348,7 +359,8 @@ def test_only_answer_positions_reach_the_head(llava):
 
 
 def test_score_equals_a_slow_loop_of_log_softmax(pair):
-    """Eq. (3): log p(X_a | X_v, X_instruct), a product over the row's answer tokens. Oracle: transformers' logits."""
+    """Eq. (3): log p(X_a | X_v, X_instruct), a product over the row's answer tokens. Oracle:
+    transformers' logits."""
     ours, theirs = pair
     batch, attention_mask = training_batch(ours)
     with torch.no_grad():
@@ -370,12 +382,13 @@ def test_score_equals_a_slow_loop_of_log_softmax(pair):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # A shape comment is a claim
 
 
 def shape_comments(source):
-    """[(first line, last line, names or None for a return, shapes)] of the statements that end in `# (B, T, D)`."""
+    """[(first line, last line, names or None for a return, shapes)] of the statements that end in
+    `# (B, T, D)`."""
     shape = r"\((?:[A-Z](?:_v)?(?:-1)?|\d+|, ?|,)*\)"
     comments = {
         t.start[0]: m[1]
@@ -400,13 +413,15 @@ def shape_comments(source):
                 )
             )
     assert not comments, (
-        f"shape comments behind something else than an assignment or a return, in lines {sorted(comments)}"
+        "shape comments behind something else than an assignment or a return, "
+        f"in lines {sorted(comments)}"
     )
     return found
 
 
 class Trace:
-    """Runs code and notes, after every statement of model.py with a shape comment, the shapes of what it made."""
+    """Runs code and notes, after every statement of model.py with a shape comment, the shapes of
+    what it made."""
 
     def __init__(self, claims):
         self.at = {line: claim for claim in claims for line in range(claim[0], claim[1] + 1)}
@@ -442,7 +457,8 @@ class Trace:
             sys.settrace(before)
 
     def wrong(self, change=None):
-        """The observations that contradict their comment, under the letters' values (or under changed ones)."""
+        """The observations that contradict their comment, under the letters' values (or under
+        changed ones)."""
         out = []
         for line, text, actual, letters in self.seen:
             letters = letters | {k: letters[k] + 1 for k in [change] if k in letters}
@@ -455,7 +471,8 @@ class Trace:
 
 
 def test_every_shape_comment_of_the_model_is_true(llava):
-    """Sec. 4.1's notation: `# (B, T, D)` in model.py is compared with the shape at run time, statement by statement."""
+    """Sec. 4.1's notation: `# (B, T, D)` in model.py is compared with the shape at run time,
+    statement by statement."""
     with open(model_py.__file__, encoding="utf-8") as f:
         claims = shape_comments(f.read())
     trace, sizes = Trace(claims), {"N": 4, "D_v": 32, "D": 48, "V": 320}
@@ -488,7 +505,7 @@ def test_every_shape_comment_of_the_model_is_true(llava):
     assert not trace.wrong(), "\n".join(sorted(set(trace.wrong())))
     unchecked = sorted({claim[1] for claim in claims} - {line for line, *_ in trace.seen})
     assert not unchecked, (
-        f"shape comments in lines {unchecked} of model.py were never reached, so nobody vouches for them"
+        f"shape comments in lines {unchecked} of model.py were never reached: nobody vouches"
     )
     assert len({line for line, *_ in trace.seen}) >= 12, (
         "hardly any shape comment is left in model.py"
@@ -499,7 +516,7 @@ def test_every_shape_comment_of_the_model_is_true(llava):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Generation
 
 
@@ -526,7 +543,8 @@ def speaker():
 
 
 def test_the_first_of_several_stop_strings_cuts_the_answer(llava):
-    """Table 2's STOP: whatever order they are given in; white space around the answer goes, special tokens too."""
+    """Table 2's STOP: whatever order they are given in; white space around the answer goes, special
+    tokens too."""
     ids = llava.tokenizer(" A cat. ### Human: ab", add_special_tokens=False)["input_ids"]
     for stop in (("###", "Human"), ("Human", "###"), ("cat\n", "###")):
         assert llava.to_text(ids + [llava.tokenizer.eos_token_id], stop) == "A cat."
@@ -541,7 +559,8 @@ def test_the_first_of_several_stop_strings_cuts_the_answer(llava):
     "temperature, top_p, kept", [(1, 1, 5), (0.5, 1, 5), (2, 0.7, 3), (1, 0.6, 2), (1, 0.4, 1)]
 )
 def test_sample_id_draws_from_the_nucleus_with_the_right_frequencies(temperature, top_p, kept):
-    """softmax(logits / temperature), cut to the fewest ids that hold top_p of the mass, renormalised; unsorted logits."""
+    """softmax(logits / temperature), cut to the fewest ids that hold top_p of the mass,
+    renormalised; unsorted logits."""
     logits = torch.tensor([0.1, 2.0, -1.0, 1.3, 0.6])
     p = [torch.exp(x / temperature).item() for x in logits]
     p = [x / sum(p) for x in p]
@@ -584,7 +603,7 @@ def greedy(model, batch, n):
 )
 @torch.no_grad()
 def test_a_ragged_batch_answers_as_its_rows_do_without_cache_or_padding(family, more):
-    """Sec. 4.1: cache, left padding and other rows change no greedy answer, also behind a window."""
+    """Sec. 4.1: cache, padding and other rows change no greedy answer, also behind a window."""
     model = LLaVA(tiny_clip(), tiny_llm(family, **more), byte_tokenizer()).eval()
     together = model.generate(**prompt_batch(model, QUESTIONS), max_new_tokens=20)
     for i, question in enumerate(QUESTIONS):
@@ -609,7 +628,7 @@ def test_greedy_answers_equal_those_of_transformers_generate(pair):
 
 
 def test_a_stop_string_ends_an_answer_and_is_cut():
-    """Table 2's STOP: the text ends before it, in the rows that have it, and goes on in the others."""
+    """Table 2's STOP: the text ends before it in rows that have it, and goes on in the others."""
     model = speaker()
     batch = prompt_batch(model, QUESTIONS)
     free = model.generate(**batch, max_new_tokens=30)
