@@ -30,26 +30,93 @@ IMAGE = "<image>"     # stands for a picture in text; in the tokenizer it is one
 # Reading
 
 
-def read_json(path):
-    """Yield the records of a JSON array, or of JSON lines, one at a time.
+# what a file begins with that is no text, though its name may say so
+NOT_TEXT = {
+    b"\x1f\x8b": "gzip; unpack it first",
+    b"PK\x03\x04": "a zip archive or a workbook; unpack it, or save it as JSON",
+    b"PAR1": "Parquet; save it as JSON lines first",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
+NAMES_OF_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false",
+                  int: "a whole number", float: "a number"}
 
-    Raises FileNotFoundError, and ValueError that names line and column of bad JSON.
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises FileNotFoundError, and ValueError that says what a file is that holds no such text.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: this is a folder; name a file in it")
+    content = Path(path).read_bytes()
+    for start, kind in NOT_TEXT.items():
+        if content.startswith(start):
+            raise ValueError(f"{path}: this is {kind}")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        yield from split_json(text)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text: {error}") from error
+
+
+@contextmanager
+def errors_of_json(path):
+    """Turn what is wrong with JSON into a ValueError that names the file, and line and column."""
+    try:
+        yield
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{path}: bad JSON at {place}: {error.msg}") from error
-    except UnicodeDecodeError as error:
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON that is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path):
+    """Yield the records of a JSON array, or of JSON lines, one at a time.
+
+    Raises like `read_text`, and ValueError that names line and column of bad JSON.
+    """
+    text = read_text(path)
+    with errors_of_json(path):
+        yield from split_json(text)
+
+
+def read_value(path, kind=dict):
+    """The only JSON value of a file, of one type. Raises like `read_json`."""
+    text = read_text(path)
+    with errors_of_json(path):
+        value = json.loads(text, object_pairs_hook=distinct_keys)
+    return typed(value, kind, path)
+
+
+def typed(value, kind, where):
+    """A value that was read, which must be of one type of JSON; for float, any number will do.
+
+    Raises ValueError that says where it stands, what was found and what belongs there.
+    """
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: {value!r:.80} where {NAMES_OF_TYPES[kind]} belongs")
+    return value
+
+
+def distinct_keys(pairs):
+    """A JSON object, in which no key may stand twice: one of the two would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in {value!r:.80}")
+    return value
 
 
 def split_json(text):
     """Yield the values of a JSON array's text, or those that blanks separate, as in JSON lines."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=distinct_keys).raw_decode
     in_array = text.lstrip().startswith("[")
     separator = re.compile(r"\s*,\s*|\s*(?=\])" if in_array else r"\s*")
     end = "]" if in_array else ""                 # "" is what a slice behind the text gives
@@ -102,8 +169,15 @@ def brief_instructions():
 
 @contextmanager
 def open_atomic(path):
-    """A text file to write that takes its place when complete; after an error nothing is left."""
-    path = Path(path)
+    """A text file to write that takes its place when complete; after an error nothing is left.
+
+    A link is followed. A device or a pipe has no place to take: it is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:
+            yield f
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{path}.tmp")
     try:

@@ -40,6 +40,31 @@ def test_bad_json_is_named_by_line_and_column(tmp_path, text, place):
         list(files.read_json(tmp_path / "no.json"))
 
 
+@pytest.mark.parametrize("content, says", [
+    (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "zip"), (b"PAR1", "Parquet"), (b"\xff\xfe[\x00", "UTF-16"),
+    (b'["\xe9"]', "no UTF-8 text"), (b"[" * 9999, "nested too deeply"),
+    (b'[{"answer": 1, "answer": 2}]', "'answer' stands twice"), (None, "no such file")])
+def test_a_file_that_is_no_JSON_is_named_for_what_it_is(tmp_path, content, says):
+    """A dump of another tool under the name .json; a key of which one value would be lost."""
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (files.read_json, files.read_value):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"x.json.*{says}"):
+            list(read(path))
+
+
+def test_a_value_of_another_type_is_named(tmp_path):
+    """A boolean is no number, though Python says so."""
+    (tmp_path / "x.json").write_text('\ufeff{"a": true}')
+    assert files.read_value(tmp_path / "x.json") == {"a": True}
+    with pytest.raises(ValueError, match="x.json: {'a': True} where a list belongs"):
+        files.read_value(tmp_path / "x.json", list)
+    assert files.typed(3, float, "n") == 3
+    with pytest.raises(ValueError, match="n: True where a number belongs"):
+        files.typed(True, float, "n")
+
+
 def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path):
     """What a kill leaves must not stop whoever goes on; anything else that is no JSON must."""
     path = tmp_path / "log.jsonl"
@@ -95,6 +120,21 @@ def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
     assert json.loads(path.read_text()) == {"a": "é"} and os.listdir(path.parent) == ["x.json"]
     files.write_array(path, [{"a": "\ud83d"}, 2])
     assert list(files.read_json(path)) == [{"a": "\ud83d"}, 2]
+
+
+def test_a_link_is_followed_and_a_device_is_written_to(tmp_path):
+    """Neither is replaced by a regular file."""
+    files.write_json(tmp_path / "there.json", 1)
+    (tmp_path / "link.json").symlink_to("there.json")
+    files.write_json(tmp_path / "link.json", 2)
+    assert (tmp_path / "link.json").is_symlink() and files.read_value(
+        tmp_path / "there.json", int) == 2
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+    files.write_json(tmp_path / "pipe", 3)
+    assert reader.communicate()[0] == b"3\n" and not (tmp_path / "pipe").is_file()
+    files.write_json("/dev/null", 4)
+    assert not os.path.isfile("/dev/null")
 
 
 def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path):
