@@ -27,8 +27,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from model import IGNORE
 from parts import check, checkpoints
-from parts.files import IMAGE, Records, image_names, run_main
+from parts.files import IMAGE, run_main
 from parts.pictures import image_path, image_size, load_image
+from parts.records import Records, image_names
 from parts.templates import TEMPLATES, Template, check_template, template_for
 from parts.tiles import NEWLINE
 from parts.views import View, view_from, view_of

@@ -19,8 +19,9 @@ import torch
 from data import Conversations, Steps, collate, show
 from model import IGNORE, LLaVA
 from parts import check, checkpoints, lora
-from parts.files import Records, brief_instructions, run_main, typed_flags
+from parts.files import brief_instructions, run_main, typed_flags
 from parts.ranks import ANSWERING, DTYPES, Machine, Optimizer, groups_of, micro_batching
+from parts.records import Records
 from parts.run import Run, config_table, dry_run, theta_table
 from parts.templates import TEMPLATES, choose_template
 from parts.views import ASPECTS, set_view

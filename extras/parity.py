@@ -17,9 +17,10 @@ import requests
 import sample
 from data import render
 from extras.probe import data_url
-from parts.files import image_names, run_command, run_main, write_json
+from parts.files import run_command, run_main, write_json
 from parts.pictures import image_path, load_image
 from parts.questions import read_questions
+from parts.records import image_names
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from parts.files import image_names, record_problem
 from parts.pictures import absence, image_path, image_problem
+from parts.records import image_names, record_problem
 from parts.templates import TEMPLATES
 from parts.views import ASPECTS
 

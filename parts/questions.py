@@ -13,8 +13,9 @@ from functools import cache
 
 from tqdm import tqdm
 
-from parts.files import image_names, read_json, read_lines, write_lines
+from parts.files import read_json, read_lines, write_lines
 from parts.pictures import image_path, image_problem, load_image
+from parts.records import image_names
 
 
 def read_questions(path, folder):

@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from extras import academic
 from extras.academic import box_to_text
-from parts.files import record_problem
+from parts.records import record_problem
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

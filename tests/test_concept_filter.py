@@ -8,7 +8,8 @@ import pytest
 import generate_data
 from extras import concept_filter
 from parts.annotations import read_caption_pairs
-from parts.files import brief_instructions, read_json, record_problem
+from parts.files import brief_instructions, read_json
+from parts.records import record_problem
 
 
 def test_phrases_are_the_words_between_function_words():

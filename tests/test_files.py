@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from parts import files
+from parts.records import Records, record_problem
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
 RECORD = {"id": "7", "image": "7.jpg", "conversations": TURNS}
@@ -41,7 +42,8 @@ def test_bad_json_is_named_by_line_and_column(tmp_path, text, place):
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "zip"), (b"PAR1", "Parquet"), (b"\xff\xfe[\x00", "UTF-16"),
+    (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "zip"), (b"PAR1", "Parquet"),
+    (b"\xff\xfe[\x00", "UTF-16"),
     (b'["\xe9"]', "no UTF-8 text"), (b"[" * 9999, "nested too deeply"),
     (b'[{"answer": 1, "answer": 2}]', "'answer' stands twice"), (None, "no such file")])
 def test_a_file_that_is_no_JSON_is_named_for_what_it_is(tmp_path, content, says):
@@ -90,20 +92,20 @@ def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path):
 def test_what_is_wrong_with_a_record_is_said(change, says):
     """Before step 0, by the check, and never as a loss that is zero."""
     record = RECORD | change if isinstance(change, dict) else change
-    assert says in files.record_problem(record, "images")
-    assert files.record_problem(RECORD, "images") is None
-    assert "--images" in files.record_problem(RECORD, None)
+    assert says in record_problem(record, "images")
+    assert record_problem(RECORD, "images") is None
+    assert "--images" in record_problem(RECORD, None)
 
 
 def test_records_are_found_and_named(tmp_path):
     """Every message names its sample by file, place and id; half a surrogate pair survives."""
     rows = [RECORD, {"conversations": [{"value": "\ud83d"}]}, "text"]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
-    records = files.Records([tmp_path / "chat.json"])
+    records = Records([tmp_path / "chat.json"])
     assert [records[i] for i in range(len(records))] == rows
     assert [records.where(i) for i in range(3)] == [
         "chat.json[0] (id 7)", "chat.json[1]", "chat.json[2]"]
-    other = files.Records([f"{tmp_path}/chat.json=6"])
+    other = Records([f"{tmp_path}/chat.json=6"])
     assert records.checksum != other.checksum and len(other) == 6
 
 

@@ -8,7 +8,8 @@ from conftest import lines
 
 import generate_data
 from extras import llava_bench
-from parts.files import brief_instructions, read_json, read_lines, record_problem, write_lines
+from parts.files import brief_instructions, read_json, read_lines, write_lines
+from parts.records import record_problem
 
 SHOP = {"id": "7", "image": "7.jpg", "captions": ["A red bus at a shop.", "A bus  stops."],
         "instances": [{"category": "bus", "bbox": [0.1, 0.25, 0.53004, 1]}]}

@@ -1,4 +1,4 @@
-"""Mixtures (parts/files.py): sources with amounts, what each brings, and training on them."""
+"""Mixtures (parts/records.py): sources with amounts, what each brings, and training on them."""
 import json
 import re
 import signal
@@ -10,8 +10,8 @@ from conftest import lines, run_script, start_script
 from PIL import Image
 
 import data as data_module
-from parts.files import Records
 from parts.pictures import image_path
+from parts.records import Records
 
 
 def chat(*texts):

@@ -15,8 +15,9 @@ import sample
 from data import Conversations, collate, sample_of
 from model import IGNORE, LLaVA
 from parts.checkpoints import chat_template
-from parts.files import Records, brief_instructions, image_names
+from parts.files import brief_instructions
 from parts.pictures import load_image
+from parts.records import Records, image_names
 from parts.templates import TEMPLATES
 from parts.views import view_of
 

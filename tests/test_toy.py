@@ -10,7 +10,8 @@ from conftest import ROOT
 import eval as eval_py
 import generate_data
 from extras import llava_bench
-from parts.files import read_lines, record_problem, write_lines
+from parts.files import read_lines, write_lines
+from parts.records import record_problem
 from toy import teacher, world
 
 

@@ -1,0 +1,151 @@
+"""
+The records to train on: how much of which file, where each is from, and what is wrong with one.
+
+A record: {"id": "7", "image": "7.jpg", "conversations": [
+    {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]}
+"""
+import json
+import os
+import re
+import zlib
+
+import numpy as np
+
+from parts.files import IMAGE, read_json
+
+
+def amount_of(source):
+    """A source of --data as (file, amount).
+
+    "a.json" is all of it, 1.0; "a.json=0.5" that share of it; "a.json=20000" so many of it.
+    """
+    file, sign, amount = str(source).rpartition("=")
+    if not sign or os.path.exists(source):
+        return str(source), 1.0
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", amount) or float(amount) == 0:
+        raise ValueError(f"{source}: no such file; an amount behind = is a share (=0.5) or a count "
+                         "without dot (=200), above 0")
+    return file, float(amount) if "." in amount else int(amount)
+
+
+def draw_samples(file, n, amount, fraction, seed):
+    """Which of a file's n samples are taken, ascending; more than n are whole repeats and a rest.
+
+    It depends on seed, file name, n and amount alone: other sources and folders change nothing, and
+    a smaller amount is part of a larger one.
+    """
+    wanted = n * amount if isinstance(amount, float) else amount
+    count = round(wanted * fraction)
+    if count < 1:
+        raise ValueError(f"{file}: nothing would be left of its {n} samples")
+    name = zlib.crc32(os.path.basename(file).encode())
+    order = np.random.default_rng([seed, name]).permutation(n)
+    repeats = np.tile(np.arange(n), count // n)
+    return np.sort(np.concatenate([repeats, order[:count % n]]))
+
+
+class Records:
+    """The samples of some sources, see `amount_of`; of each source `fraction` is taken.
+
+    They are kept as JSON text in one bytes object: their memory is about the files' size, and
+    worker processes that are forked share it.
+
+    files, totals, counts    of each source: its path, its records, how many samples it gives
+    texts                    (samples,) the number of each sample's text; repeated samples share one
+    checksum                 of the samples and their order
+    """
+
+    def __init__(self, sources, fraction=1.0, seed=0):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"--fraction {fraction}: a share above 0 and up to 1")
+        self.files, self.totals, self.counts = [], [], []
+        texts, lines = [], []
+        for path, amount in map(amount_of, sources):
+            first = len(lines)
+            lines += [json.dumps(record).encode() for record in read_json(path)]
+            total = len(lines) - first
+            if not total:
+                raise ValueError(f"{path}: no records in it")
+            drawn = draw_samples(path, total, amount, fraction, seed)
+            texts.append(first + drawn)
+            self.files.append(path)
+            self.totals.append(total)
+            self.counts.append(len(drawn))
+        self.blob = b"".join(lines)
+        self.ends = np.cumsum([0, *map(len, lines)])
+        self.texts = np.concatenate(texts)
+        self.checksum = zlib.crc32(self.texts.tobytes(), zlib.crc32(self.blob))
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        text = self.texts[i]
+        start, end = self.ends[text:text + 2]
+        return json.loads(self.blob[start:end])
+
+    def source(self, i):
+        """Which file sample i is from, and its index there."""
+        text = int(self.texts[i])
+        file = 0
+        while text >= self.totals[file]:
+            text -= self.totals[file]
+            file += 1
+        return self.files[file], text
+
+    def where(self, i):
+        """'chat.json[1432] (id 000000123)', the name of a sample in every message."""
+        path, index = self.source(i)
+        place = f"{os.path.basename(path)}[{index}]"
+        record = self[i]
+        if not isinstance(record, dict) or record.get("id") is None:
+            return place
+        printable = str(record["id"]).encode(errors="backslashreplace").decode()
+        return f"{place} (id {printable})"
+
+
+def image_names(record):
+    """The names of a sample's pictures: none, one, or several."""
+    images = record.get("image") or []
+    return [images] if isinstance(images, str) else images
+
+
+def record_problem(record, folder):
+    """The first thing that is wrong with a record's form, or None; folder is that of --images."""
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        return f"a {kind} where an object with id, image and conversations belongs"
+    turns = record.get("conversations")
+    names = image_names(record)
+    if not isinstance(turns, list) or not turns:
+        return "no conversations; a list of {from, value} turns is needed"
+    for i, turn in enumerate(turns):
+        problem = turn_problem(turn, ("human", "gpt")[i % 2])
+        if problem:
+            return f"turn {i} {problem}"
+    if len(turns) % 2:
+        return f"{len(turns)} turns: the last question has no answer"
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        return "image is neither a file name nor a list of file names"
+    tags = sum(turn["value"].count(IMAGE) for turn in turns)
+    if tags != len(names):
+        images = "1 image" if len(names) == 1 else f"{len(names)} images"
+        return f"{tags} {IMAGE} tags for {images}; each image needs one tag in a human turn"
+    if names and folder is None:
+        return "has an image, but no image folder is given (--images DIR)"
+    return None
+
+
+def turn_problem(turn, speaker):
+    """The first thing that is wrong with one turn of a conversation, or None."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        return "is not {from, value} with text in value"
+    if turn.get("from") != speaker:
+        return f"is from {turn.get('from')!r} where {speaker!r} belongs; turns alternate human, gpt"
+    if re.search("[\ud800-\udfff]", turn["value"]):
+        return f"({speaker}) holds half a surrogate pair, which is no text"
+    if not turn["value"].strip():
+        return f"({speaker}) is empty"
+    if speaker == "gpt" and IMAGE in turn["value"]:
+        return f"(gpt) holds {IMAGE}; images belong in human turns"
+    return None
