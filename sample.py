@@ -7,7 +7,6 @@ Asking a checkpoint (Sec. 5.1): one question, a chat, or a file of questions.
 
     turns, pictures --Talker.prompt--> ids --collate--> ids, X_v --Engine--> X_a
 """
-import random
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,14 +60,12 @@ class Talker:
         self.sampling = {"temperature": config.temperature, "stop": [self.template.STOP],
                          "max_new_tokens": config.max_new_tokens,    # and one source of chance:
                          "generator": torch.Generator(device).manual_seed(config.seed)}
-        self.stage_1 = self.model.meta.get("stage") == 1     # it has learnt captions alone
-        if self.stage_1:                 # said on stderr, so that the answer stays alone
-            print("notice: a stage-1 checkpoint; its own question replaces yours", file=sys.stderr)
+        if self.template.name == "plain":        # said on stderr, so that the answer stays alone
+            print("notice: the template plain, of stage 1, shows the model pictures alone; "
+                  "choose another --template to ask a question", file=sys.stderr)
 
     def ask(self, question, n_images=0):
         """A human turn. OFFICIAL: its images stand in front, each on a line of its own."""
-        if self.stage_1:                 # only these were ever followed by a scored caption
-            question = random.Random(0).choice(files.brief_instructions())
         return {"from": "human", "value": (f"{files.IMAGE}\n" * n_images + question).strip()}
 
     def prompt(self, turns, pictures):
@@ -124,7 +121,7 @@ def chat(talker, image):
                 new.append(open_image(path.strip()))
             elif command.startswith("/"):
                 print(f"{command} is not one of /image /reset /quit")
-            elif line or talker.stage_1:             # which has a question of its own
+            elif line:
                 asked = [*turns, talker.ask(line, len(new))]     # not `turns` yet: it may fail
                 print("assistant: ", end="")
                 answer = print_answer(talker, asked, pictures + new)
@@ -136,6 +133,9 @@ def chat(talker, image):
 
 def answer_file(talker, config):
     """Answer every record of --questions into --answers; started again, it goes on."""
+    if talker.template.name == "plain":
+        raise ValueError(f"{config.model}: its template, plain, has no place for a question; choose "
+                         f"another --template, {' | '.join(TEMPLATES)}")
     file = AnswerFile(config.questions, config.images, config.answers, config.model)
     for part in file.batches(config.batch_size):     # its questions are alike, and have "pictures"
         conversations = [([talker.ask(question["text"], len(question["pictures"]))],

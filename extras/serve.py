@@ -244,7 +244,7 @@ class Server:
             if i % 2 == 1:
                 turns.append({"from": "gpt", "value": text})
                 continue
-            if not text.strip() and not talker.stage_1:
+            if not text.strip():
                 raise Refusal("the question is empty; it needs words", where)
             most = self.config.max_question
             if len(text) > most:
@@ -406,7 +406,7 @@ class Server:
         return JSONResponse({
             "model": self.name, "temperature": config.temperature, "top_p": config.top_p,
             "max_tokens": config.max_new_tokens, "max_mb": config.max_mb,
-            "max_question": config.max_question, "stage_1": self.talker.stage_1})
+            "max_question": config.max_question})
 
     async def prompt(self, request):
         """The exact prompt of a request: its text, and its ids."""

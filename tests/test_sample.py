@@ -15,7 +15,6 @@ import sample
 from data import Conversations, collate, sample_of
 from model import IGNORE, LLaVA
 from parts.checkpoints import chat_template
-from parts.files import brief_instructions
 from parts.pictures import load_image
 from parts.records import Records, image_names
 from parts.templates import TEMPLATES
@@ -345,23 +344,25 @@ def test_a_picture_comes_from_an_http_address(checkpoint, picture, capsys, monke
     server.shutdown()
 
 
-@pytest.mark.parametrize("template", ["llava_v0", "plain"])
-def test_a_stage_1_checkpoint_is_asked_in_its_own_form(template, picture, tmp_path, capsys):
-    """Sec. 4.2: in stage 1 only captions were scored, behind a brief instruction or nothing.
-
-    The checkpoint says its stage, a notice tells it on stderr, and the prompt is one of training's.
-    """
-    folder = save_checkpoint(tiny_llava(), tmp_path / "stage2", template, stage=1)   # a mere name
-    capsys.readouterr()
+def test_a_stage_1_checkpoint_is_asked_what_was_typed(picture, tmp_path, capsys):
+    """"No instruction tuning" (Table 4) is that model's answer to the same questions."""
+    folder = save_checkpoint(tiny_llava(), tmp_path / "stage1", "llava_v0", stage=1)
     sample.main(["--model", str(folder), "--image", picture, "--question", "Why?", "--show_prompt",
                  "--max_new_tokens", "2"])
+    assert "Why?" in capsys.readouterr().out, "the question was replaced"
+
+
+def test_the_plain_template_says_that_it_asks_nothing(picture, tmp_path, capsys):
+    """LLaVA-1.5's stage 1 reads pictures alone: no answer of it is an answer to a question."""
+    folder = str(save_checkpoint(tiny_llava(), tmp_path / "stage1", "plain", stage=1))
+    sample.main(["--model", folder, "--image", picture, "--question", "Why?", "--show_prompt",
+                 "--max_new_tokens", "2"])
     shown = capsys.readouterr()
-    assert "stage-1" in shown.err and "stage-1" not in shown.out, "the answer is not alone"
-    ids = json.loads(re.search(r"^\[[\d, ]+\]$", shown.out, re.MULTILINE)[0])
-    talker = sample.Talker(sample.Config(str(folder)))
-    talker.stage_1 = False               # so that `ask` takes our question
-    turns = [talker.ask(question, 1) for question in brief_instructions()]
-    image = load_image(picture)
-    assert ids in [talker.prompt([turn], [image])["input_ids"] for turn in turns]
-    if template == "plain":
-        assert set(ids) == {talker.model.image_id}, "the plain form is the picture alone"
+    assert "Why?" not in shown.out and "pictures alone" in shown.err
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "Why?"}\n')
+    argv = ["--model", folder, "--questions", f"{tmp_path}/q.jsonl"]
+    with pytest.raises(ValueError, match="plain, has no place for a question"):
+        sample.main([*argv, "--answers", f"{tmp_path}/a.jsonl"])
+    sample.main([*argv, "--answers", f"{tmp_path}/a.jsonl", "--template", "vicuna_v1",
+                 "--max_new_tokens", "2"])
+    assert (tmp_path / "a.jsonl").read_text().count("Why?") == 1
