@@ -134,8 +134,8 @@ def chat(talker, image):
 def answer_file(talker, config):
     """Answer every record of --questions into --answers; started again, it goes on."""
     if talker.template.name == "plain":
-        raise ValueError(f"{config.model}: its template, plain, has no place for a question; choose "
-                         f"another --template, {' | '.join(TEMPLATES)}")
+        raise ValueError(f"{config.model}: its template, plain, has no place for a question; "
+                         f"choose another --template, {' | '.join(TEMPLATES)}")
     file = AnswerFile(config.questions, config.images, config.answers, config.model)
     for part in file.batches(config.batch_size):     # its questions are alike, and have "pictures"
         conversations = [([talker.ask(question["text"], len(question["pictures"]))],
