@@ -26,6 +26,7 @@ import numpy as np
 from parts import scienceqa, scoring
 from parts.client import Endpoint, Request, chat_messages, content_of, print_requests, request_body
 from parts.files import run_command, run_main, write_json, write_lines
+from parts.scienceqa import COLUMNS
 
 KINDS = ("conv", "detail", "complex")    # of questions: conversation, description, reasoning
 WILD = "llava_bench_"                    # In-the-Wild's files write this before the kind
@@ -42,7 +43,6 @@ TABLE_5 = {                              # Table 5: LLaVA-Bench (In-the-Wild)
     "paper: OpenFlamingo": "19.3±0.5 19.0±0.5 19.1±0.7 19.1±0.4",
     "LLaVA-1.5-7B": "- - - 65.4",        # the last two: Diss. Table 4.4
     "LLaVA-1.5-13B": "- - - 72.5"}
-COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 TABLE_7 = {                              # Table 7: ScienceQA, accuracy in percent
     "Human": "90.23 84.97 87.48 89.60 87.50 88.10 91.59 82.42 88.40",
     "GPT-3.5": "74.64 69.74 76.00 74.44 67.28 77.42 76.80 68.89 73.97",
@@ -288,36 +288,29 @@ def ensemble(ours, theirs):
     return {pid: pick if theirs.get(pid) is None else theirs[pid] for pid, pick in ours.items()}
 
 
-def accuracy(problems, *picks):
-    """(right, n): the problems on which one of these picks, {id: choice}, is right."""
-    right = [pid for pid, problem in problems.items()
-             if problem["answer"] in [pick[pid] for pick in picks]]
-    return len(right), len(problems)
-
-
-def scienceqa_scores(problems, ours, second=None, verdicts=None):
-    """{column: (right, n)} of choices, {id: index, or None where none was named}."""
-    columns = {pid: scienceqa.columns_of(problem) for pid, problem in problems.items()}
-    scores = {}
-    for column in COLUMNS:               # one with a hint and a picture is in TXT and in IMG
-        part = {pid: problems[pid] for pid in problems if column in columns[pid]}
-        scores[column] = accuracy(part, ours) if part else None
-    scores["unparsed"] = (sum(pick is None for pick in ours.values()), len(ours))
+def methods_of(ours, second, verdicts):
+    """{method: [{id: choice}, ...]} for the last rows of Table 7; one choice has to be right."""
+    methods = {"ours": [ours]}
     if second:
-        complement = ensemble(ours, second)
-        scores["complement"] = accuracy(problems, complement)
-        scores["upper_bound"] = accuracy(problems, ours, complement)
+        methods["second"] = [second]
+        methods["complement"] = [ensemble(ours, second)]
+        methods["upper_bound"] = [ours, methods["complement"][0]]
     if verdicts:
-        scores["judge"] = accuracy(problems, ensemble(ours, verdicts))
+        methods["judge"] = [ensemble(ours, verdicts)]
+    return methods
+
+
+def scienceqa_scores(problems, methods):
+    """{method: {column: (right, n)}}; a problem with a hint and a picture is in TXT and in IMG."""
+    scores = {method: {} for method in methods}
+    for column in COLUMNS:
+        part = {pid: problem for pid, problem in problems.items()
+                if column in scienceqa.columns_of(problem)}
+        for method, picks in methods.items():
+            right = [pid for pid, problem in part.items()
+                     if problem["answer"] in [pick[pid] for pick in picks]]
+            scores[method][column] = (len(right), len(part)) if part else None
     return scores
-
-
-def print_scienceqa(scores, path):
-    """Our columns beside the paper's, with intervals; in JSON, too, if there is a path."""
-    print(scoring.layout(scoring.score_rows("scienceqa", scores, COLUMNS, TABLE_7)))
-    print("low, high: 95% interval (Wilson); below them, as published")
-    if path:
-        write_json(path, {name: scoring.percent(score) for name, score in scores.items()})
 
 
 def score_scienceqa(config):
@@ -331,7 +324,9 @@ def score_scienceqa(config):
     ours = scienceqa.read_choices(config.answers, problems)
     second = scienceqa.read_choices(config.second, problems)
     verdicts = scienceqa.read_choices(config.requery, problems, partial=True)
-    print_scienceqa(scienceqa_scores(problems, ours, second, verdicts), config.json)
+    scores = scienceqa_scores(problems, methods_of(ours, second, verdicts))
+    unparsed = (sum(pick is None for pick in ours.values()), len(ours))
+    scienceqa.print_methods(scores, unparsed, TABLE_7, config.json)
     if second:
         differ = [pid for pid in problems if ours[pid] != second[pid]]
         decided = [pid for pid in differ if verdicts.get(pid) is not None]
@@ -347,18 +342,14 @@ class ScienceQAData:
     images: bool = True                  # without: for a model that only reads
     out: str = None                      # JSON to train on
     questions: str = None                # JSON lines to answer
-    answers: str = None                  # with --second: only what the two models differ on, to be
-    second: str = None                   # asked again; the other model's answers
 
 
 def scienceqa_data(config):
     """ScienceQA's official files as training data (--out) and as questions (--questions)."""
     problems = scienceqa.read_problems(config.labels, config.split)
-    if not (config.out or config.questions) or bool(config.answers) != bool(config.second):
-        raise ValueError("--out FILE or --questions FILE; --answers and --second go together")
+    if not (config.out or config.questions):
+        raise ValueError("--out FILE to train on, or --questions FILE to answer")
     turns = {pid: scienceqa.science_turn(problems[pid], config.format) for pid in problems}
-    if config.second:
-        turns = scienceqa.disputed_turns(turns, problems, config.answers, config.second)
     front = config.format == "letter"    # OFFICIAL: only LLaVA-1.5 has the picture in front
     records, questions = scienceqa.science_records(turns, problems, config.images, front)
     if config.out:

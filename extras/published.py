@@ -14,7 +14,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval import LLaVABench, ScienceQA, print_scienceqa, relative_scores, scienceqa_scores
+from eval import (
+    TABLE_7,
+    LLaVABench,
+    ScienceQA,
+    methods_of,
+    relative_scores,
+    scienceqa_scores,
+)
 from parts import scienceqa
 from parts.files import run_command, run_main, write_json
 from parts.scoring import check_ids, percent, read_by_id, read_object
@@ -80,14 +87,15 @@ def published_scienceqa(config):
         choices.append(choices_in(outputs, problems))
     ours, second, verdicts = choices
     wrong = dict.fromkeys(problems)
-    undrawn = scienceqa_scores(problems, wrong | ours)
+    undrawn = scienceqa_scores(problems, {"ours": [wrong | ours]})["ours"]
+    unparsed = (sum(ours.get(pid) is None for pid in problems), len(problems))
     ours = wrong | draw_choices(ours, problems, rng, unread=True)
     if stored:
         ours = {pid: int(stored.get(pid, -1)) for pid in problems}
     second = draw_choices(second, problems, rng)
     verdicts = draw_choices(verdicts, problems, rng)
-    scores = scienceqa_scores(problems, ours, second, verdicts)
-    print_scienceqa(scores | {"unparsed": undrawn["unparsed"]}, config.json)
+    scores = scienceqa_scores(problems, methods_of(ours, second, verdicts))
+    scienceqa.print_methods(scores, unparsed, TABLE_7, config.json)
     print(f"AVG of what the answers say, with nothing drawn: {percent(undrawn['AVG']):.2f}")
 
 

@@ -9,9 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from parts.files import IMAGE, PROMPTS
-from parts.scoring import check_ids, read_by_id
+from parts.files import IMAGE, write_json
+from parts.scoring import check_ids, layout, percent, read_by_id, score_rows
 
+COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 LETTERS = ["A", "B", "C", "D", "E"]
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 # What an answer may be, in this order: A the answer, L the lecture, E the solution.
@@ -93,6 +94,27 @@ def read_choices(path, problems, partial=False):
         return {}
     letters = read_letters(path, problems, partial)
     return {pid: choice_of(problems[pid], letter) for pid, letter in letters.items()}
+
+
+def print_methods(scores, unparsed, published, path):
+    """Print {method: {column: (right, n)}} above what is published; in JSON, too, with a path.
+
+    unparsed    (n, all): our answers that name no choice
+    """
+    table = score_rows("scienceqa", scores["ours"], COLUMNS, published)
+    rows = table[:4]                     # the head, ours, and the two ends of its interval
+    numbers = {"unparsed": percent(unparsed)}
+    for method, row in scores.items():
+        prefix = ""
+        if method != "ours":
+            prefix = f"{method}."
+            rows.append([method, *score_rows(method, row)[1][1:]])
+        numbers |= {prefix + column: percent(score) for column, score in row.items()}
+    print(layout(rows + table[4:]))
+    print("low, high: 95% interval of ours (Wilson); below the ensembles, as published")
+    print(f"{unparsed[0]} of {unparsed[1]} answers name no choice, and are wrong")
+    if path:
+        write_json(path, numbers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,20 +211,3 @@ def science_records(turns, problems, with_images, image_first):
         questions.append({"question_id": pid, **picture, "text": question,
                           "category": problems[pid]["subject"]})
     return records, questions
-
-
-def disputed_turns(turns, problems, first_path, second_path):
-    """The turns of the problems on which two answers files differ, with both outcomes in them.
-
-    OURS: prompts/scienceqa/requery.txt; the paper's words for asking again are not known.
-    """
-    prompt = (PROMPTS / "scienceqa" / "requery.txt").read_text().strip()
-    letters = [read_letters(path, problems) for path in (first_path, second_path)]
-    texts = [read_by_id(path, "text") for path in (first_path, second_path)]
-    disputed = {}
-    for pid, (question, answer) in turns.items():
-        if letters[0][pid] != letters[1][pid]:
-            asked = prompt.format(question=question, first=texts[0][pid]["text"],
-                                  second=texts[1][pid]["text"])
-            disputed[pid] = (asked, answer)
-    return disputed

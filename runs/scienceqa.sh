@@ -5,26 +5,23 @@
 # layer wants a stage 1 with it, and --feature_layer -1 here, too. The paper's 13B run took about 4 hours on 8 A100.
 # From the official site (github.com/lupantech/ScienceQA), in data/scienceqa:
 #     problems.json  pid_splits.json  images/train/PID/image.png  images/test/PID/image.png
-# With another model's answers to the test questions (JSON lines of question_id, text): SECOND=FILE ensembles, and writes what
-# it should be asked again; with its verdicts on these: REQUERY=FILE.
+# With EXPERT=URL, an OpenAI-compatible endpoint (and EXPERT_MODEL, gpt-4), a text-only model answers, too, and judges where the two
+# differ: the last rows of Table 7. Add --show 1 to one of its commands first, to see what is paid for.
 source "$(dirname "$0")/env.sh"
 INIT=${1:-out/stage1} OUT=${2:-out/scienceqa} D=data/scienceqa FORMAT=${FORMAT:-QCM-LEA} GPUS=${GPUS:-8}
 mkdir -p "$OUT"
 python eval.py scienceqa_data --labels $D --split train --format $FORMAT --out $OUT/train.json
 python eval.py scienceqa_data --labels $D --split test --format $FORMAT --questions $OUT/questions.jsonl
-python eval.py scienceqa_data --labels $D --split test --format $FORMAT --no-images --questions $OUT/questions_without_images.jsonl
 
 # The recipe: 12 epochs at batch 32, as the paper; the picture in front, where sample.py has it, too.
 [ -f "$OUT/model/config.json" ] || torchrun --nproc_per_node="$GPUS" train.py --recipe "${RECIPE:-scienceqa-13b}" --stage 2 \
     --init "$INIT" --data "$OUT/train.json" --out "$OUT/model" --shard "${@:3}"
 python eval.py answer --model $OUT/model --questions $OUT/questions.jsonl --images $D/images/test --answers $OUT/answers.jsonl
-if [ -z "${SECOND:-}" ]; then
-    python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --json $OUT/scores.json
-elif [ -z "${REQUERY:-}" ]; then
-    python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --second $SECOND --json $OUT/scores.json
-    python eval.py scienceqa_data --labels $D --split test --format $FORMAT --no-images --answers $OUT/answers.jsonl \
-        --second $SECOND --questions $OUT/ask_again.jsonl
-else
-    python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --second $SECOND --requery $REQUERY \
-        --json $OUT/scores.json
+python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --json $OUT/scores.json
+if [ -n "${EXPERT:-}" ]; then
+    expert() { python -m extras.scienceqa_gpt4 "$@" --labels $D --base_url "$EXPERT" --model "${EXPERT_MODEL:-gpt-4}"; }
+    expert answer --out $OUT/expert.jsonl
+    expert judge --answers $OUT/answers.jsonl --second $OUT/expert.jsonl --out $OUT/verdicts.jsonl
+    python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --second $OUT/expert.jsonl \
+        --requery $OUT/verdicts.jsonl --json $OUT/ensembles.json
 fi

@@ -121,8 +121,9 @@ def test_scienceqa_counts_by_subject_context_and_grade_and_ensembles(tmp_path):
         "--second", second, "--requery", verdicts, "--json", tmp_path / "s.json")
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["AVG"] == pytest.approx(100 * 4 / 6) and scores["NAT"] == 100
-    assert scores["complement"] == pytest.approx(100 * 5 / 6)
-    assert scores["judge"] == pytest.approx(100 * 5 / 6)
+    assert scores["second.AVG"] == pytest.approx(100 * 5 / 6) and scores["second.LAN"] == 50
+    assert scores["complement.AVG"] == pytest.approx(100 * 5 / 6)
+    assert scores["judge.AVG"] == pytest.approx(100 * 5 / 6)
 
 
 def test_scienceqa_data_writes_what_training_and_sampling_read(tmp_path):
