@@ -44,13 +44,13 @@ def arrange(conversations, image_position, rng, questions=None):
     image_position   "random": Eq. (2), drawn by `rng`. "first": <image> leads. "as_written".
     questions        stage 1: one of them is drawn where a human turn has no words of its own.
     """
-    turns = [dict(turn) for turn in conversations]
+    turns = [dict(turn) for turn in conversations]        # the record stays as it is
     for turn in turns:
         if turn["from"] != "human":
             continue
         words = turn["value"].replace(IMAGE, "").strip()
         if not words and questions:
-            words = rng.choice(questions)
+            words = rng.choice(questions)                 # Sec. 4.2: "randomly sample a question"
             turn["value"] += "\n" + words
         # OURS: a turn with several images stays as it is written
         if turn["value"].count(IMAGE) == 1 and image_position != "as_written":
@@ -72,12 +72,12 @@ def render(conversations, template):
     for i, turn in enumerate(conversations):
         text = turn["value"].strip()      # OURS: outer blanks would merge with the template's own
         if turn["from"] == "gpt":
-            segments.append((template.answer.format(text) + template.STOP, True))
+            segments.append((template.answer.format(text) + template.STOP, True))     # X_a STOP
             continue
         if template.name == "plain":
             text = IMAGE * text.count(IMAGE)      # of a human turn only its images remain
-        role = template.first if i == 0 else template.later
-        segments.append((role + text + template.reply, False))
+        role = template.first if i == 0 else template.later       # the first has SYSTEM before it
+        segments.append((role + text + template.reply, False))    # X_instruct
     return segments
 
 
@@ -94,19 +94,19 @@ def encode(segments, tokenizer, image_tokens):
                          "each tag needs one picture")
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     counts = iter(image_tokens)
-    ids, labels = [], []
+    ids, labels = [], []                  # (T,), (T,)
 
     def append(new, scored):              # the only place where either list grows
         ids.extend(new)
         labels.extend(new if scored else [IGNORE] * len(new))
 
-    if starts_with_bos(tokenizer):
+    if tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]:     # Qwen2 has no <s>
         append([tokenizer.bos_token_id], False)
     new_text = True                       # OFFICIAL: text starts behind <s> and behind each image
     for text, scored in segments:
         for n, piece in enumerate(text.split(IMAGE)):
             if n > 0:                     # a piece of text stood before it, then an <image>
-                append([image_id] * next(counts), False)
+                append([image_id] * next(counts), False)          # model.splice puts H_v there
                 new_text = True
             if piece:
                 append(tokenize(piece, tokenizer, new_text), scored)
@@ -124,10 +124,6 @@ def tokenize(text, tokenizer, new_text):
     return backend.encode(IMAGE + text, add_special_tokens=False).ids[1:]     # without <image>
 
 
-def starts_with_bos(tokenizer):           # Qwen2 has no <s>
-    return tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
-
-
 def encode_within(conversations, template, tokenizer, image_tokens, max_length):
     """`encode`, without the trailing turns that do not fit; an image is never cut.
 
@@ -136,7 +132,7 @@ def encode_within(conversations, template, tokenizer, image_tokens, max_length):
     """
     turns = conversations
     while True:
-        tokens = image_tokens[:count_images(turns)]
+        tokens = image_tokens[:count_images(turns)]       # of the pictures that these turns show
         ids, labels = encode(render(turns, template), tokenizer, tokens)
         if len(ids) <= max_length:
             return ids, labels, turns
@@ -194,7 +190,7 @@ class Conversations(Dataset):
         if sizes is None:
             paths = [image_path(self.folder, name) for name in image_names(record)]
             sizes = [image_size(path) if self.view.tiling else (1, 1) for path in paths]
-        rng = random.Random(f"{self.seed} {epoch} {i}")
+        rng = random.Random(f"{self.seed} {epoch} {i}")   # the same draw, whoever asks again
         turns = arrange(record["conversations"], self.image_position, rng, self.questions)
         tokens = [self.view.tokens(*size) for size in sizes]
         try:
@@ -244,16 +240,16 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     its arguments alone, so a run resumes from its step number.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(lengths))                 # (samples,)
     # of small data, windows are smaller: else the same samples would always meet
     window = max(1, min(window, len(order) // (4 * global_batch_size)))
     batches = []
     for start in range(0, len(order), window * global_batch_size):
         part = order[start:start + window * global_batch_size]
-        part = part[np.argsort(lengths[part], kind="stable")]
+        part = part[np.argsort(lengths[part], kind="stable")]     # short ones first
         batches += [part[i:i + global_batch_size] for i in range(0, len(part), global_batch_size)]
     full = [batch for batch in batches if len(batch) == global_batch_size]
-    rng.shuffle(full)
+    rng.shuffle(full)                     # else the lengths would rise within each window
     return full + [batch for batch in batches if len(batch) < global_batch_size]
 
 
@@ -263,8 +259,8 @@ def micro_batches(batch, lengths, epoch, micro_batch_size, world_size, rank):
     Neighbours in length share a micro-batch. A short last batch is filled up with unscored copies,
     which add nothing to the loss, so that no rank waits for one that has no work.
     """
-    order = batch[np.argsort(lengths[batch], kind="stable")]
-    keys = [(epoch, int(i), True) for i in order]
+    order = batch[np.argsort(lengths[batch], kind="stable")]      # (samples of the batch,)
+    keys = [(epoch, int(i), True) for i in order]         # of Conversations: (epoch, i, scored)
     keys += [(epoch, keys[0][1], False)] * (-len(keys) % world_size)
     step = micro_batch_size * world_size
     return [keys[start:start + step][rank::world_size] for start in range(0, len(keys), step)]
@@ -283,7 +279,7 @@ class Steps(Dataset):
 
     @property
     def per_epoch(self):
-        return -(-len(self.indices) // self.global_batch_size)
+        return -(-len(self.indices) // self.global_batch_size)    # rounded up
 
     def __getitem__(self, step):
         epoch, position = divmod(step, self.per_epoch)
@@ -291,7 +287,7 @@ class Steps(Dataset):
             lengths = self.lengths[self.indices]
             self.plan = plan_epoch(lengths, self.global_batch_size, self.data.seed, epoch)
             self.epoch = epoch
-        batch = self.indices[self.plan[position]]
+        batch = self.indices[self.plan[position]]         # of all ranks
         share = micro_batches(batch, self.lengths, epoch, self.micro_batch_size,
                               self.world_size, self.rank)
         return [collate([self.data[key] for key in keys], self.data.view) for keys in share]
@@ -304,7 +300,7 @@ def collate(samples, view, side="right"):
     picture that several samples show is in X_v once; `visual_index` names it several times.
     """
     B = len(samples)
-    T = max(len(sample["input_ids"]) for sample in samples)
+    T = max(len(sample["input_ids"]) for sample in samples)       # the longest; the rest is padded
     input_ids = torch.zeros(B, T, dtype=torch.long)                           # (B, T)
     labels = torch.full((B, T), IGNORE)                                       # (B, T)
     attention_mask = torch.zeros(B, T, dtype=torch.long)                      # (B, T)

@@ -35,7 +35,7 @@ class Ask(Endpoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(Ask):
+class AskAlone(Ask):
     shots: int = 2             # solved problems of `train` before each; the paper has two
     seed: int = 0              # of which they are
 
@@ -45,7 +45,7 @@ class Answer(Ask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge(Ask):
+class AskAgain(Ask):
     answers: str               # ours: JSON lines of question_id, text
     second: str                # the expert's
 
@@ -89,13 +89,13 @@ def ask_expert(kind, questions, shots, config):
     print(f"{config.out}: {len(texts)} answers, {unnamed} of them name no option")
 
 
-def answer(config):
+def ask_alone(config):
     """The expert alone: its answers to all problems, from their text."""
     problems = scienceqa.read_problems(config.labels, config.split)
     ask_expert("answer", questions_of(problems, config), solved_problems(config), config)
 
 
-def judge(config):
+def ask_again(config):
     """The expert as the judge: its own answer where the two differ, given both outcomes.
 
     OURS: prompts/scienceqa/requery.txt; the paper's words for asking again are not known.
@@ -113,7 +113,7 @@ def judge(config):
     ask_expert("judge", questions, [], config)
 
 
-COMMANDS = {"answer": (answer, Answer), "judge": (judge, Judge)}
+COMMANDS = {"answer": (ask_alone, AskAlone), "judge": (ask_again, AskAgain)}
 
 
 def main(argv=None):

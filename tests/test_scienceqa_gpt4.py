@@ -46,9 +46,9 @@ def test_the_expert_answers_then_judges_and_nothing_is_paid_twice(serve, tmp_pat
 def test_solved_problems_have_no_picture_and_are_enough(tmp_path):
     """The expert sees no picture, so an example with one would teach it to guess."""
     write_scienceqa(tmp_path)            # problems 0 and 4 have pictures
-    config = scienceqa_gpt4.Answer(labels=str(tmp_path), out="", shots=4)
+    config = scienceqa_gpt4.AskAlone(labels=str(tmp_path), out="", shots=4)
     questions = [question for question, _ in scienceqa_gpt4.solved_problems(config)]
     assert len(set(questions)) == 4 and not any("0?" in q or "4?" in q for q in questions)
-    config = scienceqa_gpt4.Answer(labels=str(tmp_path), out="", shots=5)
+    config = scienceqa_gpt4.AskAlone(labels=str(tmp_path), out="", shots=5)
     with pytest.raises(ValueError, match="--shots 5 needs as many problems without a picture"):
         scienceqa_gpt4.solved_problems(config)
