@@ -4,11 +4,24 @@ What a client may ask in OpenAI's chat API, read strictly: what is not understoo
 https://platform.openai.com/docs/api-reference/chat
 """
 import base64
+import json
 
 NUMBERS = {              # that a request may name, and their ranges
-    "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "max_tokens": (1, 2 ** 31),
-    "max_completion_tokens": (1, 2 ** 31), "seed": (-2 ** 63, 2 ** 63 - 1), "n": (1, 1)}
-OPTIONS = {*NUMBERS, "messages", "model", "stop", "stream", "stream_options", "user"}
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "max_tokens": (1, 2 ** 31),
+    "max_completion_tokens": (1, 2 ** 31),
+    "seed": (-2 ** 63, 2 ** 63 - 1),
+    "n": (1, 1),
+}
+OTHERS = {               # the type of whatever else it may name
+    "stream": bool,
+    "stream_options": dict,
+    "stop": str | list,
+    "messages": list,
+    "model": str,
+    "user": str,
+}
 
 
 class Refusal(Exception):
@@ -64,21 +77,37 @@ def parts_of(content, role, where):
 
 
 def check_options(body):
-    """Raises Refusal unless what a request names beside its messages is known and in range."""
-    for name in body.keys() - OPTIONS:
-        if body[name] not in (None, False, 0, "", [], {}, {"type": "text"}):     # it asks for more
-            known = ", ".join(sorted(OPTIONS))
-            raise Refusal(f"{name!r} is not supported; taken are {known}", name)
-    for name, (low, high) in NUMBERS.items():
-        value = body.get(name)
-        kinds = {int, type(low)}         # but no bool, which is an int to isinstance
-        if value is not None and (type(value) not in kinds or not low <= value <= high):
-            raise Refusal(f"{name} {value!r}: it is a number from {low} to {high}", name)
-    for name, kind in (("stream", bool), ("stream_options", dict), ("stop", str | list)):
-        if not isinstance(body.get(name), kind | None):
-            raise Refusal(f"{name} {body[name]!r} is not of the API's type", name)
-    if not all(isinstance(text, str) and text for text in body.get("stop") or []):
-        raise Refusal(f"stop {body['stop']!r}: a text, or some, that are not empty", "stop")
+    """Raises Refusal unless what a request names is known, of its type and in range."""
+    known = NUMBERS | OTHERS
+    for name, value in body.items():
+        if name not in known and value not in (None, False, 0, "", [], {}, {"type": "text"}):
+            raise Refusal(f"{name!r} is not supported; taken are {', '.join(sorted(known))}", name)
+        if name in OTHERS and not isinstance(value, OTHERS[name] | None):
+            raise Refusal(f"{name} {value!r} is not of the API's type", name)
+        if name in NUMBERS and value is not None:
+            low, high = NUMBERS[name]
+            kinds = {int, type(low)}     # but no bool, which is an int to isinstance
+            if type(value) not in kinds or not low <= value <= high:
+                raise Refusal(f"{name} {value!r}: it is a number from {low} to {high}", name)
+
+
+def sampling_of(body):
+    """How a request is sampled: `stop`, a list, and of the numbers those that it names."""
+    check_options(body)
+    stop = body.get("stop") or []
+    if isinstance(stop, str):
+        stop = [stop]
+    if not all(isinstance(text, str) and text for text in stop):
+        raise Refusal(f"stop {stop!r}: a text, or some, that are not empty", "stop")
+    sampling = {
+        "temperature": body.get("temperature"),
+        "top_p": body.get("top_p"),
+        "max_new_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
+        "seed": body.get("seed"),
+    }
+    # 1e-40 would make infinities of logits
+    named = {name: round(value, 3) for name, value in sampling.items() if value is not None}
+    return named | {"stop": stop}
 
 
 def picture_bytes(url, where):
@@ -91,3 +120,29 @@ def picture_bytes(url, where):
         return base64.b64decode(data, validate=True)
     except ValueError as error:
         raise Refusal(f"{where}: not base64 ({error})") from error
+
+
+# -----------------------------------------------------------------------------
+# The form of an answer. `head` is the same in all that is sent for one: id, created, model
+
+
+def completion(head, text, reason, usage):
+    """A whole answer, and why it ended."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text},
+              "finish_reason": reason, "logprobs": None}
+    return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+
+def chunk(head, delta, reason=None):
+    """The next part of a streamed answer, as a server-sent event."""
+    choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    return event(head | {"object": "chat.completion.chunk", "choices": [choice]})
+
+
+def last_chunk(head, usage):
+    """What a streamed answer cost, as a server-sent event."""
+    return event(head | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
+
+
+def event(value):
+    return f"data: {json.dumps(value)}\n\n"

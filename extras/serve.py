@@ -4,9 +4,8 @@ Letting others ask a checkpoint: a web page, and an endpoint that speaks OpenAI'
     python -m extras.serve --model out/stage2      the page at http://127.0.0.1:8000, the API at /v1
 
 All of it is OURS, but the filter of a user's text (App. A), `--moderation`; it sees answers, too.
-Three threads: the event loop talks to clients; one reads what they send (decodes pictures,
-tokenises), so that a bad request is refused at once; one runs the model, for one request at a time,
-as they came.
+Three threads: the event loop talks to clients; one reads what they send, so that a bad request is
+refused at once; one runs the model, for one request at a time, as they came.
 
     request --body--> JSON --conversation_of--> turns --check--> ChatRequest --Line--> pieces of X_a
 """
@@ -43,8 +42,8 @@ except ImportError as error:
 
 import sample
 from data import render, sample_of
-from extras import probe
-from extras.chat_api import Refusal, check_options, conversation_of, picture_bytes
+from extras import chat_api, probe
+from extras.chat_api import Refusal
 from parts import files
 from parts.pictures import load_image
 
@@ -79,12 +78,13 @@ class Config:
 
 def refusal_of(error):
     """What to tell a client. A ValueError is about what was sent, as everywhere in this project."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, HTTPException):
-        return Refusal(error.detail, status=error.status_code)
-    if isinstance(error, ValueError):
-        return Refusal(str(error))
+    match error:
+        case Refusal():
+            return error
+        case HTTPException():
+            return Refusal(error.detail, status=error.status_code)
+        case ValueError():
+            return Refusal(str(error))
     return Refusal("the server failed; its own output says why", status=500)
 
 
@@ -97,9 +97,11 @@ class ChatRequest(NamedTuple):
     """A request that was read and found right."""
     turns: list            # as in data.py, the last one human
     files: list            # the bytes of each picture: as small as they were sent, while they wait
-    text: str              # the exact prompt
-    ids: list              # and its ids
+    ids: list              # of the prompt
     sampling: dict         # what Talker.stream takes
+
+    def pictures(self):
+        return [load_image(io.BytesIO(file)) for file in self.files]
 
 
 # -----------------------------------------------------------------------------
@@ -133,7 +135,6 @@ class Line:
             turn.cancel()
 
     async def take_turn(self, pieces, put):
-        loop = asyncio.get_running_loop()
         ticket = asyncio.Event()
         self.tickets.append(ticket)
         try:
@@ -143,7 +144,7 @@ class Line:
                     await asyncio.wait_for(ticket.wait(), 1)
                 ticket.clear()
             while True:
-                piece = await loop.run_in_executor(self.thread, next, pieces, None)
+                piece = await asyncio.wrap_future(self.thread.submit(next, pieces, None))
                 if piece is None:
                     return
                 put(piece)
@@ -159,7 +160,7 @@ class Server:
 
     def __init__(self, config):
         self.config = config
-        self.name = os.path.basename(os.path.normpath(config.model))
+        self.name = Path(config.model).absolute().name
         self.talker = sample.Talker(sample.Config(
             config.model, temperature=config.temperature, max_new_tokens=config.max_new_tokens,
             template=config.template, device=config.device, dtype=config.dtype), config.compile)
@@ -179,7 +180,7 @@ class Server:
 
     async def __call__(self, scope, receive, send):
         """Every request comes in here; there is room for so many, and for so many of one client."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["method"] != "POST":
             return await self.app(scope, receive, send)
         client = scope["client"][0]
         most, most_of_one = self.config.max_queue, self.config.max_per_client
@@ -200,21 +201,17 @@ class Server:
         refusal = await send_refusal(request, Refusal(full, code="queue_full", status=429))
         await refusal(scope, receive, send)
 
-    # -------------------------------------------------------------------------
-    # Reading
-
     async def body(self, request):
         """The JSON object that was sent."""
         data = bytearray()
         size = 0
-        most = self.config.max_mb
         async for chunk in request.stream():
             size += len(chunk)
-            if size <= most * 10 ** 6:   # the rest is heard, but not kept
+            if size <= self.config.max_mb * 10 ** 6:     # the rest is heard, but not kept
                 data += chunk
-        if size > most * 10 ** 6:
-            raise Refusal(f"the request has {size / 1e6:.1f} MB; at most {most} are taken",
-                          status=413)
+        if size > len(data):
+            raise Refusal(f"the request has {size / 1e6:.1f} MB; at most {self.config.max_mb} are "
+                          "taken", status=413)
         if not request.headers.get("content-type", "").startswith("application/json"):
             # pages of others cannot send this from a visitor's browser
             raise Refusal("the request is not of Content-Type application/json", status=415)
@@ -231,15 +228,14 @@ class Server:
 
     async def read(self, body):
         """What a request asks, as a ChatRequest."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.reader, self.check, body)
+        return await asyncio.wrap_future(self.reader.submit(self.check, body))
 
     def check(self, body):
         """Everything that could stop an answer is found here, in the reader's thread."""
-        check_options(body)
+        sampling = chat_api.sampling_of(body)
         talker = self.talker
         turns, contents, pictures = [], [], []
-        for i, (text, urls) in enumerate(conversation_of(body.get("messages"))):
+        for i, (text, urls) in enumerate(chat_api.conversation_of(body.get("messages"))):
             where = f"messages[{i}]"
             if i % 2 == 1:
                 turns.append({"from": "gpt", "value": text})
@@ -252,7 +248,7 @@ class Server:
                               where, "string_above_max_length")
             for n, url in enumerate(urls, 1):
                 name = f"{where}, picture {n}"
-                contents.append(picture_bytes(url, name))
+                contents.append(chat_api.picture_bytes(url, name))
                 pictures.append((name, load_image(io.BytesIO(contents[-1]), name)))
             turns.append(talker.ask(text, len(urls)))
         ids = sample_of(turns, pictures, self.tokenizer, talker.template, talker.view)["input_ids"]
@@ -260,23 +256,11 @@ class Server:
             raise Refusal(f"the prompt is {len(ids)} tokens ({talker.view.cost}); the model's "
                           f"context is {self.context}: start a new conversation, or ask briefly",
                           "messages", "context_length_exceeded")
-        text = "".join(text for text, _ in render(turns, talker.template))
-        return ChatRequest(turns, contents, text, ids, self.sampling(body))
-
-    def sampling(self, body):
-        """What a request names, and the flags' values for the rest."""
-        generator = torch.Generator(self.talker.model.device)
-        generator.seed()
-        if body.get("seed") is not None:
-            generator.manual_seed(body["seed"])
-        stop = body.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        named = {"temperature": body.get("temperature"), "top_p": body.get("top_p"),
-                 "max_new_tokens": body.get("max_completion_tokens") or body.get("max_tokens")}
-        # 1e-40 would make infinities of logits
-        named = {name: round(value, 3) for name, value in named.items() if value is not None}
-        return {"top_p": self.config.top_p, "generator": generator,
-                "stop": [self.talker.template.STOP, *stop]} | named
+        generator = torch.Generator(talker.model.device)
+        generator.manual_seed(sampling.pop("seed", time.time_ns()))
+        stop = [talker.template.STOP, *sampling.pop("stop")]
+        named = {"top_p": self.config.top_p, "stop": stop, "generator": generator} | sampling
+        return ChatRequest(turns, contents, ids, named)
 
     async def moderate(self, what, text):
         """Raises Refusal if the endpoint flags a text, or does not say: nothing passes unseen."""
@@ -287,24 +271,19 @@ class Server:
                 json={"input": text}, headers={"Authorization": f"Bearer {key}"} if key else {})
             reply.raise_for_status()
             result = reply.json()["results"][0]
-            flagged = result["flagged"]
-            categories = result.get("categories", {})
-            reasons = [name for name, applies in categories.items() if applies]
-            assert isinstance(flagged, bool), "no verdict in the reply"
+            flagged = files.typed(result["flagged"], bool, "flagged")
+            reasons = [name for name, applies in result.get("categories", {}).items() if applies]
         except Exception as error:       # whatever it is, the text goes no further
             raise Refusal(f"the {what} could not be moderated: {error!r}", status=502) from error
         if flagged:
             raise Refusal(f"the {what} was flagged by moderation ({', '.join(reasons)})",
                           code="content_filter")
 
-    # -------------------------------------------------------------------------
-    # Answering
-
     def generate(self, question):
         """The answer's pieces (str), then how it ended: (finish_reason, usage)."""
-        pictures = [load_image(io.BytesIO(file)) for file in question.files]
         ids = []
-        yield from self.talker.stream(question.turns, pictures, ids, **question.sampling)
+        yield from self.talker.stream(question.turns, question.pictures(), ids,
+                                      **question.sampling)
         ended = self.talker.model.has_ended(ids, question.sampling["stop"])
         usage = {"prompt_tokens": len(question.ids), "completion_tokens": len(ids),
                  "total_tokens": len(question.ids) + len(ids)}
@@ -351,23 +330,14 @@ class Server:
                 if await request.is_disconnected():
                     raise ClientDisconnect
         reason, usage = piece
-        choice = {"index": 0, "message": {"role": "assistant", "content": text},
-                  "finish_reason": reason, "logprobs": None}
-        return JSONResponse(head | {"object": "chat.completion", "choices": [choice],
-                                    "usage": usage})
+        return JSONResponse(chat_api.completion(head, text, reason, usage))
 
     async def events(self, question, head, with_usage):
         """The answer as server-sent events.
 
         A place in the line is a comment: clients of the API skip it, our page reads it.
         """
-        head = head | {"object": "chat.completion.chunk"}
-
-        def chunk(delta, reason=None):
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
-
-        yield chunk({"role": "assistant", "content": ""})
+        yield chat_api.chunk(head, {"role": "assistant", "content": ""})
         try:
             async with aclosing(self.answer(question)) as pieces:
                 async for piece in pieces:
@@ -375,17 +345,17 @@ class Server:
                         case int(place):
                             yield f": {place} before you\n\n"
                         case str(text):
-                            yield chunk({"content": text})
+                            yield chat_api.chunk(head, {"content": text})
                         case reason, usage:
-                            yield chunk({}, reason)
+                            yield chat_api.chunk(head, {}, reason)
         except Exception as error:       # too late for a status, but not for its words
             refusal = refusal_of(error)
             if refusal.status == 500:
                 traceback.print_exc()
-            yield f"data: {json.dumps(refusal.json)}\n\n"
+            yield chat_api.event(refusal.json)
             return
         if with_usage:
-            yield f"data: {json.dumps(head | {'choices': [], 'usage': usage})}\n\n"
+            yield chat_api.last_chunk(head, usage)
         yield "data: [DONE]\n\n"
 
     async def models(self, request):
@@ -393,25 +363,21 @@ class Server:
                  "max_model_len": self.context}
         return JSONResponse({"object": "list", "data": [model]})
 
-    # -------------------------------------------------------------------------
-    # The page
-
     async def page(self, request):
         return FileResponse(PAGE, headers={
             "Cache-Control": "no-store", "Content-Security-Policy":
             "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"})
 
     async def settings(self, request):
-        config = self.config
-        return JSONResponse({
-            "model": self.name, "temperature": config.temperature, "top_p": config.top_p,
-            "max_tokens": config.max_new_tokens, "max_mb": config.max_mb,
-            "max_question": config.max_question})
+        names = ("temperature", "top_p", "max_new_tokens", "max_mb", "max_question")
+        shown = {name: getattr(self.config, name) for name in names}
+        return JSONResponse(shown | {"model": self.name})
 
     async def prompt(self, request):
         """The exact prompt of a request: its text, and its ids."""
         question = await self.read(await self.body(request))
-        return JSONResponse({"text": question.text, "ids": question.ids})
+        text = "".join(text for text, _ in render(question.turns, self.talker.template))
+        return JSONResponse({"text": text, "ids": question.ids})
 
     async def attention(self, request):
         """Where the model looked: at each word of `answer`, the pictures under its weights."""
@@ -425,7 +391,7 @@ class Server:
         return JSONResponse(words)
 
     def looks(self, question, answer):
-        pictures = [load_image(io.BytesIO(file)) for file in question.files]
+        pictures = question.pictures()
         small = [ImageOps.contain(picture, (336, 336)) for picture in pictures]
         words = probe.words_and_attention(self.talker, question.turns, pictures, answer)
         for word, maps in words:
@@ -442,8 +408,8 @@ def main(argv=None):
     except OSError as error:
         raise ValueError(f"--host {config.host} --port {config.port}: {error.strerror or error}; "
                          "take another port") from error
-    server = uvicorn.Server(uvicorn.Config(Server(config), log_level="warning",
-                                           timeout_graceful_shutdown=3))
+    server = uvicorn.Server(uvicorn.Config(Server(config), log_level="warning", lifespan="off",
+                                           ws="none", timeout_graceful_shutdown=3))
     print(f"{config.model} at http://{config.host}:{door.getsockname()[1]}, the API at /v1; "
           "Ctrl-C ends it", flush=True)
     with suppress(KeyboardInterrupt):
