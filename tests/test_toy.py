@@ -18,7 +18,7 @@ from toy import teacher, world
 @pytest.fixture(scope="module")
 def toy_world(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "world"
-    world.main(["world", "--out", str(out), "--pictures", "60", "--questions", "120"])
+    world.main(["world", "--out", str(out), "--pictures", "60"])
     return out
 
 
@@ -52,7 +52,7 @@ def test_an_exam_has_as_many_questions_of_each_kind(toy_world):
 
 def test_a_world_is_a_function_of_its_seed(toy_world, tmp_path):
     """Anybody's toy is the same toy."""
-    world.main(["world", "--out", str(tmp_path), "--pictures", "60", "--questions", "120"])
+    world.main(["world", "--out", str(tmp_path), "--pictures", "60"])
     for name in ("pairs.jsonl", "annotations/captions_train.json", "images/000000000007.png"):
         assert (tmp_path / name).read_bytes() == (toy_world / name).read_bytes(), name
 

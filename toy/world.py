@@ -15,7 +15,6 @@ model has read of them, as Vicuna has read of purple triangles. Whether the asse
 one is the test of composition, `new_pairs`.
 """
 import json
-import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -49,15 +48,17 @@ GRID = 4                                 # things stand in the cells of a jitter
 CELL = 16                                # pixels; a cell is a patch of the toy's CLIP, so N = 16
 SIDE = GRID * CELL                       # pictures are 64 x 64
 NUMBERS = ("zero", "one", "two", "three", "four")
-N_ANSWERS = {                            # the kinds of questions, and how many answers each has
-    "colour": len(COLOURS),
-    "shape": len(SHAPES),
-    "count": len(NUMBERS),
-    "existence": 2,
-    "relation": 4,
-    "place": 4,
+WAYS_TO_ASK = {                          # a question of each kind; one of its wordings is drawn
+    "colour": ("What colour is the {}?", "Which colour does the {} have?"),
+    "shape": ("What shape is the {}?", "Which shape does the {} have?"),
+    "count": ("How many {} are there?", "How many {} can you see?"),
+    "existence": ("Is there {}?", "Can you see {}?"),
+    "relation": ("Is the {}?",),
+    "place": ("Where is the {}?", "Where in the picture is the {}?"),
 }
+N_ANSWERS = {"colour": 8, "shape": 6, "count": 5, "existence": 2, "relation": 4, "place": 4}
 KINDS = tuple(N_ANSWERS)
+PER_KIND = 120                           # questions of an exam; every number of answers divides it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,8 +123,8 @@ class Scene:
         return [thing for thing in self.things if pairs.count(thing.pair) == 1]
 
     def things_with(self, value):
-        """Those of one colour or one shape."""
-        return [thing for thing in self.things if value in thing.pair]
+        """Those of one colour or one shape; "thing" is any."""
+        return [thing for thing in self.things if value in (*thing.pair, "thing")]
 
 
 def scene_with(things, grey=235):
@@ -148,50 +149,42 @@ def sample_scene(rng, pairs=SEEN, must=None, side=SIDE):
             pool = [pair for pair in pairs if theme in pair]
         chosen.append(rng.choice(pool))
     cells = rng.sample(range(GRID * GRID), count)
-    things = []
-    for pair, cell in zip(chosen, cells, strict=True):
-        things.append(place_thing(rng, pair, cell, side))
+    things = [place_thing(rng, *of_one, side) for of_one in zip(chosen, cells, strict=True)]
     return scene_with(things, rng.randint(215, 250))
 
 
 def place_thing(rng, pair, cell, side):
     """A thing of random size somewhere in a cell, never across the border of two patches."""
     size = rng.choice((9, 10, 13, 14))
-    slack = CELL - size - 1              # a pixel of air: it never touches the neighbouring patch
     zoom = side // SIDE                  # patches along the side of a cell
     patch = [zoom * (cell % GRID), zoom * (cell // GRID)]
     if zoom > 1:
         patch = [start + rng.randrange(zoom) for start in patch]
-    x, y = (CELL * at + 1 + rng.randint(0, slack - 1) for at in patch)
+    # a pixel of air on each side: it never touches the neighbouring patch
+    x, y = (CELL * at + rng.randint(1, CELL - size - 1) for at in patch)
     return Thing(*pair, (x, y, size, size), side=side)
 
 
-def outline(shape):
-    """The corners of a shape in the unit square. They touch all four sides, so a box is exact."""
-    if shape == "star":
-        points = []
-        for k in range(10):
-            radius = 0.42 if k % 2 else 1
-            points.append((radius * math.sin(math.pi * k / 5), -radius * math.cos(math.pi * k / 5)))
-        xs, ys = zip(*points, strict=True)
-        width = max(xs) - min(xs)
-        height = max(ys) - min(ys)
-        return [((x - min(xs)) / width, (y - min(ys)) / height) for x, y in points]
-    return {
-        "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-        "triangle": [(.5, 0), (1, 1), (0, 1)],
-        "cross": [(.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7),
-                  (.7, 1), (.3, 1), (.3, .7), (0, .7), (0, .3), (.3, .3)],
-    }[shape]
+OUTLINES = {    # corners in the unit square; they touch all four sides, so a box is exact
+    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+    "triangle": [(.5, 0), (1, 1), (0, 1)],
+    "star": [(.5, 0), (.63, .365), (1, .382), (.71, .625),
+             (.809, 1), (.5, .785), (.191, 1),
+             (.29, .625), (0, .382), (.37, .365)],
+    "cross": [(.3, 0), (.7, 0), (.7, .3),
+              (1, .3), (1, .7), (.7, .7),
+              (.7, 1), (.3, 1), (.3, .7),
+              (0, .7), (0, .3), (.3, .3)],
+}
 
 
-def draw_scene(scene, scale=4):
-    """Scene -> RGB picture. It is drawn `scale` times larger and averaged down: anti-aliasing."""
-    size = scene.side * scale
+def draw_scene(scene):
+    """Scene -> RGB picture. It is drawn four times larger and averaged down: anti-aliasing."""
+    size = 4 * scene.side
     picture = Image.new("RGB", (size, size), (scene.grey,) * 3)
     pen = ImageDraw.Draw(picture)
     for thing in scene.things:
-        x, y, width, height = (scale * v for v in thing.box)
+        x, y, width, height = (4 * v for v in thing.box)
         colour = thing.paint or COLOURS[thing.colour]
         frame = (x, y, x + width - 1, y + height - 1)
         if thing.shape == "circle":
@@ -199,9 +192,9 @@ def draw_scene(scene, scale=4):
         elif thing.shape == "ring":
             pen.ellipse(frame, outline=colour, width=round(width * 0.24))
         else:
-            corners = outline(thing.shape)
+            corners = OUTLINES[thing.shape]
             pen.polygon([(x + u * (width - 1), y + v * (height - 1)) for u, v in corners], colour)
-    return picture.reduce(scale)
+    return picture.reduce(4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -243,8 +236,9 @@ class Question:
     about: frozenset                     # the pairs of colour and shape that decide it
 
 
-def question_of(rng, kind, texts, answer, value, about=()):
-    return Question(kind, rng.choice(texts), answer, value, frozenset(about))
+def question_of(rng, kind, what, answer, value, about=()):
+    wordings = WAYS_TO_ASK.get(kind, ("In short, {}?",))
+    return Question(kind, rng.choice(wordings).format(what), answer, value, frozenset(about))
 
 
 def look_up(rng, what, facts):
@@ -252,47 +246,35 @@ def look_up(rng, what, facts):
 
     Telegraphic: in each fact, the word that is looked up comes right after the key.
     """
-    facts = rng.sample(facts, min(6, len(facts)))
     if not facts:
         return []
-    texts = (f"In short, {what}?",)
-    return [question_of(rng, f"in short {what}", texts, ", ".join(facts) + ".", " ".join(facts))]
-
-
-def count_question(rng, things, many):
-    texts = (f"How many {many} are there?", f"How many {many} can you see?")
-    number = NUMBERS[len(things)]
-    answer = f"The number of {many} is {number}."
-    return question_of(rng, "count", texts, answer, number, [thing.pair for thing in things])
-
-
-def colour_question(rng, thing):
-    what = thing.shape
-    texts = (f"What colour is the {what}?", f"Which colour does the {what} have?")
-    answer = f"The {what} is {thing.colour}."
-    return question_of(rng, "colour", texts, answer, thing.colour, [thing.pair])
-
-
-def shape_question(rng, thing):
-    what = f"{thing.colour} thing"
-    texts = (f"What shape is the {what}?", f"Which shape does the {what} have?")
-    answer = f"The {what} is {with_article(thing.shape)}."
-    return question_of(rng, "shape", texts, answer, thing.shape, [thing.pair])
+    facts = rng.sample(facts, min(6, len(facts)))
+    answer = ", ".join(facts) + "."
+    return [question_of(rng, f"in short {what}", what, answer, " ".join(facts))]
 
 
 def attribute_questions(scene, rng):
     """How many things have each colour and shape; of a lone one also its shape or colour."""
-    questions = [count_question(rng, scene.things, "things")]
+    questions = []
     facts = ([], [], [])                 # about what is absent, what is there once, what more often
-    facts[min(len(scene.things), 2)].append(f"thing {NUMBERS[len(scene.things)]}")
-    for value in (*COLOURS, *SHAPES):
+    for value in ("thing", *COLOURS, *SHAPES):
         found = scene.things_with(value)
-        many = f"{value} things" if value in COLOURS else f"{value} shapes"
-        questions.append(count_question(rng, found, many))
-        facts[min(len(found), 2)].append(f"{value} {NUMBERS[len(found)]}")
-        if len(found) == 1:
-            ask = colour_question if value in SHAPES else shape_question
-            questions.append(ask(rng, found[0]))
+        many = f"{value} shapes" if value in SHAPES else f"{value} things"
+        if value == "thing":
+            many = "things"
+        number = NUMBERS[len(found)]
+        about = [thing.pair for thing in found]
+        answer = f"The number of {many} is {number}."
+        questions.append(question_of(rng, "count", many, answer, number, about))
+        facts[min(len(found), 2)].append(f"{value} {number}")
+        if len(found) == 1 and value in SHAPES:
+            colour = found[0].colour
+            answer = f"The {value} is {colour}."
+            questions.append(question_of(rng, "colour", value, answer, colour, about))
+        if len(found) == 1 and value in COLOURS:
+            shape = found[0].shape
+            answer = f"The {value} thing is a {shape}."
+            questions.append(question_of(rng, "shape", f"{value} thing", answer, shape, about))
     absent, once, often = facts
     # "one" is by far the most frequent count, so there is about as much of the others.
     drawn = rng.sample(absent, 2) + rng.sample(once, min(len(once), 1 + len(often))) + often
@@ -305,13 +287,12 @@ def existence_questions(scene, rng, pairs):
     values = {value for pair in here for value in pair}
     questions = []
     for pair in pairs:
-        if not values & set(pair):
+        if values.isdisjoint(pair):
             continue
-        what = with_article(" ".join(pair))
-        texts = (f"Is there {what}?", f"Can you see {what}?")
         value = "yes" if pair in here else "no"
         answer = "Yes, there is." if pair in here else "No, there is not."
-        questions.append(question_of(rng, "existence", texts, answer, value, [pair]))
+        what = with_article(" ".join(pair))
+        questions.append(question_of(rng, "existence", what, answer, value, [pair]))
     return questions
 
 
@@ -321,12 +302,12 @@ def place_questions(scene, rng):
     for thing in scene.unique_things:
         name = thing.name
         place = thing.place
-        texts = (f"In short, where is the {name}?",)
+        about = [thing.pair]
+        what = f"where is the {name}"
         answer = f"{name} {place}."
-        questions.append(question_of(rng, "in short where", texts, answer, place, [thing.pair]))
-        texts = (f"Where is the {name}?", f"Where in the picture is the {name}?")
+        questions.append(question_of(rng, "in short where", what, answer, place, about))
         answer = f"The {name} is in {place}."
-        questions.append(question_of(rng, "place", texts, answer, thing.column, [thing.pair]))
+        questions.append(question_of(rng, "place", name, answer, thing.column, about))
         for other in scene.unique_things:
             questions += relation_questions(rng, thing, other)
     return questions
@@ -341,11 +322,11 @@ def relation_questions(rng, thing, other):
         if p == q:
             continue
         value = less if p < q else more
-        text = f"Is the {thing.name} {less} or {more}{of} the {other.name}?"
+        what = f"{thing.name} {less} or {more}{of} the {other.name}"
         answer = (f"The {thing.name} is in {line} {p} and the {other.name} is in {line} {q}, "
                   f"so it is {value}.")
-        pairs = [thing.pair, other.pair]
-        questions.append(question_of(rng, "relation", (text,), answer, value, pairs))
+        about = [thing.pair, other.pair]
+        questions.append(question_of(rng, "relation", what, answer, value, about))
     return questions
 
 
@@ -359,44 +340,36 @@ def questions_about(scene, rng, pairs=SEEN):
     places = place_questions(scene, rng)
     questions = attributes + existence + places
 
-    colours = [f"{thing.shape} {thing.colour}" for thing in lone_things(scene, SHAPES)]
-    shapes = [f"{thing.colour} {thing.shape}" for thing in lone_things(scene, COLOURS)]
-    questions += look_up(rng, "what colour is what", colours)
-    questions += look_up(rng, "what shape is what", shapes)
-    rows = [f"{thing.name} {thing.row}" for thing in scene.unique_things]
-    columns = [f"{thing.name} {thing.column}" for thing in scene.unique_things]
-    questions += look_up(rng, "what row is what", rows)
-    questions += look_up(rng, "what column is what", columns)
-    there = existence_facts(existence, "yes")
-    absent = existence_facts(existence, "no")
-    drawn = there + rng.sample(absent, min(len(absent), len(there)))
-    return questions + look_up(rng, "what is there", drawn)
-
-
-def lone_things(scene, values):
-    """For each value that exactly one thing has, that thing."""
-    found = [scene.things_with(value) for value in values]
-    return [things[0] for things in found if len(things) == 1]
-
-
-def existence_facts(questions, value):
-    """["red circle yes", ...]: the answers of one value among existence questions, as facts."""
-    asked = [question for question in questions if question.value == value]
-    return [" ".join([*pair, value]) for question in asked for pair in question.about]
+    lone = [found[0] for found in map(scene.things_with, SHAPES) if len(found) == 1]
+    questions += look_up(rng, "what colour is what", [f"{t.shape} {t.colour}" for t in lone])
+    lone = [found[0] for found in map(scene.things_with, COLOURS) if len(found) == 1]
+    questions += look_up(rng, "what shape is what", [thing.name for thing in lone])
+    unique = scene.unique_things
+    questions += look_up(rng, "what row is what", [f"{t.name} {t.row}" for t in unique])
+    questions += look_up(rng, "what column is what", [f"{t.name} {t.column}" for t in unique])
+    facts = {"yes": [], "no": []}
+    for question in existence:
+        [pair] = question.about
+        facts[question.value].append(" ".join([*pair, question.value]))
+    absent = rng.sample(facts["no"], min(len(facts["no"]), len(facts["yes"])))
+    return questions + look_up(rng, "what is there", facts["yes"] + absent)
 
 
 # ------------------------------------------------------------------------------------------------
 # On disk
 
 
+def picture_name(i):
+    return f"{i:012d}.png"               # as in COCO
+
+
 def save_coco(folder, split, scenes, first_id, rng):
-    """Write pictures and both of COCO's annotation files; returns {image id: scene}."""
+    """Write pictures, numbered from first_id on, and both of COCO's annotation files."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    numbered = dict(enumerate(scenes, first_id))
     images = []
     captions = []
     boxes = []
-    for i, scene in numbered.items():
+    for i, scene in enumerate(scenes, first_id):
         name = picture_name(i)
         images.append({"id": i, "file_name": name, "width": scene.side, "height": scene.side})
         draw_scene(scene).save(folder / "images" / name)
@@ -404,7 +377,15 @@ def save_coco(folder, split, scenes, first_id, rng):
             number = first_id * 10 + len(captions)
             captions.append({"id": number, "image_id": i, "caption": caption(scene, rng)})
         for thing in scene.things:
-            boxes.append(coco_box(first_id * 10 + len(boxes), i, thing))
+            boxes.append({
+                "id": first_id * 10 + len(boxes),
+                "image_id": i,
+                "category_id": 1 + PAIRS.index(thing.pair),
+                "bbox": list(thing.box),
+                "area": thing.box[2] * thing.box[3],
+                "iscrowd": 0,
+                "segmentation": [],
+            })
     categories = []
     for k, (colour, shape) in enumerate(PAIRS, 1):
         categories.append({"id": k, "name": f"{colour} {shape}", "supercategory": shape})
@@ -412,23 +393,6 @@ def save_coco(folder, split, scenes, first_id, rng):
     drawn = {"images": images, "annotations": boxes, "categories": categories}
     write_text(folder / "annotations" / f"captions_{split}.json", json.dumps(written))
     write_text(folder / "annotations" / f"instances_{split}.json", json.dumps(drawn))
-    return numbered
-
-
-def picture_name(i):
-    return f"{i:012d}.png"               # as in COCO
-
-
-def coco_box(number, image_id, thing):
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": 1 + PAIRS.index(thing.pair),
-        "bbox": list(thing.box),
-        "area": thing.box[2] * thing.box[3],
-        "iscrowd": 0,
-        "segmentation": [],
-    }
 
 
 def read_coco(instances):
@@ -443,30 +407,29 @@ def read_coco(instances):
     return {i: scene_with(found) for i, found in things.items()}
 
 
-def sample_exam(rng, per_kind, new, side=SIDE):
-    """[(scene, question), ...]: `per_kind` questions of each kind, whose answers are equally often.
+def sample_exam(rng, new, side):
+    """[(scene, question), ...]: PER_KIND questions of each kind; all its answers equally often.
 
-    If `new`, every question is decided by a pair of HELD_OUT; otherwise none is. `per_kind` must be
-    a multiple of the numbers of answers; 120 is, and 24 if `new`.
+    If `new`, every question is decided by a pair of HELD_OUT; otherwise none is.
     """
-    pairs = PAIRS if new else SEEN
-    exam = []
-    wanted = {kind: per_kind // n for kind, n in N_ANSWERS.items()}      # of each answer
+    wanted = {kind: PER_KIND // n for kind, n in N_ANSWERS.items()}      # of each answer
     if new:
-        wanted["count"] = per_kind // 4                      # "zero" is decided by no pair
+        wanted["count"] = PER_KIND // 4                      # "zero" is decided by no pair
+    pairs = PAIRS if new else SEEN
+    must = HELD_OUT if new else None
+    exam = []
     counts = Counter()                                       # (kind, answer): the questions so far
-    while len(exam) < per_kind * len(KINDS):
-        scene = sample_scene(rng, pairs, HELD_OUT if new else None, side)
-        fitting = []
+    while len(exam) < PER_KIND * len(KINDS):
+        scene = sample_scene(rng, pairs, must, side)
+        fitting = {}                                         # kind: its questions
         for question in questions_about(scene, rng, pairs):
             is_new = not question.about.isdisjoint(HELD_OUT)
             missing = wanted.get(question.kind, 0) - counts[question.kind, question.value]
             if is_new == new and missing > 0:
-                fitting.append(question)
+                fitting.setdefault(question.kind, []).append(question)
         if fitting:
-            kind = rng.choice(sorted({question.kind for question in fitting}))
-            question = rng.choice([question for question in fitting if question.kind == kind])
-            counts[kind, question.value] += 1
+            question = rng.choice(fitting[rng.choice(sorted(fitting))])
+            counts[question.kind, question.value] += 1
             exam.append((scene, question))
     return exam
 
@@ -481,74 +444,71 @@ class WorldConfig:
     seed: int = 0
     side: int = SIDE                     # of the pictures; in larger ones, things are details
     pictures: int = 8000                 # to train on
-    questions: int = 120                 # of each kind in each set
 
     CHOICES: ClassVar = {"side": [SIDE, 2 * SIDE]}
 
 
 def make_world(config):
     """Draw the world: pictures, COCO's files, image-caption pairs, four sets of questions."""
-    check_least(config, pictures=1, questions=1)
-    if config.questions % 120:
-        raise ValueError(f"--questions {config.questions}: take a multiple of 120, which divides "
-                         "evenly among the answers of each kind")
+    check_least(config, pictures=1)
     out = Path(config.out)
     rng = random.Random(config.seed)
     scenes = [sample_scene(rng, side=config.side) for _ in range(config.pictures)]
-    pairs = caption_pairs(save_coco(out, "train", scenes, 1, rng), rng)
+    save_coco(out, "train", scenes, 1, rng)
+    pairs = caption_pairs(scenes, 1, rng)
     first_id = config.pictures + 1
     for split in ("held_out", "new_pairs"):
-        exam = sample_exam(rng, config.questions, split == "new_pairs", config.side)
+        exam = sample_exam(rng, split == "new_pairs", config.side)
         save_coco(out, split, [scene for scene, _ in exam], first_id, rng)
-        rows = []
-        for n, (_, question) in enumerate(exam):
-            rows.append({
-                "question_id": f"{split}-{n}",
-                "image": picture_name(first_id + n),
-                "text": question.text,
-                "category": question.kind,
-                "truth": question.answer,
-            })
-        write_lines(out / f"questions_{split}.jsonl", rows)
-        if split == "held_out":
-            write_controls(out, rows)
+        write_questions(out, split, [question for _, question in exam], first_id)
         first_id += len(exam)
     if config.side > SIDE:
         # Stage 1 looks at squares, stage 2 at tiles, which show things from near. W has to know
         # this view from stage 1, so as many smaller pictures come with the larger ones.
         scenes = [sample_scene(rng) for _ in range(config.pictures)]
-        pairs += caption_pairs(save_coco(out, "near", scenes, first_id, rng), rng)
+        save_coco(out, "near", scenes, first_id, rng)
+        pairs += caption_pairs(scenes, first_id, rng)
     write_lines(out / "pairs.jsonl", pairs)
-    print(f"{out}: {config.pictures} pictures to train on, {config.questions * len(KINDS)} "
-          "questions each: held_out, new_pairs, blind, shuffled.")
+    print(f"{out}: {config.pictures} pictures to train on, {PER_KIND * len(KINDS)} questions each: "
+          "held_out, new_pairs, blind, shuffled.")
 
 
-def caption_pairs(numbered, rng):
+def caption_pairs(scenes, first_id, rng):
     """Stage 1's pairs: one more caption of each picture."""
-    pairs = []
-    for i, scene in numbered.items():
-        pairs.append({"image": picture_name(i), "caption": caption(scene, rng)})
-    return pairs
+    return [{"image": picture_name(i), "caption": caption(scene, rng)}
+            for i, scene in enumerate(scenes, first_id)]
 
 
-def write_controls(out, rows):
-    """The same questions without a picture, and each with the picture of another question."""
-    blind = []
-    shuffled = []
-    half = len(rows) // 2
-    for row, other in zip(rows, rows[half:] + rows[:half], strict=True):
-        blind.append({key: value for key, value in row.items() if key != "image"})
-        shuffled.append({**row, "image": other["image"]})
-    write_lines(out / "questions_blind.jsonl", blind)
-    write_lines(out / "questions_shuffled.jsonl", shuffled)
+def write_questions(out, split, questions, first_id):
+    """Write the questions on the pictures of one split.
+
+    Those on held-out pictures are asked twice more, for control: without a picture ("blind"), and
+    with the picture of another question ("shuffled").
+    """
+    rows = []
+    for n, question in enumerate(questions):
+        rows.append({
+            "question_id": f"{split}-{n}",
+            "image": picture_name(first_id + n),
+            "text": question.text,
+            "category": question.kind,
+            "truth": question.answer,
+        })
+    write_lines(out / f"questions_{split}.jsonl", rows)
+    if split == "held_out":
+        blind = [{key: row[key] for key in row if key != "image"} for row in rows]
+        half = len(rows) // 2
+        others = rows[half:] + rows[:half]
+        shuffled = [row | {"image": other["image"]}
+                    for row, other in zip(rows, others, strict=True)]
+        write_lines(out / "questions_blind.jsonl", blind)
+        write_lines(out / "questions_shuffled.jsonl", shuffled)
 
 
 @dataclass(frozen=True)
 class ReactWorldConfig:
     out: str                             # folder to write to
     seed: int = 0
-    pictures: int = 6000                 # of the corpus
-    tests: int = 100                     # pictures of each class to classify
 
 
 def make_react_world(config):
@@ -558,40 +518,40 @@ def make_react_world(config):
     classify, lie on dark paper, which the toy's CLIP has never seen; the captions do not say so.
     The pictures with captions to retrieve are as CLIP knows them.
     """
-    check_least(config, pictures=1, tests=1)
     out = Path(config.out)
     rng = random.Random(config.seed)
     others = [pair for pair in PAIRS if pair not in TARGETS]
     scenes = []
-    for i in range(config.pictures):
+    for i in range(6000):
         if i % 3 == 0:
             scenes.append(sample_scene(rng, PAIRS, TARGETS))
         else:
             scenes.append(sample_scene(rng, others))
-    scenes = [darker(scene, rng) if rng.random() < 2 / 3 else scene for scene in scenes]
+    for i, scene in enumerate(scenes):
+        if rng.random() < 2 / 3:
+            scenes[i] = Scene(scene.things, dark_grey(rng))
     save_tsv(out, "corpus", scenes, [caption(scene, rng) for scene in scenes])
-    shown = [pair for pair in TARGETS for _ in range(config.tests)]
-    scenes = [darker(scene_of_one(pair, rng), rng) for pair in shown]
+    shown = [pair for pair in TARGETS for _ in range(100)]
+    scenes = [Scene((thing_of(pair, rng),), dark_grey(rng)) for pair in shown]
     save_tsv(out, "test", scenes, [" ".join(pair) for pair in shown])
     scenes = [sample_scene(rng) for _ in range(300)]
     save_tsv(out, "captions", scenes, [caption(scene, rng) for scene in scenes])
     classes = [f"{colour} {shape}\n" for colour, shape in TARGETS]
     write_text(out / "classes.txt", "".join(classes))
     write_text(out / "templates.txt", "a {}.\na picture of a {}.\nthere is a {}.\n")
-    print(f"{out}: a corpus of {config.pictures} pictures, {len(shown)} to classify as one of "
-          f"{len(TARGETS)}, {len(scenes)} with captions")
+    print(f"{out}: a corpus of 6000 pictures, 1400 to classify as one of 14, 300 with captions")
 
 
-def darker(scene, rng):
-    return Scene(scene.things, rng.randint(60, 120))
+def dark_grey(rng):
+    return rng.randint(60, 120)
 
 
-def scene_of_one(pair, rng):
-    """A scene of one thing of this pair, with the places and sizes that things have in scenes."""
+def thing_of(pair, rng):
+    """A thing of this pair, with the places and sizes that things have in scenes."""
     while True:
         for thing in sample_scene(rng, PAIRS, [pair]).things:
             if thing.pair == pair:
-                return Scene((thing,))
+                return thing
 
 
 def save_tsv(folder, name, scenes, texts):
@@ -599,8 +559,9 @@ def save_tsv(folder, name, scenes, texts):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for i, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
-        draw_scene(scene).save(folder / "images" / f"{name}_{i}.png")
-        lines.append(f"{name}_{i}.png\t{text}\n")
+        picture = f"{name}_{i}.png"
+        draw_scene(scene).save(folder / "images" / picture)
+        lines.append(f"{picture}\t{text}\n")
     write_text(folder / f"{name}.tsv", "".join(lines))
 
 
