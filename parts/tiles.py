@@ -53,8 +53,7 @@ class Tiling(NamedTuple):
         """The `Plan` of a picture of width x height pixels (Diss. Sec. 4.7).
 
         Rule "hf" is for checkpoints that were trained, or are served, with transformers; the two
-        places where it differs are marked below. Raises ValueError if there is nothing to plan, see
-        `check_plan`.
+        places where it differs are marked below. Raises ValueError, see `check_tiling`.
 
         With NeXT's pinpoints ("map" is rows x columns; 2928 tokens are the most):
           size          canvas       map      tokens  |  size          canvas       map      tokens
@@ -66,7 +65,7 @@ class Tiling(NamedTuple):
           224 x 224     336 x 672    24 x 24  1176    |  55 x 176      336 x 672    48 x 14  1296
           500 x 375     672 x 672    36 x 48  2340    |
         """
-        check_plan(self, width, height)
+        check_tiling(self)
         canvas = self.choose_canvas(width, height)
         scaled, offset = fitted(width, height, canvas)
         n_columns = canvas[0] // self.patch
@@ -100,13 +99,13 @@ class Tiling(NamedTuple):
             # 336, or with proportions beyond 1008 : 1, lies on 672 x 336, not on 336 x 672.
             canvases = [(w, h) for h, w in self.pinpoints]
 
-        def waste(canvas):
-            """To be minimal: the picture's pixels that are lost, then canvas that gains nothing."""
+        def gain(canvas):
+            """To be maximal: the picture's pixels that are kept, then the canvas as small."""
             scale = min(canvas[0] / width, canvas[1] / height)
             effective = min(int(width * scale) * int(height * scale), width * height)
-            return width * height - effective, canvas[0] * canvas[1] - effective
+            return effective, -canvas[0] * canvas[1]
 
-        return tuple(min(canvases, key=waste))
+        return tuple(max(canvases, key=gain))
 
     def count_patches(self, length):
         """How many rows or columns of patches a length in patches fills."""
@@ -132,52 +131,44 @@ NEXT = Tiling(
     patch=14,
     background=(0, 0, 0),
     global_picture="stretched",
-    rule="original",
-)
+    rule="original")
 
 # Diss. Sec. 4.3: tiles of 224 pixels and a global picture, resized and padded, which the ablation
 # leaves out (HD._replace(global_picture=None)). Neither code nor weights were released. OURS: all
 # grids of up to six tiles, chosen and unpadded as in NeXT; padded with CLIP's mean, as LLaVA-1.5.
-HD = Tiling(
+HD = NEXT._replace(
     pinpoints=tuple((224 * w, 224 * h) for w in range(1, 7) for h in range(1, 7) if w * h <= 6),
     tile=224,
-    patch=14,
     background=MEAN_COLOUR,
-    global_picture="padded",
-    rule="original",
-)
+    global_picture="padded")
 
 
-def check_plan(tiling, width, height):
-    """Raises ValueError for a tiling that does not fit itself, or a picture without pixels."""
-    tile = tiling.tile
-    patch = tiling.patch
-    if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width} x {height} pixels; both sides must be at least 1")
-    if tiling.rule not in ("original", "hf"):
-        raise ValueError(f"rule {tiling.rule!r}: pass 'original', or 'hf' for a checkpoint of "
-                         "transformers")
-    if tiling.global_picture not in ("stretched", "padded", None):
-        raise ValueError(f"global_picture {tiling.global_picture!r}: pass 'stretched', 'padded' "
-                         "or None")
-    if patch < 1 or tile < patch or tile % patch:
-        raise ValueError(f"tile {tile}, patch {patch}: pass a tile that is a positive multiple of "
-                         "the patch, e.g. 336 and 14")
-    if not tiling.pinpoints:
-        raise ValueError("no pinpoints; pass (width, height) pairs in multiples of the tile, "
-                         f"e.g. [({tile}, {2 * tile})]")
-    for pinpoint in tiling.pinpoints:
-        if not is_canvas(pinpoint, tile):
-            raise ValueError(f"pinpoint {pinpoint!r} does not fit tiles of {tile} pixels; pass "
-                             f"(width, height) pairs in positive multiples of {tile}, "
-                             f"e.g. ({tile}, {2 * tile})")
+def check_tiling(tiling):
+    """Raises ValueError for a tiling, of a person's configuration, that does not fit itself."""
+    if not divides(tiling.patch, tiling.tile):
+        allowed = "tile is a multiple of patch, e.g. 336 and 14"
+    elif not tiling.pinpoints or not all(is_canvas(p, tiling.tile) for p in tiling.pinpoints):
+        allowed = "pinpoints are (width, height) pairs in multiples of tile"
+    elif tiling.global_picture not in ("stretched", "padded", None):
+        allowed = "global_picture is 'stretched', 'padded' or None"
+    elif tiling.rule not in ("original", "hf"):
+        allowed = "rule is 'original', or 'hf' for a checkpoint of transformers"
+    else:
+        return
+    raise ValueError(f"{tiling} cannot be planned: {allowed}")
+
+
+def divides(part, length):
+    """Whether both are whole numbers of pixels, and so many parts make up the length."""
+    if not isinstance(part, int) or not isinstance(length, int):
+        return False
+    return 0 < part <= length and length % part == 0
 
 
 def is_canvas(pinpoint, tile):
-    """Whether this is a pair of positive multiples of the tile's side."""
-    if not isinstance(pinpoint, tuple | list) or len(pinpoint) != 2:
-        return False
-    return all(isinstance(side, int) and side > 0 and side % tile == 0 for side in pinpoint)
+    """Whether this is a pair of multiples of the tile's side."""
+    is_pair = isinstance(pinpoint, tuple | list) and len(pinpoint) == 2
+    return is_pair and all(divides(tile, side) for side in pinpoint)
 
 
 def fitted(width, height, canvas):

@@ -36,27 +36,17 @@ def sizes(count, seed=0):
     return found + ROUNDED + STRIPS
 
 
+def processor_of(tiling):
+    """transformers' image processor, with pinpoints that give both rules the same canvases."""
+    pinpoints = [list(p)[::-1] if tiling.rule == "original" else list(p) for p in tiling.pinpoints]
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": tiling.tile}, image_grid_pinpoints=pinpoints,
+        crop_size={"height": tiling.tile, "width": tiling.tile})
+
+
 def noise(width, height):
     pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
     return Image.fromarray(pixels)
-
-
-def processor_of(tiling, turned=False):
-    """transformers' image processor; `turned`: with the pinpoints as it reads them."""
-    pinpoints = [list(p)[::-1] if turned else list(p) for p in tiling.pinpoints]
-    side = tiling.tile
-    return LlavaNextImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-        image_grid_pinpoints=pinpoints)
-
-
-def test_the_table_of_the_docstring_is_true():
-    """Diss. Sec. 4.7, measured on the released code: 1176 to 2928 tokens for everyday pictures."""
-    cells = re.findall(r"(\d+) x (\d+) +(\d+) x (\d+) +(\d+) x (\d+) +(\d+)", Tiling.plan.__doc__)
-    assert len(cells) == 13
-    for width, height, *want in [map(int, row) for row in cells]:
-        plan = NEXT.plan(width, height)
-        assert [*plan.canvas, len(plan.rows), len(plan.columns), plan.tokens] == want
 
 
 @pytest.mark.parametrize("rule", ["hf", "original"])
@@ -64,7 +54,7 @@ def test_a_plan_has_as_many_tokens_as_transformers_writes_placeholders(rule):
     """For random sizes. With the original's rule all but those that floating point misses."""
     tiling = NEXT._replace(rule=rule)
     processor = LlavaNextProcessor(
-        processor_of(tiling, turned=rule == "original"), byte_tokenizer(), patch_size=14,
+        processor_of(tiling), byte_tokenizer(), patch_size=14,
         num_additional_image_tokens=1, vision_feature_select_strategy="default")
     todo = sizes(1000)
     swapped = [(h, w) for w, h in todo]
@@ -76,6 +66,18 @@ def test_a_plan_has_as_many_tokens_as_transformers_writes_placeholders(rule):
     else:
         assert set(ROUNDED) <= missed, "the released code cuts with int(), transformers rounds"
         assert len(missed) < 20
+
+
+def test_the_tokens_of_everyday_pictures_are_those_of_the_docstring():
+    """Diss. Sec. 4.7, measured on the released code; and what changes if transformers serves it."""
+    cells = re.findall(r"(\d+) x (\d+) +(\d+) x (\d+) +(\d+) x (\d+) +(\d+)", Tiling.plan.__doc__)
+    assert len(cells) == 13
+    for width, height, *want in [map(int, row) for row in cells]:
+        plan = NEXT.plan(width, height)
+        assert [*plan.canvas, len(plan.rows), len(plan.columns), plan.tokens] == want
+    for size, tokens, why in (((110, 352), 1392, "rounding"), ((300, 200), 1464, "a tie"),
+                              ((55, 176), 792, "both"), ((640, 480), 2340, "neither")):
+        assert HF.plan(*size).tokens == tokens, why
 
 
 def test_the_canvas_is_chosen_as_in_transformers_from_any_list():
@@ -90,15 +92,6 @@ def test_the_canvas_is_chosen_as_in_transformers_from_any_list():
         assert NEXT._replace(pinpoints=turned).plan(w, h).canvas == want
 
 
-def test_named_differences_between_the_rules():
-    """The same picture to two programs: what a checkpoint loses when the other one serves it."""
-    for size, original, hf, why in (((110, 352), 1296, 1392, "rounding alone"),
-                                    ((55, 176), 1296, 792, "rounding, and a tie"),
-                                    ((300, 200), 976, 1464, "a tie alone"),
-                                    ((640, 480), 2340, 2340, "neither")):
-        assert (NEXT.plan(*size).tokens, HF.plan(*size).tokens) == (original, hf), why
-
-
 def test_HD_has_up_to_six_tiles_and_a_global_picture_that_the_ablation_leaves_out():
     """Diss. Sec. 4.3: 13B at 448 x 448 with 224-pixel tiles; tiles alone against tiles with it."""
     assert len(HD.pinpoints) == 14 and max(w * h for w, h in HD.pinpoints) == 6 * 224 ** 2
@@ -107,18 +100,17 @@ def test_HD_has_up_to_six_tiles_and_a_global_picture_that_the_ablation_leaves_ou
     for size in sizes(300):
         both, alone = HD.plan(*size), ALONE.plan(*size)
         assert both.pictures == alone.pictures + 1 == both.grid[0] * both.grid[1] + 1 <= 7
-        assert alone.tokens > 0, f"{size} would have no token at all"
 
 
 @TILINGS
 def test_what_remains_is_the_picture_up_to_half_a_patch(tiling):
     """Unpadding: half a patch and one pixel of rounding at each border; a patch for thin strips."""
-    half = tiling.patch // 2 + 1
     for size in sizes(200):
         plan = tiling.plan(*size)
+        assert plan.tokens > 0, f"{size} would have no token at all"
         sides = zip((plan.columns, plan.rows), plan.offset, plan.scaled, strict=True)
         for patches, at, length in sides:
-            limit = 2 * half if tiling == ALONE and len(patches) <= 2 else half
+            limit = 16 if tiling == ALONE and len(patches) <= 2 else 8
             assert abs(patches.start * 14 - at) <= limit, f"{size}: {plan}"
             assert abs(patches.stop * 14 - at - length) <= limit, f"{size}: {plan}"
 
@@ -133,19 +125,14 @@ def test_a_tiling_survives_json_and_scales_to_another_tile():
     assert NEXT.at(336) == NEXT and NEXT.at(32, patch=16).plan(64, 64).tokens == 4 + 4 * 5
 
 
-@pytest.mark.parametrize("wrong, word", [
-    ({"pinpoints": []}, "no pinpoints"), ({"pinpoints": [(336, 500)]}, "(336, 500)"),
-    ({"pinpoints": [(336, 672), (0, 336)]}, "(0, 336)"), ({"pinpoints": [(336,)]}, "(336,)"),
-    ({"pinpoints": [336, 672]}, "pinpoint 336 "), ({"pinpoints": [(336.0, 672.0)]}, "336.0"),
-    ({"tile": 224}, "multiples of 224"), ({"patch": 16, "tile": 330}, "tile 330, patch 16"),
-    ({"rule": "HF"}, "'hf'"), ({"global_picture": "streched"}, "'stretched', 'padded' or None")])
-def test_what_cannot_be_planned_is_an_error_that_says_what_to_pass(wrong, word):
+@pytest.mark.parametrize("wrong", [
+    {"pinpoints": []}, {"pinpoints": [(336, 500)]}, {"pinpoints": [(336, 672), (0, 336)]},
+    {"pinpoints": [336, 672]}, {"pinpoints": [(336.0, 672.0)]}, {"tile": 224}, {"patch": "14"},
+    {"patch": 16, "tile": 330}, {"rule": "HF"}, {"global_picture": "streched"}])
+def test_what_cannot_be_planned_is_an_error_that_says_what_to_pass(wrong):
     """Ours: pinpoints that do not fit the tile would cut half tiles, silently."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"cannot be planned: .*({'|'.join(wrong)})"):
         NEXT._replace(**wrong).plan(640, 480)
-    assert word in str(error.value), str(error.value)
-    with pytest.raises(ValueError, match="0 x 480"):
-        NEXT.plan(0, 480)
 
 
 # -----------------------------------------------------------------------------
@@ -156,7 +143,7 @@ def test_what_cannot_be_planned_is_an_error_that_says_what_to_pass(wrong, word):
 def test_pixels_are_those_of_transformers(rule, side):
     """Bit for bit what LlavaNextImageProcessorPil makes, at 336 pixels and at the toy's 28."""
     tiling = NEXT.at(side)._replace(rule=rule)
-    processor = processor_of(tiling, turned=rule == "original")
+    processor = processor_of(tiling)
     rng = random.Random(rule)
     shapes = [(rng.randint(4, 900), rng.randint(4, 900)) for _ in range(6)]
     for w, h in [(5, 1500), (1500, 7), (side, side), (110, 352), *shapes]:
@@ -204,32 +191,6 @@ def test_tokens_are_those_of_transformers():
         assert torch.equal(ours, their), f"{size}: the tokens stand in another order"
 
 
-def by_hand(features, plan, newline, tiling):
-    """One picture's tokens, one by one."""
-    n = tiling.tile // tiling.patch
-    tokens = list(features[0]) if tiling.global_picture else []
-    first = 1 if tiling.global_picture else 0
-    for row in plan.rows:
-        for column in plan.columns:
-            tile = first + (row // n) * plan.grid[0] + column // n
-            tokens.append(features[tile][(row % n) * n + column % n])
-        tokens.append(newline)
-    return torch.stack(tokens)
-
-
-@TILINGS
-def test_the_index_is_what_a_loop_over_rows_and_columns_does(tiling):
-    """Which tile, which patch of it, and where a row ends; strips of a single pixel, too."""
-    newline = torch.randn(3)
-    for size in [(640, 480), (480, 640), (224, 100), (300, 2000), (60, 60), *STRIPS]:
-        plan = tiling.plan(*size)
-        features = torch.randn(plan.pictures, (tiling.tile // 14) ** 2, 3)
-        tokens = tokens_of(features, plan, newline, tiling)
-        assert len(tokens) == plan.tokens
-        assert torch.equal(tokens, by_hand(features, plan, newline, tiling)), f"{size}"
-        assert len(cut_tiles(Image.new("RGB", size), tiling)) == plan.pictures
-
-
 def patch_means(image):
     a = np.asarray(image, float)
     return a.reshape(a.shape[0] // 14, 14, a.shape[1] // 14, 14, 3).mean((1, 3))
@@ -237,11 +198,13 @@ def patch_means(image):
 
 @TILINGS
 def test_the_map_shows_the_picture(tiling):
-    """If a feature is its patch's mean colour, the rows of tokens are the canvas."""
-    for w, h in [(640, 480), (300, 500), (1000, 200)]:
+    """If a feature is its patch's mean colour, the rows of tokens are the canvas, which says which
+    tile, which patch of it, and where a row ends."""
+    for w, h in [(640, 480), (300, 500), (1000, 200), (60, 60), (3, 1200)]:
         plan, image = tiling.plan(w, h), noise(w, h)
         squares = cut_tiles(image, tiling)
         features = torch.tensor(np.stack([patch_means(p).reshape(-1, 3) for p in squares]))
+        assert len(squares) == plan.pictures
         tokens = tokens_of(features, plan, torch.full((3,), -1.0), tiling)
         shape = len(plan.rows), len(plan.columns) + 1, 3
         shown = tokens[-shape[0] * shape[1]:].view(shape)
