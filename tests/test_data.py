@@ -1,9 +1,6 @@
-"""What the model sees (data.py): templates, ids and labels, the image's place, truncation. Files
-are in test_images.py."""
-
+"""What the model sees (data.py): templates, ids and labels, the image's place, truncation."""
 import itertools
 import json
-import os
 import random
 import re
 
@@ -52,52 +49,32 @@ def scored_runs(labels):
 # -----------------------------------------------------------------------------
 # Templates (Table 2)
 
-V0 = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-L2 = (
-    "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
-    "the visual content that the user provides, and assist the user with a variety of tasks using "
-    "natural language.\n<</SYS>>\n\n"
-)
+V0 = ("A chat between a curious human and an artificial intelligence assistant. The assistant "
+      "gives helpful, detailed, and polite answers to the human's questions.")
+L2 = ("You are a helpful language and vision assistant. You are able to understand the visual "
+      "content that the user provides, and assist the user with a variety of tasks using natural "
+      "language.")
+HEAD_3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
+Q = "<image>\nWhat is this?"
 RENDERED = {  # the prompt of one open turn, and what a finished first and an open second turn add
-    "llava_v0": (
-        V0 + "###Human: <image>\nWhat is this?###Assistant:",
-        " A cat.###Human: Why?###Assistant:",
-    ),
-    "vicuna_v1": (
-        V1 + " USER: <image>\nWhat is this? ASSISTANT:",
-        " A cat.</s>USER: Why? ASSISTANT:",
-    ),
-    "llava_llama_2": (L2 + "<image>\nWhat is this? [/INST]", " A cat. </s><s>[INST] Why? [/INST]"),
-    "mistral_instruct": (
-        "[INST] <image>\nWhat is this? [/INST]",
-        " A cat. </s>[INST] Why? [/INST]",
-    ),
+    "llava_v0": (f"{V0}###Human: {Q}###Assistant:", " A cat.###Human: Why?###Assistant:"),
+    "vicuna_v1": (f"{V0.replace('human', 'user')} USER: {Q} ASSISTANT:",
+                  " A cat.</s>USER: Why? ASSISTANT:"),
+    "llava_llama_2": (f"[INST] <<SYS>>\n{L2}\n<</SYS>>\n\n{Q} [/INST]",
+                      " A cat. </s><s>[INST] Why? [/INST]"),
+    "mistral_instruct": (f"[INST] {Q} [/INST]", " A cat. </s>[INST] Why? [/INST]"),
     "chatml_direct": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n"
-        "<image>\nWhat is this?<|im_end|>"
+        f"<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n{Q}<|im_end|>"
         "<|im_start|>assistant\n",
-        "A cat.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n",
-    ),
+        "A cat.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"),
     "qwen_1_5": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<image>\nWhat is this?"
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "A cat.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
-    ),
+        f"{Q}<|im_end|>\n<|im_start|>assistant\n",
+        "A cat.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
     "llama_3": (
-        f"<|start_header_id|>system<|end_header_id|>\n\n{L2[15:-11]}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "A cat.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
+        f"{HEAD_3.format('system')}{L2}<|eot_id|>{HEAD_3.format('user')}{Q}<|eot_id|>"
+        f"{HEAD_3.format('assistant')}",
+        f"A cat.<|eot_id|>{HEAD_3.format('user')}Why?<|eot_id|>{HEAD_3.format('assistant')}"),
     "plain": ("<image>", "A cat.\n"),
 }
 
@@ -107,34 +84,23 @@ def test_a_template_renders_the_published_text(template):
     """Table 2 and the released prompts: character for character, or released checkpoints see text
     they never saw."""
     one, more = RENDERED[template]
-    assert text_of(chat("<image>\nWhat is this?"), template) == one, (
-        "the prompt of a first question is not the published one"
-    )
-    assert text_of(chat("<image>\nWhat is this?", "A cat.", "Why?"), template) == one + more, (
-        "the second turn is off"
-    )
-    assert (
-        text_of(chat(" <image>\nWhat is this?\n", "\n A cat. ", "Why? "), template) == one + more
-    ), "outer blanks leak in"
+    assert text_of(chat(Q), template) == one
+    assert text_of(chat(Q, "A cat.", "Why?"), template) == one + more, "the second turn is off"
+    blanks = chat(f" {Q}\n", "\n A cat. ", "Why? ")
+    assert text_of(blanks, template) == one + more, "outer blanks leak in"
 
 
 def messages(turns, as_parts=False):
     """Our turns as chat-template messages; as_parts: {"type": "image"} parts for <image>."""
-
-    def parts(text):
-        return [
-            {"type": "image"} if part == IMAGE else {"type": "text", "text": part}
-            for part in re.split(f"({IMAGE})", text)
-            if part.strip()
-        ]
-
-    return [
-        {
-            "role": {"human": "user", "gpt": "assistant"}[turn["from"]],
-            "content": parts(turn["value"]) if as_parts else turn["value"],
-        }
-        for turn in turns
-    ]
+    found = []
+    for turn in turns:
+        content = turn["value"]
+        if as_parts:
+            content = [{"type": "image"} if part == IMAGE else {"type": "text", "text": part}
+                       for part in re.split(f"({IMAGE})", content) if part.strip()]
+        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+        found.append({"role": role, "content": content})
+    return found
 
 
 @pytest.mark.parametrize("as_parts", [False, True])
@@ -144,23 +110,13 @@ def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, as
     was trained on."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template(TEMPLATES[template])
-    for first in (
-        "<image>\nWhat is 'this', \"{x}\" \\n or {{ 7 * 7 }}?",
-        "Was ist das, größer?\n<image>",
-        "<image>\n<image>\nBoth? 🐈",
-    ):
+    for first in ("<image>\nWhat is 'this', \"{x}\" \\n or {{ 7 * 7 }}?",
+                  "Was ist das, größer?\n<image>", "<image>\n<image>\nBoth? 🐈"):
         turns = chat(first, " A cat\n\n{% raw %}. ", "\tWhy?\n")
-        for n in (1, 3):
-            text = tokenizer.apply_chat_template(
-                messages(turns[:n], as_parts), tokenize=False, add_generation_prompt=True
-            )
-            assert text == text_of(turns[:n], template), (
-                f"served with this template, {n} turns are not what training showed"
-            )
-        text = tokenizer.apply_chat_template(messages(turns[:2], as_parts), tokenize=False)
-        assert text == text_of(turns[:2], template), (
-            "a finished conversation is not the training text"
-        )
+        for n in (1, 2, 3):              # a prompt, a finished conversation, a second prompt
+            text = tokenizer.apply_chat_template(messages(turns[:n], as_parts), tokenize=False,
+                                                 add_generation_prompt=n != 2)
+            assert text == text_of(turns[:n], template), f"{n} turns are not what training showed"
 
 
 def test_the_chat_template_refuses_a_system_message():
@@ -174,44 +130,30 @@ def test_the_chat_template_refuses_a_system_message():
 def test_each_language_model_gets_the_template_that_it_knows():
     """Ours: the template is chosen from config and tokenizer, never from a name."""
     plain, llama_2 = byte_tokenizer(), byte_tokenizer()
-    chatml = byte_tokenizer(("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
     llama_2.chat_template = "{{ '<<SYS>>' }}"
-    llama_3 = byte_tokenizer(
-        ("<unk>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    )
+    usual = ("<unk>", "<s>", "</s>")
+    chatml = byte_tokenizer((*usual, "<|im_start|>", "<|im_end|>"))
+    llama_3 = byte_tokenizer((*usual, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
     for config, tokenizer, name in (
-        (LlamaConfig(), plain, "vicuna_v1"),
-        (MistralConfig(), plain, "mistral_instruct"),
-        (Qwen2Config(), chatml, "qwen_1_5"),
-        (LlamaConfig(), chatml, "chatml_direct"),
-        (LlamaConfig(), llama_2, "llava_llama_2"),
-        (LlamaConfig(), llama_3, "llama_3"),
-    ):
+            (LlamaConfig(), plain, "vicuna_v1"), (MistralConfig(), plain, "mistral_instruct"),
+            (Qwen2Config(), chatml, "qwen_1_5"), (LlamaConfig(), chatml, "chatml_direct"),
+            (LlamaConfig(), llama_2, "llava_llama_2"), (LlamaConfig(), llama_3, "llama_3")):
         assert template_for(config, tokenizer).name == name, (
-            f"{config.model_type} would be trained on a foreign template"
-        )
+            f"{config.model_type} would be trained on a foreign template")
         check_template(template_for(config, tokenizer), tokenizer)
 
 
-@pytest.mark.parametrize(
-    "name, missing",
-    [
-        ("vicuna_v1", "</s>"),
-        ("mistral_instruct", "</s>"),
-        ("llava_llama_2", "<s>"),
-        ("chatml_direct", "<|im_end|>"),
-    ],
-)
+@pytest.mark.parametrize("name, missing", [
+    ("vicuna_v1", "</s>"), ("mistral_instruct", "</s>"), ("llava_llama_2", "<s>"),
+    ("chatml_direct", "<|im_end|>")])
 def test_a_template_whose_stop_is_no_token_is_refused(name, missing):
     """Sec. 4.2: STOP as plain text would never end an answer; the message says which templates
     would do."""
     have = [t for t in ("<s>", "</s>", "<|im_start|>", "<|im_end|>") if t != missing]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE({t: i for i, t in enumerate(["a", *have])}, []))
-    )
-    with pytest.raises(
-        ValueError, match=re.escape(f"template {name} needs the token {missing}")
-    ) as error:
+    vocabulary = {t: i for i, t in enumerate(["a", *have])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])))
+    needs = re.escape(f"template {name} needs the token {missing}")
+    with pytest.raises(ValueError, match=needs) as error:
         check_template(TEMPLATES[name], tokenizer)
     fit = str(error.value).split("--template ")[1]
     assert name not in fit and "llava_v0" in fit, f"the advice is wrong: {fit}"
@@ -222,62 +164,15 @@ def test_a_template_whose_stop_is_no_token_is_refused(name, missing):
 # The released code's ids and labels (golden vectors)
 
 LLAMA = {
-    319: "▁A",
-    13563: "▁chat",
-    1546: "▁between",
-    263: "▁a",
-    12758: "▁curious",
-    1404: "▁user",
-    322: "▁and",
-    385: "▁an",
-    23116: "▁artificial",
-    21082: "▁intelligence",
-    20255: "▁assistant",
-    29889: ".",
-    450: "▁The",
-    4076: "▁gives",
-    8444: "▁helpful",
-    29892: ",",
-    13173: "▁detailed",
-    1248: "▁pol",
-    568: "ite",
-    6089: "▁answers",
-    304: "▁to",
-    278: "▁the",
-    29915: "'",
-    29879: "s",
-    5155: "▁questions",
-    3148: "▁US",
-    11889: "USER",
-    1001: "ER",
-    29901: ":",
-    29871: "▁",
-    5618: "What",
-    1724: "▁What",
-    338: "▁is",
-    445: "▁this",
-    29973: "?",
-    1799: "SS",
-    9047: "IST",
-    13566: "ANT",
-    6635: "▁cat",
-    3750: "▁Why",
-    739: "▁It",
-    756: "▁has",
-    22827: "▁ears",
-    373: "▁on",
-    1775: "▁mat",
-    518: "▁[",
-    25580: "INST",
-    29962: "]",
-    29914: "/",
-    29961: "[",
-    6778: ">>",
-    29941: "3",
-    30919: "你",
-    31076: "好",
-    15043: "▁Hello",
-    1243: "▁test",
+    319: "▁A", 13563: "▁chat", 1546: "▁between", 263: "▁a", 12758: "▁curious", 1404: "▁user",
+    322: "▁and", 385: "▁an", 23116: "▁artificial", 21082: "▁intelligence", 20255: "▁assistant",
+    29889: ".", 450: "▁The", 4076: "▁gives", 8444: "▁helpful", 29892: ",", 13173: "▁detailed",
+    1248: "▁pol", 568: "ite", 6089: "▁answers", 304: "▁to", 278: "▁the", 29915: "'", 29879: "s",
+    5155: "▁questions", 3148: "▁US", 11889: "USER", 1001: "ER", 29901: ":", 29871: "▁",
+    5618: "What", 1724: "▁What", 338: "▁is", 445: "▁this", 29973: "?", 1799: "SS", 9047: "IST",
+    13566: "ANT", 6635: "▁cat", 3750: "▁Why", 739: "▁It", 756: "▁has", 22827: "▁ears", 373: "▁on",
+    1775: "▁mat", 518: "▁[", 25580: "INST", 29962: "]", 29914: "/", 29961: "[", 6778: ">>",
+    29941: "3", 30919: "你", 31076: "好", 15043: "▁Hello", 1243: "▁test",
 }
 
 
@@ -305,16 +200,12 @@ def llama_tokenizer(legacy):
 
 
 def golden(template, *turns, legacy=False):
-    """(ids with -200 for the image, {position: token} of what is scored)."""
+    """(ids with -200 for the image, [(position, token), ...] of what is scored)."""
     tokenizer = llama_tokenizer(legacy)
-    ids, labels = encode(
-        render(chat(*turns), TEMPLATES[template]), tokenizer, [1] * tags(chat(*turns))
-    )
-    scored = {
-        i: tokenizer.convert_ids_to_tokens(label)
-        for i, label in enumerate(labels)
-        if label != IGNORE
-    }
+    turns = chat(*turns)
+    ids, labels = encode(render(turns, TEMPLATES[template]), tokenizer, [1] * tags(turns))
+    scored = [(i, tokenizer.convert_ids_to_tokens(label))
+              for i, label in enumerate(labels) if label != IGNORE]
     return [-200 if i == 32000 else i for i in ids], scored
 
 
@@ -327,40 +218,22 @@ TAIL_1 = [319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2]
 USER = {True: [3148, 1001, 29901], False: [11889, 29901]}
 TAIL_2 = [3750, 29973, 319, 1799, 9047, 13566, 29901, 739, 756, 22827, 29889, 2]
 A1, A2 = ["▁A", "▁cat", ".", "</s>"], ["▁It", "▁has", "▁ears", ".", "</s>"]
+TWO_ANSWERS = ("A cat.", "Why?", "It has ears.")
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_vicuna_ids_and_labels_with_an_image_are_the_released_ones(legacy):
+@pytest.mark.parametrize("question, ids, first", [
+    ("<image>\nWhat is this?", [29871, -200, 29871, 13, 5618, 338, 445, 29973], 47),
+    ("What is this?", [1724, 338, 445, 29973], 43)])
+def test_vicuna_ids_and_labels_are_the_released_ones(question, ids, first, legacy):
     """Table 2 and the released tokenisation: split at <image>, a lone blank on either side; the
-    answers and </s> scored."""
-    ids, scored = golden(
-        "vicuna_v1", "<image>\nWhat is this?", "A cat.", "Why?", "It has ears.", legacy=legacy
-    )
-    assert ids == [
-        *HEAD, 29871, -200, 29871, 13, 5618, 338, 445, 29973, *TAIL_1, *USER[legacy],
-        *TAIL_2,
-    ], "released checkpoints were trained on other ids than these"
-    second = 61 if legacy else 60
-    places = [*range(47, 51), *range(second, second + 5)]
-    assert scored == dict(zip(places, A1 + A2, strict=True)), (
-        "not exactly answers and </s> are scored"
-    )
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_vicuna_ids_and_labels_without_an_image_are_the_released_ones(legacy):
-    """Table 2, text-only conversations: one chunk, so no blank of its own before `What`."""
-    ids, scored = golden(
-        "vicuna_v1", "What is this?", "A cat.", "Why?", "It has ears.", legacy=legacy
-    )
-    assert ids == [*HEAD, 1724, 338, 445, 29973, *TAIL_1, *USER[legacy], *TAIL_2], (
-        "text-only samples get other ids"
-    )
-    second = 57 if legacy else 56
-    places = [*range(43, 47), *range(second, second + 5)]
-    assert scored == dict(zip(places, A1 + A2, strict=True)), (
-        "not exactly answers and </s> are scored"
-    )
+    answers and </s> scored. Text alone is one piece, so no blank of its own before `What`."""
+    found, scored = golden("vicuna_v1", question, *TWO_ANSWERS, legacy=legacy)
+    assert found == [*HEAD, *ids, *TAIL_1, *USER[legacy], *TAIL_2], (
+        "released checkpoints were trained on other ids than these")
+    second = first + len(A1) + len(USER[legacy]) + 7
+    places = [*range(first, first + 4), *range(second, second + 5)]
+    assert scored == list(zip(places, A1 + A2, strict=True))
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -369,52 +242,38 @@ def test_the_other_golden_vectors_of_the_llama_vocabulary_hold(legacy):
     digits and CJK."""
     ids, scored = golden("plain", IMAGE, "a cat on a mat", legacy=legacy)
     assert ids == [1, -200, 263, 6635, 373, 263, 1775, 13], "stage 1 has not the released ids"
-    assert list(scored) == [2, 3, 4, 5, 6, 7], "stage 1 does not score the caption and its newline"
-    inst, turns = [518, 25580, 29962], ("<image>\nWhat is this?", "A cat.", "Why?", "It has ears.")
-    body = [
-        -200, 29871, 13, 5618, 338, 445, 29973, 518, 29914, 25580, 29962, 319, 6635,
-        29889, 29871, 2,
-    ]
-    again = [
-        518 if legacy else 29961,
-        25580, 29962, 3750, 29973, 518, 29914, 25580, 29962, 739, 756, 22827, 29889,
-        29871, 2,
-    ]
+    assert [place for place, _ in scored] == [2, 3, 4, 5, 6, 7], "caption and newline are scored"
+    inst = [518, 25580, 29962]
+    body = [-200, 29871, 13, 5618, 338, 445, 29973, 518, 29914, 25580, 29962, 319, 6635, 29889,
+            29871, 2]
+    again = [518 if legacy else 29961, 25580, 29962, 3750, 29973, 518, 29914, 25580, 29962, 739,
+             756, 22827, 29889, 29871, 2]
     answers = [*A1[:-1], "▁", "</s>", *A2[:-1], "▁", "</s>"]
-    ids, scored = golden("mistral_instruct", *turns, legacy=legacy)
-    assert ids == [1, *inst, 29871, *body, *again] and list(scored.values()) == answers, (
-        "mistral_instruct is off"
-    )
-    ids, scored = golden("llava_llama_2", *turns, legacy=legacy)
+    ids, scored = golden("mistral_instruct", Q, *TWO_ANSWERS, legacy=legacy)
+    assert ids == [1, *inst, 29871, *body, *again]
+    assert [token for _, token in scored] == answers
+    ids, scored = golden("llava_llama_2", Q, *TWO_ANSWERS, legacy=legacy)
     tail = [6778, 13, 13, *body, 1, *again]
-    assert (
-        ids[:4] == [1, *inst] and ids[-len(tail) :] == tail and list(scored.values()) == answers
-    ), "llava_llama_2 is off"
-    _, scored = golden("vicuna_v1", "1 + 2?", "3", legacy=legacy)
-    assert list(scored.values()) == ["▁", "3", "</s>"]
-    assert list(golden("vicuna_v1", "Hello?", "你好", legacy=legacy)[1].values()) == [
-        "▁", "你", "好", "</s>",
-    ]
-    assert llama_tokenizer(legacy)("Hello this is a test").input_ids == [
-        1, 15043, 445, 338, 263, 1243,
-    ]
+    assert ids[:4] == [1, *inst] and ids[-len(tail):] == tail
+    assert [token for _, token in scored] == answers
+    for question, answer, want in (("1 + 2?", "3", ["▁", "3", "</s>"]),
+                                   ("Hello?", "你好", ["▁", "你", "好", "</s>"])):
+        _, scored = golden("vicuna_v1", question, answer, legacy=legacy)
+        assert [token for _, token in scored] == want
+    hello = llama_tokenizer(legacy)("Hello this is a test").input_ids
+    assert hello == [1, 15043, 445, 338, 263, 1243]
 
 
 # -----------------------------------------------------------------------------
 # Labels under every kind of tokenizer
 
 PIECES = [
-    "a cat", "The dog", "sits", "on the mat.", "x", " ", "  ", "\n", "\n\n", "\t", "3",
-    "12345", "3.14", "%", "C#", "#", "##", "###", "</s>", "<s>", " ASSISTANT: ", "USER: ",
-    "ASSISTANT:", "Human: ", "###Human: ", "[/INST]", "[INST] ", "<|im_end|>",
-    "<|im_start|>", "{}", "{0}", "{{ 7 * 7 }}", "'s",
-    '"',
-    "\\", ":", ": ", ".", ",", "!", "?", "(", ")",
-    "é", "e\u0301", "ß", "你好", "。", "日本語",
-    "שלום", "🐈",
-    "👩\u200d👩\u200d👧",
-    "🇩🇪", "\u00a0", "\u3000", "\u200b", "<im", "age>", "</", "<", ">",
-]
+    "a cat", "The dog", "sits", "on the mat.", "x", " ", "  ", "\n", "\n\n", "\t", "3", "12345",
+    "3.14", "%", "C#", "#", "##", "###", "</s>", "<s>", " ASSISTANT: ", "USER: ", "ASSISTANT:",
+    "Human: ", "###Human: ", "[/INST]", "[INST] ", "<|im_end|>", "<|im_start|>", "{}", "{0}",
+    "{{ 7 * 7 }}", "'s", '"', "\\", ":", ": ", ".", ",", "!", "?", "(", ")", "é", "e\u0301", "ß",
+    "你好", "。", "日本語", "שלום", "🐈", "👩\u200d👩\u200d👧", "🇩🇪", "\u00a0", "\u3000",
+    "\u200b", "<im", "age>", "</", "<", ">"]
 
 
 def random_chat(rng, rounds):
@@ -425,20 +284,16 @@ def random_chat(rng, rounds):
         question, answer = "".join(rng.choices(PIECES, k=rng.randint(1, 8))), ""
         for _ in range(rng.choice([0, 0, 1, 1, 2])):
             at = rng.randint(0, len(question))
-            question = (
-                question[:at] + rng.choice([IMAGE, f"{IMAGE}\n", f"\n{IMAGE}"]) + question[at:]
-            )
+            tag = rng.choice([IMAGE, f"{IMAGE}\n", f"\n{IMAGE}"])
+            question = question[:at] + tag + question[at:]
         while not answer.strip() or IMAGE in answer:
             answer = "".join(rng.choices(PIECES, k=rng.randint(1, 8)))
         texts += [question if question.strip() else "Why?", answer]
     return chat(*texts)
 
 
-CORPUS = [
-    text_of(random_chat(random.Random(i), 2), t).replace(IMAGE, "")
-    for i in range(60)
-    for t in TEMPLATES
-]
+CORPUS = [text_of(random_chat(random.Random(i), 2), t).replace(IMAGE, "")
+          for i in range(60) for t in TEMPLATES]
 CORPUS += [text_of(chat("What is this?", "A cat.", "Why?", "The dog"), t) for t in TEMPLATES] * 20
 SPECIALS = ["<unk>", "<s>", "</s>"]
 
@@ -447,15 +302,9 @@ def bpe(use_regex):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=700,
-            special_tokens=SPECIALS,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return backend
 
 
@@ -463,82 +312,42 @@ def unigram():
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False, prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    alphabet = sorted({c for text in PIECES + CORPUS for c in text})
-    backend.train_from_iterator(
-        CORPUS[::4],
-        trainers.UnigramTrainer(
-            vocab_size=800,
-            special_tokens=SPECIALS,
-            unk_token="<unk>",
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
+    backend.train_from_iterator(CORPUS[::4], trainers.UnigramTrainer(
+        vocab_size=800, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False,
+        initial_alphabet=sorted({c for text in PIECES + CORPUS for c in text})))
     return backend
 
 
 def sentencepiece_bpe(folder, legacy=False):
     """A bare tokenizer.model, as Vicuna's repositories ship it, through AutoTokenizer."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_prefix=os.path.join(folder, "tokenizer"),
-        vocab_size=700,
-        model_type="bpe",
-        byte_fallback=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-        json.dump(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "add_bos_token": True,
-                "legacy": legacy,
-            },
-            f,
-        )
+        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "tokenizer"), vocab_size=700,
+        model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", minloglevel=2)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "add_bos_token": True, "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     LlamaConfig().save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
-KINDS = {
-    "bytes": byte_tokenizer,
-    "byte-level BPE": lambda: bpe(True),
-    "BPE over whole texts": lambda: bpe(False),
-    "unigram over whole texts": unigram,
-    "sentencepiece BPE": sentencepiece_bpe,
-}
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["bytes", "byte-level BPE", "BPE over whole texts",
+                                        "unigram over whole texts", "sentencepiece BPE"])
 def tokenizer(request, tmp_path_factory):
-    made = KINDS[request.param](
-        *([tmp_path_factory.mktemp("spm")] if request.param == "sentencepiece BPE" else [])
-    )
-    if isinstance(made, Tokenizer):
-        made.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
-        )
+    if request.param == "bytes":
+        made = byte_tokenizer()
+    elif request.param == "sentencepiece BPE":
+        made = sentencepiece_bpe(tmp_path_factory.mktemp("spm"))
+    else:
+        is_unigram = request.param.startswith("unigram")
+        backend = unigram() if is_unigram else bpe(request.param == "byte-level BPE")
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)])
         made = PreTrainedTokenizerFast(
-            tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-        )
-    made.add_tokens(
-        [
-            AddedToken(t, special=True, normalized=False)
-            for t in (
-                "<|im_start|>",
-                "<|im_end|>",
-                "<|start_header_id|>",
-                "<|end_header_id|>",
-                "<|eot_id|>",
-                IMAGE,
-            )
-        ]
-    )
+            tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    for token in ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
+                  "<|eot_id|>", IMAGE):
+        made.add_tokens([AddedToken(token, special=True, normalized=False)])
     return made
 
 
@@ -557,31 +366,19 @@ def encoded(tokenizer):
 def test_exactly_the_answers_and_stop_are_scored_under_every_tokenizer(tokenizer, encoded):
     """Sec. 4.2, Eq. (3), Table 2 (green): what the scored labels spell is each answer and STOP, and
     nothing else is scored."""
-    x, image_id = (
-        tokenizer("x", add_special_tokens=False).input_ids,
-        tokenizer.convert_tokens_to_ids(IMAGE),
-    )
-    blank = (
-        tokenizer.decode(x + x, clean_up_tokenization_spaces=False) == "x x"
-    )  # sentencepiece: texts start with a blank
+    x = tokenizer("x", add_special_tokens=False).input_ids
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    # sentencepiece: texts start with a blank
+    blank = tokenizer.decode(x + x, clean_up_tokenization_spaces=False) == "x x"
     for template, turns, ids, labels in encoded:
-        assert len(ids) == len(labels) and all(
-            label in (i, IGNORE) for i, label in zip(ids, labels, strict=True)
-        ), "labels are shifted"
+        assert all(label in (i, IGNORE) for i, label in zip(ids, labels, strict=True)), "shifted"
         assert ids.count(image_id) == 4 * tags(turns), "an image has not its N placeholders"
-        runs, answers = scored_runs(labels), [turn["value"].strip() for turn in turns[1::2]]
-        assert len(runs) == len(answers), (
-            f"{template.name}: {len(runs)} scored stretches for {len(answers)} answers in {turns}"
-        )
-        for (start, stop), answer in zip(runs, answers, strict=True):
+        answers = [turn["value"].strip() for turn in turns[1::2]]
+        for (start, stop), answer in zip(scored_runs(labels), answers, strict=True):
             spelled = tokenizer.decode(x + labels[start:stop], clean_up_tokenization_spaces=False)
             want = template.answer.format(answer) + template.STOP
-            starts = template.name == "plain" and not want.startswith(
-                ("<s>", "</s>", "<|im_")
-            )  # a text, behind <image>
-            assert spelled == "x" + " " * (blank and starts) + want, (
-                f"{template.name}: {spelled!r} is scored, not {want!r}"
-            )
+            starts = template.name == "plain" and not want.startswith(("<s>", "</s>", "<|im_"))
+            assert spelled == "x" + " " * (blank and starts) + want, template.name
 
 
 def test_a_sampling_prompt_has_the_ids_that_training_had_before_the_answer(tokenizer, encoded):
@@ -602,13 +399,9 @@ def test_images_become_their_own_number_of_placeholders_in_order():
     """Sec. 4.1: the k-th <image> is the k-th picture's N tokens, unscored, also where pictures
     differ in tokens."""
     tokenizer = byte_tokenizer()
-    segments = render(chat("<image>a<image>", "b", "<image>"), TEMPLATES["plain"])[:1] + [
-        ("b", True),
-        (f"c{IMAGE}", False),
-    ]
+    segments = [(IMAGE * 2, False), ("b", True), (f"c{IMAGE}", False)]
     ids, labels = encode(segments, tokenizer, [2, 1, 3])
-    image = tokenizer.convert_tokens_to_ids(IMAGE)
-    b, c = tokenizer.convert_tokens_to_ids(["b", "c"])
+    image, b, c = tokenizer.convert_tokens_to_ids([IMAGE, "b", "c"])
     assert ids == [image] * 3 + [b, c] + [image] * 3 and labels == [IGNORE] * 3 + [b] + [IGNORE] * 4
 
 
@@ -616,38 +409,29 @@ def test_images_become_their_own_number_of_placeholders_in_order():
 def test_a_prompt_whose_tags_and_pictures_disagree_is_an_error_that_counts_them(pictures):
     """Sec. 4.1: each <image> needs one picture; anything else would splice features into the wrong
     place."""
-    with pytest.raises((AssertionError, ValueError), match=f"{pictures} (image|picture)s"):
-        sample_of(
-            chat("<image>\nWhat?"),
-            [("a.png", Image.new("RGB", (2, 2)))] * pictures,
-            byte_tokenizer(),
-            TEMPLATES["vicuna_v1"],
-            view_of("crop", 28, 14),
-        )
+    given = [("a.png", Image.new("RGB", (2, 2)))] * pictures
+    with pytest.raises(ValueError, match=f"{pictures} pictures"):
+        sample_of(chat("<image>\nWhat?"), given, byte_tokenizer(), TEMPLATES["vicuna_v1"],
+                  view_of("crop", 28, 14))
 
 
 def test_limits_in_a_tokenizer_file_neither_cut_nor_pad_a_sample():
     """Ours: some tokenizer.json carry a truncation or padding of their own; a chunk shortened by it
     would lose its answer."""
-    tokenizer, template = (
-        byte_tokenizer(("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")),
-        TEMPLATES["chatml_direct"],
-    )
-    tokenizer.bos_token = None  # as Qwen's
-    turns = chat("<image>\nWhat?", "A cat.")
-    want = encode(render(turns, template), tokenizer, [3])
+    tokenizer = byte_tokenizer(("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
+    tokenizer.bos_token = None           # as Qwen's
+    segments = render(chat("<image>\nWhat?", "A cat."), TEMPLATES["chatml_direct"])
+    want = encode(segments, tokenizer, [3])
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.backend_tokenizer.enable_padding(length=64)
-    assert encode(render(turns, template), tokenizer, [3]) == want, (
-        "the tokenizer file's own limit cut or padded the sample"
-    )
+    assert encode(segments, tokenizer, [3]) == want, "the file's own limit cut or padded the sample"
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_saved_tokenizer_gives_the_ids_that_training_had(legacy, tmp_path):
     """Sec. 4.2: sampling from a checkpoint uses its tokenizer files; transformers drops `legacy`
     when it saves them."""
-    os.makedirs(tmp_path / "llm")
+    (tmp_path / "llm").mkdir()
     tokenizer = sentencepiece_bpe(tmp_path / "llm", legacy)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     model = tiny_llava()
@@ -655,9 +439,7 @@ def test_a_saved_tokenizer_gives_the_ids_that_training_had(legacy, tmp_path):
     model.save_pretrained(tmp_path / "model")
     saved = AutoTokenizer.from_pretrained(tmp_path / "model")
     segments = render(chat("<image>\nWhat?", "A cat.", "Why?"), TEMPLATES["vicuna_v1"])
-    assert encode(segments, saved, [3]) == encode(segments, tokenizer, [3]), (
-        "the checkpoint makes other ids than training had"
-    )
+    assert encode(segments, saved, [3]) == encode(segments, tokenizer, [3])
 
 
 # -----------------------------------------------------------------------------
@@ -698,11 +480,8 @@ def test_stage_1_draws_a_question_where_the_human_turn_is_only_an_image(position
         arrange(chat("<image>", "A cat."), position, random.Random(i), ["Q1?", "Q2?"])[0]["value"]
         for i in range(200)
     }
-    orders = {
-        "random": ["<image>\n{}", "{}\n<image>"],
-        "first": ["<image>\n{}"],
-        "as_written": ["<image>\n{}"],
-    }[position]
+    orders = {"random": ["<image>\n{}", "{}\n<image>"], "first": ["<image>\n{}"],
+              "as_written": ["<image>\n{}"]}[position]
     assert drawn == {order.format(q) for order in orders for q in ("Q1?", "Q2?")}
     own = arrange(chat("<image>\nMine?", "A cat."), position, random.Random(0), ["Q1?"])[0]["value"]
     assert "Mine?" in own and "Q1?" not in own, "a question of one's own was replaced"
@@ -717,33 +496,19 @@ def test_a_long_conversation_loses_whole_trailing_turns_and_no_more_than_needed(
     """Ours (the released code cuts tokens): each kept answer ends in its STOP, and an image is
     never cut."""
     tokenizer, template, N = byte_tokenizer(), TEMPLATES[template], 9
-    turns = chat(
-        "<image>\nWhat?",
-        "A cat.",
-        "Why?",
-        "It has ears. " * 3,
-        "<image>\nAnd this?",
-        "A dog.",
-        "Why?",
-        "It barks.",
-    )
-    whole = [
-        len(encode(render(turns[:n], template), tokenizer, [N] * tags(turns[:n]))[0])
-        for n in (2, 4, 6, 8)
-    ]
-    for limit in range(whole[0], whole[-1] + 2):
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    turns = chat("<image>\nWhat?", "A cat.", "Why?", "It has ears. " * 3, "<image>\nAnd this?",
+                 "A dog.", "Why?", "It barks.")
+    lengths = [len(encode(render(turns[:n], template), tokenizer, [N] * tags(turns[:n]))[0])
+               for n in (2, 4, 6, 8)]
+    for limit in range(lengths[0], lengths[-1] + 2):
         ids, labels, kept = encode_within(turns, template, tokenizer, [N] * tags(turns), limit)
-        n = sum(length <= limit for length in whole)
-        assert kept == turns[: 2 * n] and len(ids) == whole[n - 1], (
-            f"{n} answers fit {limit} tokens, {len(kept) // 2} were kept"
-        )
-        assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == N * tags(kept), (
-            "an image was cut"
-        )
+        n = sum(length <= limit for length in lengths)
+        assert kept == turns[:2 * n] and len(ids) == lengths[n - 1], f"{n} answers fit {limit}"
+        assert ids.count(image_id) == N * tags(kept), "an image was cut"
         assert tokenizer.decode([i for i in labels if i != IGNORE]).endswith(template.STOP), (
-            "the last answer lost its STOP"
-        )
-    message = (f"{whole[0]} tokens (9 of them visual) with a single answer left, "
-               f"the limit is {whole[0] - 1}")
+            "the last answer lost its STOP")
+    message = (f"{lengths[0]} tokens (9 of them visual) with a single answer left, "
+               f"the limit is {lengths[0] - 1}")
     with pytest.raises(ValueError, match=re.escape(message)):
-        encode_within(turns, template, tokenizer, [N] * tags(turns), whole[0] - 1)
+        encode_within(turns, template, tokenizer, [N] * tags(turns), lengths[0] - 1)
