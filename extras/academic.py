@@ -15,7 +15,6 @@ choices, or with boxes in pixels:
     {"image": "a.jpg", "question": "What is it?", "answer": "a dog", "choices": ["a dog", "a cat"]}
     {"image": "a.jpg", "phrase": "the dog on the left", "box": [x, y, width, height]}
 """
-import json
 import os
 import random
 import string
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from parts.files import IMAGE, check_least, read_json, run_main, typed_flags, write_json
+from parts.files import IMAGE, read_json, read_value, run_main, typed, typed_flags, write_json
 from parts.pictures import image_path, image_size
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -46,20 +45,14 @@ class Config:
     out: str                        # JSON to train on, in LLaVA's format
     annotations: str = None         # VQAv2, OK-VQA: the file of answers
     format_prompt: str = "auto"     # auto: letter for questions with choices, short for the others
-    rotate: bool = True             # letter: ask once per choice, the options moved on by one
     image_name: str = None          # as "val2014/{image_id:012d}.jpg"; default: LLaVA-1.5's folders
-    turns: int = None               # answers of one conversation (default: all; regions: 10)
     skip_bad: bool = False          # leave bad records out and count them, rather than stop
-    ask: str = "random"             # regions: for the phrase, for the box, or drawn for each region
     aspect: str = "pad"             # regions: padded to a square, or stretched as LLaVA-NeXT does
     images: str = None              # regions: the pictures, where records lack width and height
-    seed: int = 0                   # regions: of --ask random
+    seed: int = 0                   # regions: of what is asked for, the phrase or the box
 
-    CHOICES: ClassVar[dict] = {
-        "format_prompt": ["auto", *FORMAT_PROMPTS],
-        "ask": ["random", "phrase", "box"],
-        "aspect": ["pad", "stretched"],
-    }
+    CHOICES: ClassVar[dict] = {"format_prompt": ["auto", *FORMAT_PROMPTS],
+                               "aspect": ["pad", "stretched"]}
 
 
 class QA(NamedTuple):
@@ -101,25 +94,13 @@ KINDS = [
 ]
 
 
-def read_value(path):
-    """The JSON value of a file, or the list of its JSON lines."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return list(read_json(path))     # names the line and the column of bad JSON
-
-
 def read_academic(config):
     """--questions as (its kind, {index or id: record}), with the fields of --annotations."""
-    data = read_value(config.questions)
-    if isinstance(data, dict) and ("question" in data or "phrase" in data):
-        data = [data]                    # JSON lines, of which there is one
+    data = list(read_json(config.questions))
     form = "list"
-    if isinstance(data, dict):
-        form = next((field for field in ("questions", "data") if field in data), "ids")
-        data = data.get(form, data)
+    if len(data) == 1 and isinstance(data[0], dict) and not {"question", "phrase"} & data[0].keys():
+        form = next((field for field in ("questions", "data") if field in data[0]), "ids")
+        data = data[0] if form == "ids" else typed(data[0][form], list, config.questions)
     if bool(config.annotations) != (form == "questions"):
         raise ValueError(f'{config.questions}: the questions of VQAv2 and OK-VQA, {{"questions": '
                          '[...]}, and no others, have their answers in a file of their own, '
@@ -137,10 +118,12 @@ def read_academic(config):
 
 def with_annotations(questions, config):
     """VQAv2's and OK-VQA's questions, each with the fields of the annotation of its question_id."""
+    annotations = read_value(config.annotations).get("annotations")
     try:
-        annotations = read_value(config.annotations)["annotations"]
-        by_id = {row["question_id"]: row for row in annotations}
-        return [q | by_id.get(q["question_id"], {}) for q in questions]
+        by_id = {str(row["question_id"]): row for row in annotations}
+        if len(by_id) < len(annotations):
+            raise KeyError("a question_id is there twice")
+        return [q | by_id.get(str(q["question_id"]), {}) for q in questions]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{config.questions} and {config.annotations}: records with question_id "
                          f"are needed, in fields questions and annotations ({error!r})") from error
@@ -184,7 +167,7 @@ def ask_region(record, config, place):
     would stand in the first.
     """
     if "width" in record:
-        width, height = record["width"], record["height"]
+        width, height = (typed(record[side], int, side) for side in ("width", "height"))
     elif config.images:
         width, height = image_size(image_path(config.images, record["image"]))
     else:
@@ -192,11 +175,9 @@ def ask_region(record, config, place):
     phrase = record["phrase"].strip().rstrip(".")
     if not phrase:
         raise ValueError(f"phrase {record['phrase']!r}: words are needed")
-    x, y, w, h = record["box"]
+    x, y, w, h = (typed(number, float, "box") for number in record["box"])
     text = box_to_text([x, y, x + w, y + h], width, height, config.aspect)
-    way = config.ask
-    if way == "random":
-        way = random.Random(f"{config.seed} {place}").choice(["phrase", "box"])
+    way = random.Random(f"{config.seed} {place}").choice(["phrase", "box"])
     if way == "phrase":
         return QA(way, 0, DESCRIBE.format(text), phrase)
     return QA(way, 0, LOCATE.format(phrase), text)
@@ -206,6 +187,8 @@ def answer_in(record, kind):
     """The answer; of several people's the most frequent, of equally frequent ones the first."""
     answer = record[kind.fields[-1]]
     if kind.name == "A-OKVQA":
+        if typed(answer, int, "correct_choice_idx") < 0:
+            raise ValueError(f"correct_choice_idx {answer}: choices are counted from 0")
         return record["choices"][answer]
     if isinstance(answer, list):
         texts = [a["answer"] if isinstance(a, dict) else a for a in answer]
@@ -216,7 +199,7 @@ def answer_in(record, kind):
 def ask_question(record, config, answer):
     """A question with its answer; or with options and a letter, once for each rotation of them."""
     text = record["question"].strip()
-    choices = record.get("choices") or []
+    choices = typed(record.get("choices") or [], list, "choices")
     way = config.format_prompt
     if way == "auto":
         way = "letter" if choices else "short"
@@ -226,11 +209,11 @@ def ask_question(record, config, answer):
         raise ValueError("a letter needs 2 to 26 choices, and the answer once among them; found "
                          f"{answer!r} and {choices}")
     asked = []
-    for rotation in range(len(choices) if config.rotate else 1):
+    for rotation in range(len(choices)):
         options = choices[rotation:] + choices[:rotation]
         lines = [text]
         for letter, option in zip(string.ascii_uppercase, options, strict=False):
-            lines.append(f"{letter}. {option}")
+            lines.append(f"{letter}. {typed(option, str, 'a choice')}")
         letter = string.ascii_uppercase[options.index(answer)]
         asked.append(QA(way, rotation, "\n".join(lines), letter))
     return asked
@@ -240,6 +223,10 @@ def ask_record(kind, place, record, config):
     """One record as (the picture's name, [QA, ...]). ValueError says what is wrong with it."""
     if not kind.matches(record):
         raise ValueError(f"needed are {', '.join(kind.fields)}; found {str(record)[:200]}")
+    image_field = next(field for field in kind.fields if field.startswith("image"))
+    if type(record[image_field]) not in (int, str):
+        raise ValueError(f"{image_field}: a name or a number is needed; found "
+                         f"{record[image_field]!r}")
     try:
         image = (config.image_name or kind.image_name).format(**record)
         if kind.name == "regions":
@@ -249,7 +236,7 @@ def ask_record(kind, place, record, config):
     except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"cannot be used as {kind.name} ({reason})") from error
-    texts = [record[field] for field in ("image", "question") if field in record]
+    texts = [record.get("question", image)]
     for qa in asked:
         texts += [qa.question, qa.answer]
     for text in texts:
@@ -310,7 +297,7 @@ def convert_academic(config):
     if problems and not (config.skip_bad and groups):
         raise ValueError("\n".join([f"{len(problems):,} of {len(records):,} records are bad "
                                     "(--skip_bad leaves them out):", *shown]))
-    most = config.turns or (MOST_REGIONS if kind.name == "regions" else sys.maxsize)
+    most = MOST_REGIONS if kind.name == "regions" else sys.maxsize
     conversations, pieces, ways = [], Counter(), Counter()
     for (image, prompt, _), asked in groups.items():
         ways.update(qa.way for qa in asked)
@@ -330,9 +317,7 @@ def convert_academic(config):
 
 def main(argv=None):
     description = "Academic visual question answering as LLaVA's conversations."
-    config = Config(**typed_flags(Config, argv, description))
-    check_least(config, turns=1)
-    convert_academic(config)
+    convert_academic(Config(**typed_flags(Config, argv, description)))
 
 
 if __name__ == "__main__":

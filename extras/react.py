@@ -11,7 +11,6 @@ pairs of a large corpus (extras/retrieve.py), train gated blocks in a locked CLI
 The result is a CLIP folder; `train.py --vision out/react` takes its image tower as g.
 """
 import dataclasses
-import json
 import math
 import re
 import zlib
@@ -24,22 +23,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import CLIPImageProcessorPil
 
 from extras.retrieve import (
-    CorpusPictures,
     left_out_report,
     load_clip,
     open_index,
     queries_of,
+    read_batches,
+    read_facts,
     read_pairs,
     read_templates,
     read_terms,
     text_features,
     tokenise_for_clip,
 )
-from parts.files import check_least, read_lines, run_command, run_main, write_json
+from parts.files import check_least, read_lines, run_command, run_main, typed, write_json
 from parts.gated import gate
 from parts.ranks import DTYPES, Machine, Optimizer, choose_device, micro_batching
 from parts.run import Run, config_table, theta_table
@@ -96,23 +96,26 @@ def react_loss(u, v, tau, gamma):
     return i2t + t2i
 
 
-class Gather(torch.autograd.Function):
-    """Features of all ranks, one below the other, (B, D) -> (ranks B, D), with gradients.
+def global_loss(u, v, tau, gamma, machine):
+    """The loss over all ranks' features, on the scale of CLIP's own, a mean of 2 B terms."""
+    if machine.world_size > 1:
+        u = gather_features(u, machine)                  # (B, D)
+        v = gather_features(v, machine)                  # (B, D)
+    return react_loss(u, v, tau, gamma) / (2 * len(u))
+
+
+def gather_features(x, machine):
+    """Features of all ranks, one below the other, (share, D) -> (B, D).
 
     Every rank then computes the same loss of the same features, so each has the gradient of its own
     features already; times the ranks, because DistributedDataParallel averages over them.
     """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ranks = dist.get_world_size()
-        return grad.chunk(ranks)[dist.get_rank()] * ranks
+    parts = [torch.empty_like(x) for _ in range(machine.world_size)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[machine.rank] = x
+    if x.requires_grad:
+        x.register_hook(lambda grad: machine.world_size * grad)
+    return torch.cat(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -182,36 +185,34 @@ class ReactSteps(Dataset):
         self.per_epoch = len(pairs) // B
 
     def __getitem__(self, step):
-        config = self.config
+        seed = self.config.seed
+        size = self.clip_config.vision_config.image_size
         epoch, position = divmod(step, self.per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(self.pairs)
-        start = position * config.global_batch_size + self.first
-        X, texts, where = [], [], []
-        for i in order[start:start + self.share]:
-            pair = self.corpus[i]
-            picture = pair.picture()
-            size = self.clip_config.vision_config.image_size
-            if config.augment:
-                rng = np.random.default_rng([config.seed, epoch, i])
-                picture = random_part(picture, size, rng)
-            X.append(preprocess(picture, size))
-            texts.append(pair.text)
-            where.append(pair.where)
-        ids = tokenise_for_clip(texts, self.tokenizer, self.clip_config.text_config)
-        return [{"X_v": torch.stack(X), "input_ids": ids, "images": len(X), "where": where,
+        order = np.random.default_rng([seed, epoch]).permutation(self.pairs)
+        start = position * self.config.global_batch_size + self.first
+        chosen = order[start:start + self.share]
+        pairs = [self.corpus[i] for i in chosen]
+        pictures = [pair.picture() for pair in pairs]
+        if self.config.augment:
+            pictures = [random_part(picture, size, np.random.default_rng([seed, epoch, i]))
+                        for i, picture in zip(chosen, pictures, strict=True)]
+        ids = tokenise_for_clip([pair.text for pair in pairs], self.tokenizer,
+                                self.clip_config.text_config)
+        return [{"X_v": torch.stack([preprocess(picture, size) for picture in pictures]),
+                 "input_ids": ids, "images": len(pairs), "where": [pair.where for pair in pairs],
                  "attention_mask": (ids != ids[:, -1:]).long()}]
 
 
 def read_retrieved(folder):
     """(report.json, corpus, pairs (n,)) of what was retrieved. ValueError if they do not match."""
-    path = Path(folder, "report.json")
-    if not path.is_file():
-        raise FileNotFoundError(f"--retrieved {folder}: no report.json; it is the --out folder of "
-                                "python -m extras.retrieve retrieve")
-    report = json.loads(path.read_text())
-    index, corpus, _ = open_index(report["index"])
-    pairs = np.array([row["pair"] for row in read_lines(Path(folder, "retrieved.jsonl"))])
-    if index["crc"] != report["crc"] or len(pairs) != report["pairs"]:
+    kinds = {"index": str, "crc": int, "pairs": int, "corpus": int, "queries": int}
+    report = read_facts(Path(folder, "report.json"), kinds, "retrieve")
+    facts, corpus, _ = open_index(report["index"])
+    path = Path(folder, "retrieved.jsonl")
+    rows = [typed(row, dict, f"{path}[{i}]") for i, row in enumerate(read_lines(path))]
+    pairs = np.array([typed(row.get("pair"), int, f"{path}: pair") for row in rows], int)
+    known = np.intersect1d(pairs, np.arange(len(corpus)))
+    if facts["crc"] != report["crc"] or not len(known) == len(pairs) == report["pairs"]:
         raise ValueError(f"--retrieved {folder}: {len(pairs)} pairs, and report.json is of another "
                          f"corpus, or of {report['pairs']} pairs; retrieve again")
     return report, corpus, pairs
@@ -238,14 +239,6 @@ def save_clip(folder, clip, tokenizer):
     processor.save_pretrained(folder)
 
 
-def global_loss(u, v, tau, gamma, world_size):
-    """The loss over all ranks' features, on the scale of CLIP's own, a mean of 2 B terms."""
-    if world_size > 1:
-        u = Gather.apply(u)                              # (B, D)
-        v = Gather.apply(v)                              # (B, D)
-    return react_loss(u, v, tau, gamma) / (2 * len(u))
-
-
 def customise_and_train(config, machine, run):
     """One run, from its banner to the customised CLIP. Returns the exit code."""
     report, corpus, pairs = read_retrieved(config.retrieved)
@@ -263,8 +256,6 @@ def customise_and_train(config, machine, run):
     origin = {name: "default" if value == defaults[name] else "command line"
               for name, value in vars(config).items()}
     machine.print0(*config_table(config, origin), *theta_table(clip, theta))
-    if config.train == "gated_both":
-        machine.print0("Diss. Table 2.6 does not settle what this row trains")
     machine.print0(f"data: {len(pairs):,} pairs of {report['corpus']:,}, by {report['queries']:,} "
                    f"queries; {config.global_batch_size} a step, {steps.per_epoch} steps an epoch, "
                    f"{total} in all\n")
@@ -287,7 +278,7 @@ def customise_and_train(config, machine, run):
         with machine.forward(parallel):
             X_v = batch["X_v"].to(machine.device)        # (share, 3, H, W)
             u, v, tau = parallel(X_v, batch["input_ids"].to(machine.device))
-        loss = global_loss(u, v, tau, config.gamma, machine.world_size)
+        loss = global_loss(u, v, tau, config.gamma, machine)
         value = loss.item()
         run.stop_if(not math.isfinite(value) or value == 0, f"the loss is {value}")
         optimizer.backward(loss)
@@ -332,9 +323,8 @@ class ReactEvalConfig:
     batch_size: int = 256
     workers: int = 4                    # processes that decode pictures
     device: str = "auto"                # cuda, mps or cpu
-    dtype: str = "fp32"                 # bf16, fp16 or fp32
 
-    CHOICES: ClassVar[dict] = {"dtype": list(DTYPES), "device": ["auto", "cuda", "mps", "cpu"]}
+    CHOICES: ClassVar[dict] = {"device": ["auto", "cuda", "mps", "cpu"]}
 
 
 def class_vectors(clip, tokenizer, classes, templates):
@@ -348,15 +338,12 @@ def class_vectors(clip, tokenizer, classes, templates):
 @torch.no_grad()
 def image_features(clip, pairs, config):
     """u (pairs, D) on the CPU. Raises ValueError for a picture that cannot be read."""
-    pictures = CorpusPictures(pairs, clip.config.vision_config.image_size)
-    dtype = DTYPES[config.dtype]
     parts = []
-    for X, _, readable in DataLoader(pictures, config.batch_size, num_workers=config.workers):
-        if not readable.all():
-            first_bad = pairs[sum(map(len, parts)) + readable.tolist().index(False)]
-            raise ValueError(f"a picture to test cannot be read: {first_bad.problem()}")
-        with torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
-            parts.append(clip.images(X.to(clip.device)).cpu())
+    for X, _, is_readable in read_batches(pairs, 0, clip, config):
+        if not is_readable.all():
+            first_bad = sum(map(len, parts)) + is_readable.tolist().index(False)
+            raise ValueError(f"a picture to test cannot be read: {pairs[first_bad].problem()}")
+        parts.append(clip.images(X.to(clip.device)).cpu())
     return torch.cat(parts)
 
 
@@ -374,21 +361,20 @@ def fit_probe(u, y, penalty, C):
     return W.detach()
 
 
-def probe_accuracy(W, u, y):
-    return ((u @ W[1:] + W[0]).argmax(1) == y).float().mean().item()
-
-
 def linear_probe(u, y, u_test, y_test, C):
     """Accuracy of logistic regression on frozen features, with the best of seven penalties on a
     fifth that is held out."""
+    def accuracy(W, u, y):
+        return ((u @ W[1:] + W[0]).argmax(1) == y).float().mean().item()
+
     generator = torch.Generator().manual_seed(0)
     held = torch.randperm(len(u), generator=generator) < len(u) // 5
-    accuracy = {}
+    found = {}
     for penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
         W = fit_probe(u[~held], y[~held], penalty, C)
-        accuracy[penalty] = probe_accuracy(W, u[held], y[held])
-    best = max(accuracy, key=accuracy.get)
-    return probe_accuracy(fit_probe(u, y, best, C), u_test, y_test)
+        found[penalty] = accuracy(W, u[held], y[held])
+    best = max(found, key=found.get)
+    return accuracy(fit_probe(u, y, best, C), u_test, y_test)
 
 
 def recall_at(similar, belongs, k):
@@ -464,18 +450,12 @@ def evaluate_clips(config):
             row |= retrieval_recalls(clip, tokenizer, pairs, config)
     print(f"{len(test)} pictures of {len(classes)} classes, {len(templates)} templates; "
           f"{len(pairs)} texts to retrieve")
-    print_percents(table)
-    if config.out:
-        write_json(config.out, table)
-
-
-def print_percents(table):
-    """{model: {column: share}} as a table."""
-    columns = next(iter(table.values()))
     width = max(map(len, ["percent", *table]))
-    print(f"{'percent':<{width}}" + "".join(f"{column:>14}" for column in columns))
+    print(f"{'percent':<{width}}" + "".join(f"{column:>14}" for column in row))
     for name, row in table.items():
         print(f"{name:<{width}}" + "".join(f"{100 * share:>14.1f}" for share in row.values()))
+    if config.out:
+        write_json(config.out, table)
 
 
 COMMANDS = {"train": (train_clip, ReactConfig), "eval": (evaluate_clips, ReactEvalConfig)}

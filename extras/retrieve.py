@@ -19,6 +19,7 @@ folder with a .txt beside every picture. The same index command goes on after a 
     left_out.jsonl            what of the corpus is not in it, and why
     index.json                of which corpus and CLIP all that is, and how far it has come
 """
+import functools
 import io
 import json
 import os
@@ -31,17 +32,22 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from parts.checkpoints import load_part
 from parts.files import (
     check_least,
+    distinct_keys,
+    lock_folder,
     read_json,
     read_lines,
+    read_text,
+    read_value,
     run_command,
     run_main,
+    typed,
     write_json,
     write_lines,
 )
@@ -54,6 +60,8 @@ MAX_FLAT = 10_000            # pairs; more are searched by HNSW
 MAX_HNSW = 10_000_000        # pairs; 23 GB at 512 dimensions; more are compressed
 ROWS = 2 ** 16               # features in memory at once
 KEYS = {"image": "T2I", "text": "T2T"}
+INDEX_FACTS = {"clip": str, "fingerprint": int, "corpus": list, "images": str, "sizes": dict,
+               "crc": int, "pairs": int, "kind": str, "done": int}
 
 
 def import_faiss():
@@ -62,6 +70,17 @@ def import_faiss():
     except ImportError as error:
         raise ValueError("retrieval needs FAISS: pip install faiss-cpu") from error
     return faiss
+
+
+def read_facts(path, kinds, command):
+    """The JSON object that a command left in its folder, with a value of a type for each key."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: no {path.name}; needed is the --out folder of "
+                                f"python -m extras.retrieve {command}")
+    facts = read_value(path)
+    for key, kind in kinds.items():
+        typed(facts.get(key), kind, f"{path}: {key}")
+    return facts
 
 
 # -----------------------------------------------------------------------------
@@ -91,12 +110,11 @@ def tokenise_for_clip(texts, tokenizer, config):
 
 
 @torch.inference_mode()
-def text_features(clip, tokenizer, texts, batch_size=256):
+def text_features(clip, tokenizer, texts):
     """v (texts, D) float32, of length 1."""
     parts = []
-    for start in range(0, len(texts), batch_size):
-        some_texts = texts[start:start + batch_size]
-        ids = tokenise_for_clip(some_texts, tokenizer, clip.config.text_config)
+    for start in range(0, len(texts), 256):
+        ids = tokenise_for_clip(texts[start:start + 256], tokenizer, clip.config.text_config)
         parts.append(clip.texts(ids.to(clip.device)))
     return torch.cat(parts)
 
@@ -140,65 +158,79 @@ class Pair(NamedTuple):
 
 
 def pairs_in_tar(path, left_out):
-    """The pairs of a shard: members that share a name, one a picture and one .txt.
+    """The pairs of a shard: members that share a name, one a picture and one its text.
 
-    Pictures stay where they lie in the shard; only the texts are read.
+    A .txt is the text, or else the caption of a .json. Pictures stay where they lie in the shard.
     """
-    texts, pictures = {}, {}
+    members = {"picture": {}, ".txt": {}, ".json": {}}
     try:
         with tarfile.open(path, "r:") as tar:            # "r:" refuses compressed files
             for member in tar:
                 name, extension = os.path.splitext(member.name)
-                if extension == ".txt":
-                    texts[name] = tar.extractfile(member).read()
-                elif extension.lower() in PICTURE_EXTENSIONS:
-                    pictures[name] = member.offset_data, member.size
+                kind = "picture" if extension.lower() in PICTURE_EXTENSIONS else extension
+                if kind not in members:
+                    continue
+                if name in members[kind] or not member.isfile():
+                    left_out.append((f"{path}: {member.name}", "no file, or there a second time"))
+                elif kind == "picture":
+                    members[kind][name] = member.offset_data, member.size
+                else:
+                    members[kind][name] = tar.extractfile(member).read()
             # tarfile takes a damaged header for the end of the shard
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(2 ** 20).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged at byte {tar.offset}; what follows is lost")
     except (tarfile.TarError, OSError) as error:
         left_out.append((path, f"not a complete, uncompressed tar file: {error}"))
-    for name in sorted(texts.keys() ^ pictures.keys()):
-        missing = "text" if name in pictures else "picture"
-        left_out.append((f"{path}: {name}", f"no {missing} beside it"))
+    pictures, texts, records = members.values()
+    for name in sorted((texts.keys() | records.keys()) - pictures.keys()):
+        left_out.append((f"{path}: {name}", "no picture beside it"))
     for name, place in pictures.items():
-        if name in texts:
-            yield Pair(path, *place, texts[name].decode(errors="replace"))
+        text = texts[name] if name in texts else caption_in(records.get(name))
+        yield Pair(path, *place, text)
 
 
-def pairs_in_folder(folder, left_out):
+def caption_in(record):
+    """The caption in the .json of a shard, or None, also where it has two."""
+    try:
+        return json.loads(record, object_pairs_hook=distinct_keys)["caption"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def pairs_in_folder(folder):
     """x.jpg beside x.txt."""
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in PICTURE_EXTENSIONS:
-            continue
-        text = file.with_suffix(".txt")
-        if text.is_file():
-            yield Pair(str(file), 0, -1, text.read_text(errors="replace"))
-        else:
-            left_out.append((str(file), "no .txt beside it"))
-
-
-def rows_of(path):
-    """Yield (picture, text) of a list: lines of picture, tab, text; or JSON (image, caption)."""
-    if path.suffix == ".tsv":
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                picture, _, text = line.partition("\t")
-                yield picture, text
-    else:
-        for record in read_json(path):
-            record = record if isinstance(record, dict) else {}
-            yield record.get("image"), record.get("caption")
+        if file.suffix.lower() in PICTURE_EXTENSIONS:
+            text = file.with_suffix(".txt")
+            yield Pair(str(file), 0, -1, text.read_bytes() if text.is_file() else None)
 
 
 def pairs_in_list(path, images, left_out):
-    """The pairs of `rows_of`, with pictures in the folder `images`."""
-    for number, (picture, text) in enumerate(rows_of(path)):
-        if isinstance(picture, str) and isinstance(text, str):
-            yield Pair(image_path(images, picture), 0, -1, text)
+    """The pairs of lines of picture, tab, text; or of JSON (image, caption)."""
+    rows = read_json(path)
+    if path.suffix == ".tsv":
+        cells = (line.partition("\t") for line in io.StringIO(read_text(path)))
+        rows = ({"image": picture, "caption": text} for picture, _, text in cells)
+    for number, row in enumerate(rows):
+        try:
+            picture = typed(typed(row, dict, "a row").get("image"), str, "image")
+            file = image_path(images, picture)
+        except ValueError as error:
+            left_out.append((f"{path}[{number}]", str(error)))
         else:
-            left_out.append((f"{path}[{number}]", 'not {"image": text, "caption": text}'))
+            yield Pair(file, 0, -1, row.get("caption"))
+
+
+def clean_text(text):
+    """A text of a corpus, in one line. Raises ValueError for what is none."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    text = " ".join(typed(text, str, "no text beside it").split())
+    if not text:
+        raise ValueError("its text is empty")
+    text.encode()                        # which half a surrogate pair cannot be
+    return text
 
 
 def read_pairs(sources, images, left_out):
@@ -208,7 +240,7 @@ def read_pairs(sources, images, left_out):
         if not path.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
         if path.is_dir():
-            pairs = pairs_in_folder(path, left_out)
+            pairs = pairs_in_folder(path)
         elif path.suffix == ".tar":
             pairs = pairs_in_tar(source, left_out)
         elif path.suffix in (".tsv", ".json", ".jsonl"):
@@ -217,11 +249,12 @@ def read_pairs(sources, images, left_out):
             raise ValueError(f"{source}: a corpus is a folder, or a file named .tsv, .json, .jsonl "
                              "or .tar")
         for pair in pairs:
-            text = " ".join(pair.text.split())
-            if text:
-                yield pair._replace(text=text)
+            try:
+                text = clean_text(pair.text)
+            except ValueError as error:
+                left_out.append((pair.where, str(error)))
             else:
-                left_out.append((pair.where, "its text is empty"))
+                yield pair._replace(text=text)
 
 
 class Corpus:
@@ -274,32 +307,29 @@ class IndexConfig:
     corpus: list[str]                   # folders, .tsv, .json, .jsonl, .tar shards
     out: str                            # index folder; an unfinished one is gone on with
     images: str = "."                   # the folder that names in .tsv and .json are relative to
-    kind: str = "auto"                  # flat (exact), hnsw, compressed; auto: by the pairs
     batch_size: int = 256
     workers: int = 4                    # processes that decode pictures
     device: str = "auto"                # cuda, mps or cpu
-    dtype: str = "auto"                 # bf16, fp16 or fp32
-
-    CHOICES: ClassVar[dict] = {"kind": ["auto", "flat", "hnsw", "compressed"]}
 
 
-class CorpusPictures(Dataset):
-    """(X, text, whether the picture can be read) of each pair; X is 0 where it cannot."""
-
-    def __init__(self, corpus, size):
-        self.corpus = corpus
-        self.size = size
-
-    def __len__(self):
-        return len(self.corpus)
-
-    def __getitem__(self, i):
-        pair = self.corpus[i]
+def read_batch(pairs, size):
+    """(X (B, 3, S, S), texts, is_readable (B,)) of pairs; X is 0 where a picture cannot be read."""
+    X = torch.zeros(len(pairs), 3, size, size)
+    is_readable = torch.ones(len(pairs), dtype=torch.bool)
+    for i, pair in enumerate(pairs):
         try:
-            X = preprocess(pair.picture(), self.size)
+            X[i] = preprocess(pair.picture(), size)
         except (ValueError, OSError):
-            return torch.zeros(3, self.size, self.size), pair.text, False
-        return X, pair.text, True
+            is_readable[i] = False
+    return X, [pair.text for pair in pairs], is_readable
+
+
+def read_batches(pairs, first, clip, config):
+    """Yield what `read_batch` makes of pairs, from pair `first` on, for a CLIP."""
+    collate = functools.partial(read_batch, size=clip.config.vision_config.image_size)
+    loader = DataLoader(pairs, config.batch_size, sampler=range(first, len(pairs)),
+                        num_workers=config.workers, collate_fn=collate)
+    return tqdm(loader, desc="encoding", unit="batch", disable=None)
 
 
 @torch.inference_mode()
@@ -308,19 +338,14 @@ def encode_pairs(clip, tokenizer, corpus, first, config):
 
     u, v (B, D) float16, of length 1, or 0 where there is no picture.
     """
-    dtype, _ = choose_dtype(config.dtype, clip.device)
-    pictures = CorpusPictures(corpus, clip.config.vision_config.image_size)
-    loader = DataLoader(pictures, config.batch_size, sampler=range(first, len(corpus)),
-                        num_workers=config.workers)
-    bar = tqdm(total=len(corpus), initial=first, desc="encoding", disable=None)
-    for X, texts, readable in loader:
+    dtype, _ = choose_dtype("auto", clip.device)
+    for X, texts, is_readable in read_batches(corpus, first, clip, config):
         ids = tokenise_for_clip(texts, tokenizer, clip.config.text_config)
         with torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
             u, v, _ = clip(X.to(clip.device), ids.to(clip.device))
-        u, v = (features.half().cpu() * readable[:, None] for features in (u, v))
+        u, v = (features.half().cpu() * is_readable[:, None] for features in (u, v))
         yield first, u, v
         first += len(X)
-        bar.update(len(X))
 
 
 def index_corpus(config):
@@ -328,32 +353,32 @@ def index_corpus(config):
     faiss = import_faiss()               # missing, it is better met before the hours of encoding
     check_least(config, batch_size=1, workers=0)
     clip, tokenizer = load_clip(config.clip)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    facts = begin_index(out, config, fingerprint_of(clip))
-    corpus = Corpus(out)
-    shape = len(corpus), clip.config.projection_dim
-    mode = "r+" if facts["done"] else "w+"
-    features = {key: np.lib.format.open_memmap(out / f"{key}.npy", mode, np.float16, shape)
-                for key in KEYS}
-    clip.to(choose_device(config.device))
-    for start, u, v in encode_pairs(clip, tokenizer, corpus, facts["done"], config):
-        facts["done"] = start + len(u)
-        for key, part in (("image", u), ("text", v)):
-            features[key][start:facts["done"]] = part
-            features[key].flush()        # what is counted as done is on disk
-        write_json(out / "index.json", facts)
+    with lock_folder(config.out) as out:
+        facts = begin_index(out, config, fingerprint_of(clip))
+        corpus = Corpus(out)
+        shape = len(corpus), clip.config.projection_dim
+        mode = "r+" if facts["done"] else "w+"
+        features = {key: np.lib.format.open_memmap(out / f"{key}.npy", mode, np.float16, shape)
+                    for key in KEYS}
+        clip.to(choose_device(config.device))
+        for start, u, v in encode_pairs(clip, tokenizer, corpus, facts["done"], config):
+            facts["done"] = start + len(u)
+            for key, part in (("image", u), ("text", v)):
+                features[key][start:facts["done"]] = part
+                features[key].flush()    # what is counted as done is on disk
+            write_json(out / "index.json", facts)
 
-    is_readable = features["image"].any(1)
-    bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
-    left_out = read_lines(out / "left_out.jsonl") + [(pair.where, pair.problem()) for pair in bad]
-    report = left_out_report(left_out)
-    if not is_readable.any():
-        raise ValueError(f"{out}: not one of {len(corpus)} pictures can be read; {report}")
-    for key in KEYS:
-        index = build_index(features[key], np.flatnonzero(is_readable), facts["kind"])
-        faiss.write_index(index, str(out / f"{key}.faiss"))
-    write_lines(out / "left_out.jsonl", left_out)
+        is_readable = features["image"].any(1)
+        bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
+        left_out = read_lines(out / "left_out.jsonl")
+        left_out += [(pair.where, pair.problem()) for pair in bad]
+        report = left_out_report(left_out)
+        if not is_readable.any():
+            raise ValueError(f"{out}: not one of {len(corpus)} pictures can be read; {report}")
+        for key in KEYS:
+            index = build_index(features[key], np.flatnonzero(is_readable), facts["kind"])
+            faiss.write_index(index, str(out / f"{key}.faiss"))
+        write_lines(out / "left_out.jsonl", left_out)
     print(f"{out}: {is_readable.sum():,} pairs, {facts['kind']}; {report}")
 
 
@@ -362,24 +387,21 @@ def begin_index(out, config, fingerprint):
 
     Raises ValueError if that was begun with another CLIP or corpus.
     """
-    facts = {"clip": config.clip, "fingerprint": fingerprint, "corpus": list(config.corpus),
-             "images": config.images, "sizes": file_sizes(config.corpus)}
-    if not (out / "index.json").exists():
+    asked = {"fingerprint": fingerprint, "corpus": list(config.corpus), "images": config.images,
+             "sizes": file_sizes(config.corpus)}
+    path = out / "index.json"
+    if not path.exists():
         crc, n = list_pairs(out, config)
-        kind = config.kind
-        if kind == "auto":
-            kind = kind_for(n)
-        facts |= {"crc": crc, "pairs": n, "kind": kind, "done": 0}
-        write_json(out / "index.json", facts)
+        facts = {"clip": config.clip, **asked, "crc": crc, "pairs": n, "kind": kind_for(n),
+                 "done": 0}
+        write_json(path, facts)
         return facts
-    old = json.loads((out / "index.json").read_text())
-    for key in ("fingerprint", "corpus", "images", "sizes"):
-        if old[key] != facts[key]:
-            what = "CLIP" if key == "fingerprint" else "corpus"
-            raise ValueError(f"{out} was begun with another {what} ({old['clip']}, {old['pairs']} "
-                             f"pairs of {' '.join(old['corpus'])}); take another --out")
-    print(f"{out}: going on at pair {old['done']} of {old['pairs']}")
-    return old
+    facts = read_facts(path, INDEX_FACTS, "index")
+    if facts | asked != facts:
+        raise ValueError(f"{out} was begun with another CLIP or corpus, {facts['clip']} and "
+                         f"{facts['pairs']} pairs of {facts['corpus']}; take another --out")
+    print(f"{out}: going on at pair {facts['done']} of {facts['pairs']}")
+    return facts
 
 
 def file_sizes(sources):
@@ -436,13 +458,10 @@ def search_index(index, queries, k):
 def open_index(folder):
     """(index.json, Corpus, the indices of the readable pairs) of an index folder.
 
-    Raises ValueError if it is unfinished, or if the corpus has changed since.
+    Raises ValueError if it is unfinished or damaged, or if the corpus has changed since.
     """
     folder = Path(folder)
-    if not (folder / "index.json").is_file():
-        raise FileNotFoundError(f"{folder}: no index.json; an index is the --out folder of "
-                                "python -m extras.retrieve index")
-    facts = json.loads((folder / "index.json").read_text())
+    facts = read_facts(folder / "index.json", INDEX_FACTS, "index")
     if not (folder / "text.faiss").is_file():    # the last to be written
         raise ValueError(f"{folder}: {facts['done']} of {facts['pairs']} pairs are encoded; the "
                          "same index command goes on")
@@ -450,8 +469,12 @@ def open_index(folder):
     if now != facts["sizes"]:
         raise ValueError(f"{folder} is not of this corpus any more: it had {facts['sizes']} bytes "
                          f"when it was indexed, and has {now} now; index it again")
+    corpus = Corpus(folder)
     u = np.load(folder / "image.npy", mmap_mode="r")
-    return facts, Corpus(folder), np.flatnonzero(u.any(1))
+    crc = zlib.crc32(np.memmap(corpus.file, mode="r"))
+    if crc != facts["crc"] or not len(corpus) == len(u) == facts["pairs"]:
+        raise ValueError(f"{folder}: pairs.jsonl or a file beside it is damaged; index again")
+    return facts, corpus, np.flatnonzero(u.any(1))
 
 
 # -----------------------------------------------------------------------------
@@ -467,7 +490,6 @@ class RetrieveConfig:
     out: str                            # folder for retrieved.jsonl, report.json and grid.png
     keys: list[str] = ("image",)        # image (T2I), text (T2T), or both
     k: int = 50                         # COURSE: pairs a query; the retrieval-size row
-    min_score: float = None             # leave out what is less similar to the query than this
     device: str = "auto"                # cuda, mps or cpu
 
     CHOICES: ClassVar[dict] = {"keys": list(KEYS)}
@@ -475,12 +497,11 @@ class RetrieveConfig:
 
 def read_terms(path, what):
     """The lines of a text file, `what` they are; each may stand there once."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; {what} are a text file, one a line")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     terms = Counter(line.strip() for line in lines if line.strip())
     if not terms or max(terms.values()) > 1:
-        raise ValueError(f"{path}: {what} are needed, each once; found {terms.most_common(3)}")
+        raise ValueError(f"{path}: {what} are needed, one a line, each once; found "
+                         f"{terms.most_common(3)}")
     return list(terms)
 
 
@@ -503,31 +524,18 @@ def find_pairs(config, queries, v, good):
     """{pair: {class: [(template, key, score), ...]}} of all that the queries v (Q, D) hit."""
     hits = {}
     for key in config.keys:
-        index = import_faiss().read_index(os.path.join(config.index, f"{key}.faiss"))
+        file = os.path.join(config.index, f"{key}.faiss")
+        try:
+            index = import_faiss().read_index(file)
+        except RuntimeError as error:
+            raise ValueError(f"{file}: {error}; index the corpus again") from error
         scores, rows = search_index(index, v, config.k)
-        if config.min_score is not None:
-            rows[scores < config.min_score] = -1
         for q, (name, t, _) in enumerate(queries):
             for score, row in zip(scores[q].tolist(), rows[q].tolist(), strict=True):
                 if row >= 0:
                     by_class = hits.setdefault(int(good[row]), {})
                     by_class.setdefault(name, []).append((t, key, round(score, 4)))
     return hits
-
-
-def rank_by_class(hits, classes):
-    """{class: [(best score, pair), ...]}, the best first. ValueError if a class has no pair."""
-    ranked = {name: [] for name in classes}
-    for i, by_class in hits.items():
-        for name, found in by_class.items():
-            best = max(score for _, _, score in found)
-            ranked[name].append((best, i))
-    empty = [name for name in classes if not ranked[name]]
-    if empty:
-        raise ValueError(f"{len(empty)} of {len(classes)} classes have no pair at all, e.g. "
-                         f"{empty[:5]}; a lower --min_score, other names or templates, or a larger "
-                         "corpus")
-    return {name: sorted(pairs, reverse=True) for name, pairs in ranked.items()}
 
 
 def retrieve_pairs(config):
@@ -544,17 +552,23 @@ def retrieve_pairs(config):
     clip.to(choose_device(config.device))
     v = text_features(clip, tokenizer, [text for _, _, text in queries])     # (Q, D)
     hits = find_pairs(config, queries, v.cpu().numpy(), good)
-    ranked = rank_by_class(hits, classes)
+    ranked = {name: [] for name in classes}              # (best score, pair), the best first
+    for i in hits:
+        for name, found in hits[i].items():
+            ranked[name].append((max(score for _, _, score in found), i))
+    for pairs in ranked.values():
+        pairs.sort(reverse=True)
 
     out = Path(config.out)
     write_lines(out / "retrieved.jsonl", [{"pair": i, "hits": hits[i]} for i in sorted(hits)])
-    report = {"index": config.index, "crc": facts["crc"], "clip": config.clip, "k": config.k,
-              "keys": [KEYS[key] for key in config.keys], "min_score": config.min_score,
-              "queries": len(queries), "pairs": len(hits), "corpus": len(good), "classes": {}}
+    about = {}
     for name, pairs in ranked.items():
         mean = float(np.mean(pairs, 0)[0])
-        texts = [corpus[i].text for _, i in pairs[:3]]
-        report["classes"][name] = {"pairs": len(pairs), "mean_score": round(mean, 4), "best": texts}
+        best = [corpus[i].text for _, i in pairs[:3]]
+        about[name] = {"pairs": len(pairs), "mean_score": round(mean, 4), "best": best}
+    report = {"index": config.index, "crc": facts["crc"], "clip": config.clip, "k": config.k,
+              "keys": [KEYS[key] for key in config.keys], "queries": len(queries),
+              "pairs": len(hits), "corpus": len(good), "classes": about}
     write_json(out / "report.json", report)
     draw_grid(out / "grid.png", {name: ranked[name][:6] for name in classes[:12]}, corpus)
     sizes = [len(pairs) for pairs in ranked.values()]

@@ -1,5 +1,6 @@
 """LLaVA-1.5's data (extras/academic.py): questions, answers and boxes as conversations."""
 import json
+import os
 import random
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_a_question_with_choices_is_asked_once_per_choice_in_conversations_of_th
     assert len({r["id"] for r in records}) == 8, "two conversations share an id"
     letters = {q: [] for q in choices}
     for record in records:
-        asked = []
+        asked = set()
         for text, letter in zip(texts(record)[::2], texts(record)[1::2], strict=True):
             assert text.endswith(LETTER), "a question lacks its prompt"
             question, *options = text.removesuffix(LETTER).removeprefix("<image>\n").split("\n")
@@ -121,8 +122,8 @@ def test_a_question_with_choices_is_asked_once_per_choice_in_conversations_of_th
             answer = choices[question][right[question]]
             assert options["ABCD".index(letter)] == answer, "the letter names another option"
             letters[question].append(letter)
-            asked.append(question)
-        assert len(set(asked)) == len(asked), "one conversation has a question twice"
+            asked.add(question)
+        assert len(asked) == len(texts(record)) // 2, "one conversation has a question twice"
     assert all(sorted(found) == list("ABCD") for found in letters.values()), letters
 
 
@@ -130,22 +131,12 @@ def test_two_ways_of_asking_about_one_picture_are_two_conversations(convert):
     """Letters where there are choices, and short answers where there are none, or by the flag."""
     rows = [{"image": "a.jpg", "question": "Q1?", "answer": "x"},
             {"image": "a.jpg", "question": "Q2?", "answer": "y", "choices": ["x", "y"]}]
-    records, _ = convert(rows, None, "--no-rotate")
+    records, _ = convert(rows)
     assert [texts(r) for r in records] == [["<image>\nQ1?" + SHORT, "x"],
-                                           ["<image>\nQ2?\nA. x\nB. y" + LETTER, "B"]]
+                                           ["<image>\nQ2?\nA. x\nB. y" + LETTER, "B"],
+                                           ["<image>\nQ2?\nA. y\nB. x" + LETTER, "A"]]
     records, _ = convert(rows, None, "--format_prompt", "short")
     assert [texts(r) for r in records] == [["<image>\nQ1?" + SHORT, "x", "Q2?", "y"]]
-
-
-def test_long_conversations_can_be_cut_and_nothing_is_lost(convert):
-    """--turns; each piece stands alone, with picture, prompt and an id of its own."""
-    rows = [{"image": "a.jpg", "question": f"Q{i}?", "answer": str(i)} for i in range(7)]
-    records, _ = convert(rows, None, "--turns", 3)
-    assert [len(r["conversations"]) for r in records] == [6, 6, 2]
-    assert [r["id"] for r in records] == ["a", "a_1", "a_2"]
-    assert all(texts(r)[0].startswith("<image>\n") for r in records)
-    assert all(texts(r)[0].endswith(SHORT) for r in records)
-    assert [a for r in records for a in texts(r)[1::2]] == list("0123456")
 
 
 # -----------------------------------------------------------------------------
@@ -158,10 +149,12 @@ BAD = [
     ("text", "needed are .*found text"),
     ({**GOOD, "answer": " "}, "text is needed"),
     ({**GOOD, "question": "<image> Q?"}, "without <image>"),
-    ({**GOOD, "image": ["a.jpg"]}, "text is needed"),
+    ({**GOOD, "image": ["a.jpg"]}, "a name or a number is needed"),
     ({**GOOD, "question": None}, "cannot be used"),
     ({**GOOD, "choices": ["y", "z"]}, "once among them; found 'x'"),
-    ({**GOOD, "choices": 7}, "cannot be used"),
+    ({**GOOD, "choices": 7}, "choices: 7 where a list belongs"),
+    ({**GOOD, "choices": "xy"}, "choices: 'xy' where a list belongs"),
+    ({**GOOD, "choices": ["x", 7]}, "a choice: 7 where text belongs"),
 ]
 
 
@@ -176,6 +169,16 @@ def test_a_bad_record_is_named_and_left_out_only_on_demand(bad, message, convert
     assert len(texts(records[0])) == 4
 
 
+@pytest.mark.parametrize("wrong", [{"correct_choice_idx": -1}, {"correct_choice_idx": True},
+                                   {"correct_choice_idx": 2}, {"choices": "xy"},
+                                   {"image_id": True}, {"image_id": None}, {"image_id": "7"}])
+def test_a_value_of_a_wrong_type_is_not_taken_for_another(wrong, convert):
+    """True is not choice 1, -1 not the last one, "xy" not the choices x and y."""
+    row = {"image_id": 4, "question": "Q?", "choices": ["x", "y"], "correct_choice_idx": 1}
+    with pytest.raises(ValueError, match=r"^1 of 2 records are bad .*\nquestions.json\[1\]: "):
+        convert([row, row | wrong])
+
+
 def test_many_bad_records_are_counted_and_the_first_are_shown(convert):
     """A wrong file gives twenty lines and a number; nothing is written if nothing is left."""
     with pytest.raises(ValueError, match=r"^30 of 31 records are bad(.*\n){21}\.\.\. and 10 more$"):
@@ -184,13 +187,18 @@ def test_many_bad_records_are_counted_and_the_first_are_shown(convert):
         convert([{**GOOD, "answer": ""}], None, "--skip_bad")
 
 
-def test_questions_without_their_annotation_are_bad(convert):
-    """VQAv2's two files are joined by question_id; another split's annotations are found out."""
+def test_questions_and_annotations_are_joined_by_the_value_of_question_id(convert):
+    """Numbers and strings are one id, as other tools export them; what has no answer is bad."""
     questions, annotations = vqa((1, "Q0?", "a"), (2, "Q1?", "b"))
+    as_text = [row | {"question_id": str(row["question_id"])} for row in annotations["annotations"]]
+    assert convert(questions, {"annotations": as_text}) == convert(questions, annotations)
+    with pytest.raises(ValueError, match="a question_id is there twice"):
+        convert(questions, {"annotations": [*as_text, as_text[0]]})
     annotations["annotations"].pop()                     # that of the first question
     with pytest.raises(ValueError, match=r"1 of 2 records.*\n.*\[0\]: .*multiple_choice_answer"):
         convert(questions, annotations)
-    for others in (None, {"annotations": 5}, {"annotations": [{"id": 1}]}, {"questions": []}, [1]):
+    for others in (None, {"annotations": 5}, {"annotations": [{"id": 1}]}, {"questions": []}, [1],
+                   [1, 2], []):
         with pytest.raises(ValueError, match="annotations"):
             convert(questions, others)
     with pytest.raises(ValueError, match="no others, have their answers in a file of their own"):
@@ -198,7 +206,7 @@ def test_questions_without_their_annotation_are_bad(convert):
 
 
 @pytest.mark.parametrize("data", [{"a": 1}, [1, 2], [{"image": "a.jpg", "text": "Q?"}],
-                                  {"data": [{"x": 1}]}])
+                                  {"data": [{"x": 1}]}, [], 5])
 def test_a_file_of_no_known_kind_is_refused_with_the_kinds_there_are(data, convert):
     """The message tells what each kind needs."""
     known = r"questions.json: no record is of a known kind.*A-OKVQA \(question, image_id"
@@ -206,19 +214,31 @@ def test_a_file_of_no_known_kind_is_refused_with_the_kinds_there_are(data, conve
         convert(data)
 
 
-def test_converting_loads_no_torch(tmp_path):
-    """Text in, text out; it starts at once."""
+@pytest.mark.parametrize("content, message", [
+    (b"\x1f\x8b\x08\x00", "gzip"), ('{"a": 1}'.encode("utf-16"), "UTF-16"), (b"PAR1", "Parquet"),
+    (b"[" * 100_000, "nested too deeply"), (b'{"data": 5}', "5 where a list belongs"),
+    (b'{"image": "a", "image": "b"}', "'image' stands twice"), (None, "no such file")])
+def test_a_file_that_is_no_JSON_is_named_for_what_it_is(content, message, tmp_path):
+    """By name and kind, and never by a traceback."""
+    if content is not None:
+        (tmp_path / "q.json").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"q.json: .*{message}"):
+        academic.main(["--questions", str(tmp_path / "q.json"), "--out", str(tmp_path / "o.json")])
+
+
+def test_converting_loads_no_torch_and_its_output_may_be_a_link(tmp_path):
+    """Text in, text out; it starts at once. A link is followed, and a device is left a device."""
     (tmp_path / "q.json").write_text(json.dumps(GOOD))
+    (tmp_path / "link.json").symlink_to("o.json")
     code = ("import sys; from extras import academic; academic.main(sys.argv[1:]); "
             "print({'torch', 'transformers'} & set(sys.modules))")
-    flags = ["--questions", tmp_path / "q.json", "--out", tmp_path / "o.json"]
+    flags = ["--questions", str(tmp_path / "q.json"), "--out", str(tmp_path / "link.json")]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.stdout.splitlines()[-1:] == ["set()"], done.stdout + done.stderr
-    flags[1] = "gone.json"
-    done = subprocess.run([sys.executable, "-m", "extras.academic", *flags], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "error: gone.json: no such file\n")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "o.json").is_file()
+    academic.main([*flags[:3], "/dev/null"])
+    assert not os.path.isfile("/dev/null")
 
 
 # -----------------------------------------------------------------------------
@@ -282,8 +302,10 @@ def test_regions_are_asked_for_their_words_or_their_box_at_most_ten_in_a_convers
     assert printed.startswith("regions: 200 records, 0 left out")
     assert "7 pictures, 21 conversations, 200 answers (" in printed
     assert max(len(r["conversations"]) for r in records) == 20
+    assert len({r["id"] for r in records}) == 21, "two pieces share an id"
     ways, found = {"phrase": 0, "box": 0}, set()
     for record in records:
+        assert texts(record)[0].startswith("<image>\n")
         for question, answer in zip(texts(record)[::2], texts(record)[1::2], strict=True):
             way, phrase, box = "phrase", answer, question.split(DESCRIBE)[-1].removesuffix(".")
             if LOCATE in question:
@@ -297,8 +319,6 @@ def test_regions_are_asked_for_their_words_or_their_box_at_most_ten_in_a_convers
             found.add(phrase)
     assert len(found) == 200 and min(ways.values()) > 70, f"lost, or not drawn evenly: {ways}"
     assert records == convert(regions())[0] != convert(regions(), None, "--seed", 1)[0]
-    for way in ways:
-        assert f"({way} 200)" in convert(regions(), None, "--ask", way)[1]
 
 
 def test_the_size_of_a_picture_is_taken_from_its_file_if_the_record_has_none(convert, tmp_path):
@@ -308,7 +328,7 @@ def test_the_size_of_a_picture_is_taken_from_its_file_if_the_record_has_none(con
     exif[0x0112] = 6                                     # stored lying on its side
     Image.new("RGB", (50, 100)).save(tmp_path / "images" / "a.jpg", exif=exif)
     row = {"image": "a.jpg", "phrase": "x", "box": [30, 10, 30, 30]}
-    flags = ["--ask", "box", "--images", tmp_path / "images"]
+    flags = ["--images", tmp_path / "images"]           # seed 0 asks for the box
     assert texts(convert([row], None, *flags)[0][0])[1] == "[0.3, 0.35, 0.6, 0.65]"
     stretched, _ = convert([row], None, *flags, "--aspect", "stretched")
     assert texts(stretched[0])[1] == "[0.3, 0.2, 0.6, 0.8]"
@@ -317,6 +337,6 @@ def test_the_size_of_a_picture_is_taken_from_its_file_if_the_record_has_none(con
     with pytest.raises(ValueError, match=r"\[0\]: .*gone.jpg"):
         convert([{**row, "image": "gone.jpg"}], None, *flags)
     for bad in ({"box": [0, 0, 500, 5]}, {"box": "here"}, {"phrase": " ."}, {"width": 0},
-                {"width": "9"}, {"box": [0, 0, "a", 1]}):
+                {"width": "9"}, {"box": [0, 0, "a", 1]}, {"box": [True, 0, 9, 9]}):
         with pytest.raises(ValueError, match=r"1 of 1 records are bad.*\nquestions.json\[0\]: "):
             convert([{**row, "width": 100, "height": 50, **bad}])

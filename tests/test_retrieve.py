@@ -54,15 +54,17 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """corpus.tsv of 64 pictures, class names and templates, in one folder."""
+    """corpus.tsv and labels.tsv of 64 pictures, class names and templates, in one folder."""
     folder = tmp_path_factory.mktemp("corpus")
-    rows = []
+    rows, labels = [], []
     for i in range(64):
         colour = list(COLOURS)[i % 4]
         square(i, colour).save(folder / f"{i}.png")
         rows.append(f"{i}.png\ta {colour} square, number {i}\n")
+        labels.append(f"{i}.png\t{colour}\n")
     (folder / "corpus.tsv").write_text("".join(rows))
     (folder / "other.tsv").write_text("".join(rows[:32]))
+    (folder / "labels.tsv").write_text("".join(labels))
     (folder / "classes.txt").write_text("\n".join(COLOURS))
     (folder / "templates.txt").write_text("\n".join(TEMPLATES))
     return folder
@@ -134,9 +136,75 @@ def test_what_cannot_be_a_pair_is_counted_and_shown(clip, tmp_path, capsys):
                    "--out", str(tmp_path / "out"), "--workers", "0", "--device", "cpu"])
     assert "2 pairs, flat; 5 left out" in capsys.readouterr().out
     reasons = " ".join(why for _, why in lines(tmp_path / "out" / "left_out.jsonl"))
-    for why in ("no text beside", "no picture beside", "empty", "not a readable picture",
+    for why in ("no text beside it", "no picture beside", "empty", "not a readable picture",
                 "damaged at byte 2048"):
         assert why in reasons, why
+
+
+def test_the_text_of_a_shard_is_its_txt_and_else_the_caption_of_its_json(tmp_path):
+    """In any order; a null, a second caption, half a character and other bytes are left out."""
+    captions = {"0": None, "1": '"from JSON"', "2": "null", "3": '"a", "caption": "b"',
+                "4": '"\\ud83d"', "5": "7"}
+    members = {}
+    for name, caption in captions.items():
+        members[f"{name}.png"] = png()
+        if name == "0":
+            members["0.json"] = b'{"url": "x"}'          # as img2dataset writes, without a caption
+            members["0.txt"] = b"from text"
+        else:
+            members[f"{name}.json"] = f'{{"caption": {caption}}}'.encode()
+    members |= {"6.png": png(), "6.txt": "\ufeffa caf\xe9".encode()}
+    members |= {"7.png": png(), "7.txt": b"\xe9"}
+    write_shard(tmp_path / "c.tar", members)
+    left_out = []
+    pairs = list(retrieve.read_pairs([str(tmp_path / "c.tar")], ".", left_out))
+    assert [pair.text for pair in pairs] == ["from text", "from JSON", "a caf\xe9"]
+    assert len(left_out) == 5, left_out
+
+
+def test_members_that_are_no_files_are_left_out_and_counted(tmp_path):
+    """Folders and dangling links called like pictures and texts, a name that is there twice."""
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for name, kind in (("0.png", tarfile.DIRTYPE), ("1.png", tarfile.SYMTYPE),
+                           ("2.txt", tarfile.DIRTYPE), ("3.txt", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "gone"
+            tar.addfile(info)
+        for text in (b"first", b"second"):
+            for name, data in (("4.png", png()), ("4.txt", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    folder = tmp_path / "f"
+    (folder / "0.png").mkdir(parents=True)
+    (folder / "0.txt").mkdir()
+    (folder / "1.png").symlink_to("gone")
+    (folder / "1.txt").write_text("its picture is gone")
+    (folder / "2.png").write_bytes(png())
+    (folder / "2.txt").symlink_to("gone")
+    left_out = []
+    [pair] = retrieve.read_pairs([str(tmp_path / "c.tar")], ".", left_out)
+    assert pair.text == "first" and len(left_out) == 6, left_out
+    left_out = []
+    [pair] = retrieve.read_pairs([str(folder)], ".", left_out)
+    assert "No such file" in pair.problem() and len(left_out) == 2, left_out
+
+
+def test_rows_of_a_list_that_are_no_pairs_are_left_out_and_named(tmp_path):
+    """Wrong types, names that leave the folder; gzip, UTF-16 and Parquet are refused by name."""
+    rows = ['{"image": "a.png", "caption": "fine"}', '5', '{"image": 7, "caption": "x"}',
+            '{"image": "a.png", "caption": null}', '{"image": "../a.png", "caption": "x"}',
+            '{"caption": "x"}', '{"image": "a.png", "caption": ["x"]}']
+    (tmp_path / "c.json").write_text("\n".join(rows))
+    left_out = []
+    [pair] = retrieve.read_pairs([str(tmp_path / "c.json")], tmp_path, left_out)
+    assert pair.text == "fine" and len(left_out) == 6, left_out
+    assert "c.json[1]" in left_out[0][0] and "5 where an object belongs" in left_out[0][1]
+    for content, what in ((b"\x1f\x8b", "gzip"), (b"\xff\xfea", "UTF-16"), (b"PAR1", "Parquet")):
+        for name in ("c.json", "c.tsv"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name}: this is {what}"):
+                list(retrieve.read_pairs([str(tmp_path / name)], tmp_path, []))
 
 
 # -----------------------------------------------------------------------------
@@ -191,9 +259,9 @@ def test_an_index_that_was_killed_goes_on_bit_for_bit(clip, corpus, index, tmp_p
     for file in ("image.npy", "text.npy", "pairs.jsonl", "text.faiss", "image.faiss"):
         assert (tmp_path / file).read_bytes() == (index / file).read_bytes(), file
     other = save_clip(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="begun with another CLIP"):
+    with pytest.raises(ValueError, match="begun with another CLIP or corpus"):
         run_index(other, corpus, tmp_path)
-    with pytest.raises(ValueError, match="begun with another corpus"):
+    with pytest.raises(ValueError, match="begun with another CLIP or corpus"):
         run_index(clip, corpus, tmp_path, "other.tsv")
     assert len(retrieve.open_index(tmp_path)[1]) == 64, "the refused command changed the index"
 
@@ -253,22 +321,14 @@ def test_what_is_retrieved_is_the_brute_force_top_k_each_once(clip, corpus, inde
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ("clip", "is not the model that"), ("corpus", "is not of this corpus any more"),
-    ("classes", "class names are needed, each once"), ("min_score", "4 of 4 classes have no pair"),
+    ("clip", "is not the model that"), ("classes", "class names are needed, one a line, each once"),
     ("template", "is no template"), ("folder", "no index.json")])
 def test_what_does_not_belong_together_is_refused(clip, corpus, index, tmp_path, wrong, message):
-    """Features of another model, a corpus that has changed, a class without a hit, ..."""
+    """Features of another model, a class there twice, ..."""
     folder, flags = index, {}
     (tmp_path / "terms.txt").write_text("red\nred\n")
     if wrong == "clip":
         clip = save_clip(tmp_path / "clip", seed=1)
-    elif wrong == "corpus":
-        folder = shutil.copytree(index, tmp_path / "index")
-        facts = json.loads((folder / "index.json").read_text())
-        facts["sizes"] = {f"{corpus}/corpus.tsv": 1}
-        (folder / "index.json").write_text(json.dumps(facts))
-    elif wrong == "min_score":
-        flags["min_score"] = 1.5
     elif wrong == "template":
         flags["templates"] = tmp_path / "terms.txt"
         (tmp_path / "terms.txt").write_text("a photo\n")
@@ -278,3 +338,27 @@ def test_what_does_not_belong_together_is_refused(clip, corpus, index, tmp_path,
         folder = tmp_path
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_retrieve(clip, corpus, folder, tmp_path / "out", **flags)
+
+
+def change_facts(path, **facts):
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+DAMAGES = {
+    "is not of this corpus any more": lambda f: change_facts(f / "index.json", sizes={__file__: 1}),
+    "done: '64' where a whole number belongs": lambda f: change_facts(f / "index.json", done="64"),
+    "sizes: 7 where an object belongs": lambda f: change_facts(f / "index.json", sizes=7),
+    "index.json: JSON that is nested": lambda f: (f / "index.json").write_text("[" * 99_999),
+    "index.json: this is UTF-16": lambda f: (f / "index.json").write_text("{}", "utf-16"),
+    "pairs.jsonl or a file beside it is damaged": lambda f: (f / "pairs.jsonl").write_text("[1]"),
+    "image.faiss: ": lambda f: (f / "image.faiss").write_text("none"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_index_is_named(clip, corpus, index, tmp_path, message):
+    """Wrong types, nesting, other bytes, a corpus that has changed: an error by name."""
+    folder = shutil.copytree(index, tmp_path / "index")
+    DAMAGES[message](folder)
+    with pytest.raises(ValueError, match=message):
+        run_retrieve(clip, corpus, folder, tmp_path / "out")
