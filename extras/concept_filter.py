@@ -44,12 +44,9 @@ class Config:
     pairs: str                           # TSV, JSON lines, or a folder of pictures with .txt files
     out: str                             # folder for pairs.tsv, metadata.json, coverage.png
     columns: str = "image caption"       # of a TSV; "caption image" for CC3M's own
-    finder: str = "auto"                 # noun phrases by spacy, light, or auto: spaCy if installed
     most: int = 100                      # captions that one phrase adds
     least: int = 3                       # occurrences below which a phrase is dropped
     seed: int = 0
-
-    CHOICES = {"finder": ["auto", "light", "spacy"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,18 +81,6 @@ def spacy_phrases(captions):
             words = [t.lower_ for t in chunk if t.pos_ not in ("DET", "PRON", "PUNCT", "SPACE")]
             phrases.add(" ".join(words))
         yield phrases - {""}
-
-
-def choose_finder(name):
-    """(name, function) of --finder."""
-    if name == "auto":
-        name = "spacy" if find_spec("en_core_web_sm") else "light"
-    if name == "light":
-        return name, light_phrases
-    if not find_spec("en_core_web_sm"):  # a package, which needs spacy
-        raise ValueError("--finder spacy: pip install spacy, then python -m spacy download "
-                         "en_core_web_sm; or --finder light")
-    return name, spacy_phrases
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,12 +139,12 @@ def plot_coverage(path, frequencies, least):
 
 def filter_pairs(config):
     """Image-caption pairs in, fewer pairs out, with every frequent enough concept in them."""
-    name, finder = choose_finder(config.finder)
-    print(f"noun phrases: {'spaCy en_core_web_sm' if name == 'spacy' else 'the light finder'}")
+    has_spacy = find_spec("en_core_web_sm")              # a package of its own, which needs spacy
+    find_phrases = spacy_phrases if has_spacy else light_phrases
     pairs = list(read_caption_pairs(config.pairs, config.columns))
-    captions = tqdm((caption for _, caption in pairs), total=len(pairs), unit="caption",
-                    disable=None)
-    stays, before, after = concept_filter(finder(captions), config.most, config.least, config.seed)
+    captions = tqdm([caption for _, caption in pairs], unit="caption", disable=None)
+    stays, before, after = concept_filter(find_phrases(captions), config.most, config.least,
+                                          config.seed)
     if not stays.any():
         raise ValueError(f"{config.pairs}: no noun phrase is in {config.least} of the {len(pairs)} "
                          "captions; lower --least")
@@ -169,14 +154,15 @@ def filter_pairs(config):
             if is_chosen:
                 f.write(f"{image}\t{caption}\n")
     frequent = before >= config.least
-    covered = int((frequent & (after > 0)).sum())
     counts = {"pairs": len(pairs), "kept": int(stays.sum()), "phrases": len(before),
-              "phrases_frequent": int(frequent.sum()), "phrases_covered": covered}
-    write_json(out / "metadata.json", {**counts, "finder": name, "settings": asdict(config)})
+              "phrases_frequent": int(frequent.sum()),
+              "phrases_covered": int((frequent & (after > 0)).sum()),
+              "finder": "spaCy" if has_spacy else "ours; spaCy's en_core_web_sm is not installed"}
+    write_json(out / "metadata.json", {**counts, "settings": asdict(config)})
     labels = {f"all {len(pairs):,} pairs": before, f"kept {counts['kept']:,} pairs": after}
     plot_coverage(out / "coverage.png", labels, config.least)
-    print("pairs {pairs:,} -> {kept:,}; noun phrases {phrases:,}, frequent enough "
-          "{phrases_frequent:,}, of these covered {phrases_covered:,}".format(**counts))
+    for what, n in counts.items():
+        print(f"{what:<20} {n}")
     print(f"wrote {out / 'pairs.tsv'}, metadata.json, coverage.png")
 
 

@@ -15,30 +15,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from generate_data import (
-    TYPES,
-    WRITE_IN,
-    Reject,
-    context_text,
-    detail_questions,
-    make_record,
-    make_request,
-    read_contexts,
-    read_prompts,
-    reject_words,
-)
-from parts import client
+import generate_data
+from generate_data import TYPES, Reject, make_request
+from parts import client, files
 from parts.client import Endpoint, Request
-from parts.files import (
-    IMAGE,
-    PROMPTS,
-    check_least,
-    lock_folder,
-    run_main,
-    typed_flags,
-    write_json,
-    write_lines,
-)
+from parts.files import IMAGE, PROMPTS
 
 CATEGORY = dict(zip(TYPES, ("conv", "detail", "complex"), strict=True))
 
@@ -56,18 +37,17 @@ class Config(Endpoint):
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, bench=1)
+        files.check_least(self, bench=1)
 
 
 def reference_request(context, kind, question, config):
     """The request for a reference answer: the teacher reads captions and boxes, no picture."""
     system = Path(config.prompts, "reference", "system_message.txt").read_text()
     if config.language:
-        system += WRITE_IN.format(config.language)
-    text = f"{context_text('reference', context)}\n\n{question}"
-    messages = client.chat_messages(system, [], text)
-    return Request(f"{context.id}-reference-{kind}", "reference",
-                   client.request_body(config, messages))
+        system += generate_data.WRITE_IN.format(config.language)
+    text = f"{generate_data.context_text('reference', context)}\n\n{question}"
+    body = client.request_body(config, client.chat_messages(system, [], text))
+    return Request(f"{context.id}-reference-{kind}", "reference", body)
 
 
 def usable_replies(plan, read, raw, config):
@@ -90,16 +70,16 @@ def reference_of(context, request, reply):
     if reply["choices"][0].get("finish_reason") in ("length", "content_filter"):
         raise Reject("cut off")
     text = client.content_of(reply).strip()
-    reject_words(text)
+    generate_data.reject_words(text)
     return text
 
 
 def ask_for_pictures(contexts, prompts, raw, config):
     """{picture: [((kind, question), answer) of each type]} of the pictures that can be used."""
-    ways = detail_questions(config.prompts)
+    ways = generate_data.detail_questions(config.prompts)
 
     def question_of(context, request, reply):
-        record = make_record(context, request, reply, ways, config.seed)
+        record = generate_data.make_record(context, request, reply, ways, config.seed)
         first = record["conversations"][0]["value"]
         return request.kind, first.replace(IMAGE, "").strip()
 
@@ -129,24 +109,24 @@ def write_bench(found, tried, out, config):
     for context, rows in found.items():
         for (kind, question), text in rows:
             i = len(questions)
-            questions.append({"question_id": i, "image": context.image, "text": question,
-                              "category": CATEGORY[kind]})
-            references.append({"question_id": i, "prompt": question, "text": text,
-                               "answer_id": f"reference-{i}", "model_id": config.model,
-                               "metadata": {}, "category": CATEGORY[kind]})
-    write_lines(out / "questions.jsonl", questions)
-    write_lines(out / "reference.jsonl", references)
-    write_lines(out / "context.jsonl", [context_record(context) for context in found])
-    write_json(out / "metadata.json", {"pictures": len(found), "tried": tried,
-                                       "date": str(date.today()), "settings": asdict(config)})
+            row = {"question_id": i, "category": CATEGORY[kind]}
+            questions.append({**row, "image": context.image, "text": question})
+            references.append({**row, "prompt": question, "text": text, "metadata": {},
+                               "answer_id": f"reference-{i}", "model_id": config.model})
+    files.write_lines(out / "questions.jsonl", questions)
+    files.write_lines(out / "reference.jsonl", references)
+    files.write_lines(out / "context.jsonl", [context_record(context) for context in found])
+    files.write_json(out / "metadata.json", {
+        "pictures": len(found), "tried": tried, "date": str(date.today()),
+        "settings": asdict(config)})
     print(f"{len(questions)} questions about {len(found)} pictures and their reference answers: "
           f"{out}/questions.jsonl, reference.jsonl, context.jsonl")
 
 
 def make_bench(config):
     """Ask until there are enough pictures; go on after an interruption, nothing is paid twice."""
-    prompts = read_prompts(config.prompts)
-    contexts = read_contexts(config.captions, config.instances)
+    prompts = generate_data.read_prompts(config.prompts)
+    contexts = generate_data.read_contexts(config.captions, config.instances)
     if config.bench > len(contexts):
         raise ValueError(f"--bench {config.bench}: {config.captions} has {len(contexts)} pictures")
     order = random.Random(config.seed).sample(contexts, len(contexts))
@@ -155,21 +135,20 @@ def make_bench(config):
                     for context in order[:config.bench] for kind in TYPES]
         return client.print_requests(requests[:config.show])
     found, tried = {}, 0
-    with lock_folder(config.out) as out:
+    with files.lock_folder(config.out) as out:
         while len(found) < config.bench:
             chosen = order[tried:tried + config.bench - len(found)]
             if not chosen:
-                raise ValueError(f"{len(found)} of {len(order)} pictures have a usable question "
-                                 "and answer of each type; "
-                                 f"--bench {config.bench} needs more pictures")
+                raise ValueError(f"--bench {config.bench}: only {len(found)} of {len(order)} pictures "
+                                 "have a usable question and answer of each type")
             tried += len(chosen)
             found |= ask_for_pictures(chosen, prompts, out / "raw.jsonl", config)
         write_bench(found, tried, out, config)
 
 
 def main(argv=None):
-    make_bench(Config(**typed_flags(Config, argv, "Make a LLaVA-Bench.")))
+    make_bench(Config(**files.typed_flags(Config, argv, "Make a LLaVA-Bench.")))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    files.run_main(main)

@@ -1,7 +1,6 @@
 """Stage 1's pairs: where they come from, and which of CC3M's are kept."""
 import json
 import random
-from importlib.util import find_spec
 
 import pytest
 
@@ -51,7 +50,7 @@ def test_filter_and_expand_make_stage_1s_file(tmp_path):
     rows = [f"a {nouns[i % 3]} near the {nouns[(i + 1) % 3]}\t{i}.jpg" for i in range(600)]
     (tmp_path / "cc.tsv").write_text("\n".join([*rows, "an unheard thing\tx.jpg"]) + "\n")
     concept_filter.main(["--pairs", str(tmp_path / "cc.tsv"), "--out", str(tmp_path / "f"),
-                         "--columns", "caption image", "--finder", "light"])
+                         "--columns", "caption image"])
     counts = json.loads((tmp_path / "f" / "metadata.json").read_text())
     assert counts["pairs"] == 601 and 100 <= counts["kept"] <= 300
     assert counts["phrases_frequent"] == 3 == counts["phrases_covered"]
@@ -99,11 +98,9 @@ def test_a_pair_that_would_train_on_nonsense_is_an_error_that_leaves_nothing(
 
 @pytest.mark.parametrize("flags, says", [
     ([], "in 3 of the 1 captions; lower --least"), (["--least", "0"], "--least 0"),
-    (["--most", "0"], "--most 0"), (["--finder", "spacy"], "pip install spacy")])
-def test_a_filter_that_would_keep_nothing_or_lacks_its_finder_says_so(tmp_path, flags, says):
+    (["--most", "0"], "--most 0")])
+def test_a_filter_that_would_keep_nothing_says_so(tmp_path, flags, says):
     """And writes nothing."""
-    if says == "pip install spacy" and find_spec("en_core_web_sm"):
-        pytest.skip("spaCy is here")
     (tmp_path / "p.tsv").write_text("1.jpg\ta bus\n")
     with pytest.raises(ValueError, match=says):
         concept_filter.main(["--pairs", str(tmp_path / "p.tsv"), "--out", str(tmp_path / "f"),
