@@ -3,25 +3,30 @@ One OpenAI-compatible endpoint, asked many times: nothing that is paid is lost, 
 
     requests --those without a reply in raw.jsonl--> ask, in several threads --> raw.jsonl
 
-`ask` is the only place in the project that speaks to a language model over the network.
+`ask` is the only place in the project that speaks to a language model over the network, and
+`content_of` the only one that reads what it answered.
 """
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
+import socket
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import NamedTuple
 
 import requests
 from requests import exceptions
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
@@ -30,11 +35,11 @@ from parts.files import check_least
 
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
-UNREACHED = {"refused": "connection refused", "Errno -": "unknown host",
-             "connect timeout": "no connection", "SSL": "SSL error"}
+MOST_BYTES = 2 ** 24           # of a reply; what is longer is no answer to anything we ask
 LOST = (exceptions.ConnectionError, exceptions.ChunkedEncodingError,
         exceptions.ContentDecodingError)
-THREAD = threading.local()     # each thread has its own pool of connections
+BUSY = re.compile(r"overload|rate.?limit|unavailable|timed? ?out|try again|busy", re.I)
+THREAD = threading.local()     # each thread has its own pool of connections, and its own deadline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +54,17 @@ class Endpoint:
     extra: str = None             # JSON object of further fields of a request; null removes one
     workers: int = 16             # requests at a time
     rpm: float = 0                # requests a minute at most; 0: no limit
-    tpm: float = 0                # tokens a minute at most, max_tokens for an answer; 0: no limit
-    timeout: float = 120          # seconds without a byte
+    timeout: float = 120          # seconds for a whole reply
     attempts: int = 8             # times that a request is tried
+    max_wait: float = 600         # seconds that a server may ask to wait; above it the run stops
     show: int = 0                 # print the first N requests whole, send nothing
 
     def __post_init__(self):
-        check_least(self, temperature=0, max_tokens=1, workers=1, rpm=0, tpm=0, timeout=0.001,
-                    attempts=1, show=0)
+        check_least(self, temperature=0, max_tokens=1, workers=1, rpm=0, timeout=0.001, attempts=1,
+                    max_wait=0, show=0)
+        if re.search(r"[@?#]", self.base_url):           # it is written into files and messages
+            raise ValueError("--base_url: an address without user, password or parameters is "
+                             "needed; a key belongs into OPENAI_API_KEY")
 
 
 class Request(NamedTuple):
@@ -113,37 +121,68 @@ def count_tokens(text):
     return len(TOKEN.findall(text))
 
 
-def tokens_of(request):
-    """About how many tokens each message of a request has, with its role."""
-    return [count_tokens(message["content"]) + 4 for message in request.body["messages"]]
-
-
 def print_estimate(asked, endpoint, money):
     """Print requests, tokens, money and hours; answers are taken to be as long as the examples.
 
     money    (tokens of prompts, tokens of answers) -> what they cost
     """
-    rows = {}
+    rows = {"all": Counter()}
     for request in asked:
-        tokens = tokens_of(request)
+        tokens = [count_tokens(m["content"]) + 4 for m in request.body["messages"]]
         answers = tokens[2:-1:2] or [300]                 # of the assistant, behind the system's
-        for kind in ("all", request.kind):
-            row = rows.setdefault(kind, Counter())
+        for row in (rows["all"], rows.setdefault(request.kind, Counter())):
             row.update(requests=1, prompts=sum(tokens), answers=sum(answers) / len(answers))
     for kind, row in rows.items():
         cost = money(row["prompts"], row["answers"])
         print(f"{kind:<20}{row['requests']:>9,} requests, {row['prompts']:>13,} tokens in, "
               f"{row['answers']:>13,.0f} out, money {cost:>10,.2f}")
-    counted = rows["all"]["prompts"] + endpoint.max_tokens * len(asked)     # as servers count
     if endpoint.rpm:
         print(f"--rpm {endpoint.rpm:,.0f}: {len(asked) / endpoint.rpm / 60:,.1f} hours at least")
-    if endpoint.tpm:
-        print(f"--tpm {endpoint.tpm:,.0f}: {counted / endpoint.tpm / 60:,.1f} hours at least")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a reply says
+
+REASONING = re.compile(r"(?:<|\[(?=/?think\]))(/?)(?:think|thinking|thought|reasoning)[>\]]", re.I)
+FENCE = re.compile(r"^[ \t]*(?:```|~~~)[\w+-]*[ \t]*$\n?", re.M)
+MARK = r"(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<bos>|<(?:end|start)_of_turn>|\[/?INST\])"
+ENDS = re.compile(rf"(?:\s*{MARK})+\s*\Z")
 
 
 def content_of(reply):
-    """What a reply says."""
-    return reply["choices"][0]["message"]["content"]
+    """What a reply says, without what the model thought aloud, fences, and chat formats' marks."""
+    text = joined_text(reply["choices"][0]["message"].get("content"))
+    text = text.rpartition("<|channel|>final<|message|>")[2].partition("<|channel|>analysis")[0]
+    text = without_reasoning(text)
+    text = text[:-400] + ENDS.sub("", text[-400:])
+    return FENCE.sub("", text).strip()
+
+
+def joined_text(content):
+    """The text of a message's content: a text, a list of parts, some of which are text, or None."""
+    if not isinstance(content, list):
+        return content or ""
+    return "".join(part["text"] for part in content if part["type"] in ("text", "output_text"))
+
+
+def without_reasoning(text):
+    """A text without its <think>...</think>; where an opening is missing, the prompt had it."""
+    first, *rest = REASONING.split(text)
+    parts = [first]
+    is_thought = False
+    for slash, part in zip(rest[::2], rest[1::2], strict=True):
+        if slash and not is_thought:
+            parts.clear()
+        is_thought = not slash
+        if not is_thought:
+            parts.append(part)
+    return "".join(parts)
+
+
+def unfinished(reply):
+    """Why a reply is not a whole answer, or None; "length" is that it ran out of tokens."""
+    reason = reply["choices"][0].get("finish_reason")
+    return None if reason in (None, "stop") else str(reason)[:40]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,68 +194,150 @@ class TryAgain(Exception):
 
     def __init__(self, reason, after=None):
         super().__init__(reason)
-        self.reason = reason
         self.after = after
+
+
+@functools.cache
+def timed(connection_class):
+    """A class of connections that are shut when a reply is not whole in time, however it drips."""
+    class Timed(connection_class):
+        def getresponse(self):
+            shut = functools.partial(self.sock.shutdown, socket.SHUT_RDWR)
+            THREAD.deadline = threading.Timer(self.timeout, shut)
+            THREAD.deadline.daemon = True
+            THREAD.deadline.start()
+            return super().getresponse()
+    return Timed
+
+
+class TimedAdapter(HTTPAdapter):
+    """Makes connections of `timed` classes for a session of requests, with or without a proxy."""
+
+    def get_connection_with_tls_context(self, *args, **options):
+        pool = super().get_connection_with_tls_context(*args, **options)
+        pool.ConnectionCls = timed(type(pool).ConnectionCls)
+        return pool
+
+
+def thread_session():
+    """The session of this thread, whose connections stay open from one request to the next."""
+    if not hasattr(THREAD, "session"):
+        THREAD.session = requests.Session()
+        THREAD.session.mount("http://", TimedAdapter())
+        THREAD.session.mount("https://", TimedAdapter())
+    return THREAD.session
+
+
+def api_key():
+    """The environment's OPENAI_API_KEY. Raises ValueError, without it, if no header can hold it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ValueError("OPENAI_API_KEY: line breaks or letters that no header can hold; set it "
+                         "again, without what was pasted beside it")
+    return key
 
 
 def ask(base_url, body, timeout=120):
     """POST a request's body to base_url/chat/completions; returns the reply, a dict.
 
-    The key, if the server wants one, is the environment's OPENAI_API_KEY; no message shows it.
+    The key, if the server wants one, is the environment's OPENAI_API_KEY; neither a message nor a
+    reply shows it. `timeout` counts for the whole reply.
     Raises TryAgain for what may pass: 408, 409, 429, 5xx, a dropped or timed-out connection, a torn
     or foreign reply, an empty answer. Raises ValueError, with the server's words, for what will
-    not: 400, 401, 403, 404, no credit. An answer that was cut off or filtered is paid: it returns.
+    not: 400, 401, 403, 404, no credit. An answer that was cut off, filtered or refused is paid: it
+    returns.
     """
     url = f"{base_url.rstrip('/')}/chat/completions"
-    key = os.environ.get("OPENAI_API_KEY", "")
+    key = api_key()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    if not hasattr(THREAD, "session"):
-        THREAD.session = requests.Session()
+    THREAD.deadline = None                                # until there is a connection
+    start = time.monotonic()
     try:
-        response = THREAD.session.post(url, json=body, headers=headers, timeout=(10, timeout))
+        with thread_session().post(url, json=body, headers=headers, timeout=(10, timeout),
+                                   stream=True, allow_redirects=False) as response:
+            value = read_body(response, key)
+    except LOST as error:
+        if time.monotonic() - start > timeout:
+            raise TryAgain("timeout") from error
+        cause = getattr(error.args[0], "reason", None)    # if there was no connection at all
+        told = f"{url}: {str(cause).rpartition(': ')[2]}" if cause else "connection lost"
+        raise TryAgain(told) from error
     except exceptions.ReadTimeout as error:
         raise TryAgain("timeout") from error
-    except LOST as error:
-        causes = [cause for sign, cause in UNREACHED.items() if sign in str(error)]
-        raise TryAgain(f"{url}: {causes[0]}" if causes else "connection lost") from error
     except (exceptions.RequestException, UnicodeError) as error:   # no address, a wrong scheme, ...
         raise ValueError(f"{url}: {error}") from error
-    if response.status_code == 200:
-        return read_completion(response)
-    words = " ".join(response.text.split())[:500]
-    if key:
-        words = words.replace(key, "OPENAI_API_KEY")
-    return read_refusal(response, words, f"{url}, model {body.get('model')!r}")
+    finally:
+        if THREAD.deadline:
+            THREAD.deadline.cancel()
+    if not isinstance(value, dict) and time.monotonic() - start > timeout:
+        raise TryAgain("timeout")                         # what was cut off by it is no JSON
+    has_error = isinstance(value, dict) and value.get("error") and not value.get("choices")
+    if response.status_code == 200 and not has_error:
+        return read_completion(value)
+    return read_refusal(response, value, f"{url}, model {body.get('model')!r}")
 
 
-def read_completion(response):
-    """The reply in a response. Raises TryAgain if it is none, or says nothing without a reason."""
+def read_body(response, key):
+    """The JSON value of a response, or its text if it is none; the key is masked in it.
+
+    Raises TryAgain if it is too long. A key of a few letters is none, but what a server without
+    keys is given.
+    """
+    content = bytearray()
+    for part in response.iter_content(2 ** 16):
+        content += part
+        if len(content) > MOST_BYTES:
+            raise TryAgain(f"a reply of more than {MOST_BYTES:,} bytes")
+    text = content.decode("utf-8-sig", "replace")
+    with suppress(ValueError, RecursionError):            # written anew, a key has one spelling
+        text = json.dumps(json.loads(text, parse_int=lambda digits: int(digits[:20])))
+    if len(key) >= 8:
+        text = text.replace(json.dumps(key)[1:-1], "OPENAI_API_KEY")
     try:
-        reply = response.json()
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def read_completion(reply):
+    """The reply, if it is one. Raises TryAgain if it is not, or says nothing without a reason."""
+    try:
         choice = reply["choices"][0]
-        text = choice["message"]["content"] or ""
-        answered = bool(text.strip())
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        content_of(reply)
+        is_empty = not joined_text(choice["message"].get("content")).strip()
+        if choice["message"].get("refusal"):
+            choice["finish_reason"] = "refusal"
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise TryAgain("not a chat completion") from error
-    if not answered and choice.get("finish_reason") not in ("length", "content_filter"):
+    if is_empty and not unfinished(reply):
         raise TryAgain("empty answer")
-    choice["message"]["content"] = text
     return reply
 
 
-def read_refusal(response, words, where):
+def read_refusal(response, value, where):
     """What a response that is no success means: an empty reply if a filter refused, or an error."""
+    error = value.get("error") if isinstance(value, dict) else None
+    fields = error if isinstance(error, dict) else {}
+    words = str(fields.get("message") or error or value or response.headers.get("Location"))
+    words = " ".join(words.split())[:500]
+    signs = (fields.get("code"), fields.get("type"))
+    if "content_filter" in signs:
+        return {"choices": [{"message": {"content": "", "refusal": words},
+                             "finish_reason": "content_filter"}]}
     code = response.status_code
-    if "content_filter" in words:
-        return {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}
-    may_pass = code in (408, 409, 429) or code >= 500
-    if not may_pass or "insufficient_quota" in words:
+    if code == 200 and isinstance(signs[0], int):         # some tell the code in the body only
+        code = signs[0]
+    may_pass = code in (408, 409, 429) or code >= 500 or (code == 200 and BUSY.search(words))
+    if not may_pass or "insufficient_quota" in signs:
         raise ValueError(f"{where}: HTTP {code}: {words}")
+    retry = Retry()
+    retry.retry_after_max = math.inf                      # --max_wait is ours
     try:
-        after = Retry().get_retry_after(response)        # seconds or a date; None without header
-    except InvalidHeader:
+        # seconds or a date; None without this header
+        after = min(retry.get_retry_after(response) or 0, 10 ** 9) or None
+    except (InvalidHeader, ValueError, OverflowError):
         after = None
-    raise TryAgain(f"HTTP {code}", after)
+    raise TryAgain(f"HTTP {code}" if response.status_code == code else words, after)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,30 +354,52 @@ class Replies:
     def __init__(self, raw, repair=False):
         self.raw = raw
         self.starts = {}                                  # {key: where its line starts}
+        self.noted = set()
         if not os.path.exists(raw):
             return
         start = 0
         with open(raw, "rb") as f:
             for line in f:
                 if line.endswith(b"\n"):
-                    self.note_line(line, start)
+                    self.add_line(line, start)
                 elif repair:
                     os.truncate(raw, start)
                 start += len(line)
 
-    def note_line(self, line, start):
+    def add_line(self, line, start):
         try:
-            self.starts.setdefault(json.loads(line)["key"], start)
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            content_of(row["reply"])
+            self.starts.setdefault(row["key"], start)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             print(f"{self.raw}, byte {start}: torn, or no reply; it is passed over")
 
     def __contains__(self, key):
         return key in self.starts
 
     def __getitem__(self, key):
+        """A reply; its `usage` and `model` are None if they are no counts of tokens and no name."""
         with open(self.raw, "rb") as f:
             f.seek(self.starts[key])
-            return json.loads(f.readline())["reply"]
+            reply = json.loads(f.readline())["reply"]
+        if not has_counts(reply.get("usage") or {}):
+            self.leave_out("usage", reply)
+        if not isinstance(reply.get("model") or "", str):
+            self.leave_out("model", reply)
+        return reply
+
+    def leave_out(self, field, reply):
+        """What stands beside an answer never costs the answer; the first such reply is told."""
+        if field not in self.noted:
+            self.noted.add(field)
+            print(f"{self.raw}: {field} {reply[field]!r:.80} in a reply is odd, and left out")
+        reply[field] = None
+
+
+def has_counts(usage):
+    """Whether a reply's `usage` is an object whose counts of tokens are whole numbers."""
+    names = ("prompt_tokens", "completion_tokens")
+    return isinstance(usage, dict) and all(isinstance(usage.get(n) or 0, int) for n in names)
 
 
 class Client:
@@ -302,19 +445,21 @@ class Client:
     def fetch(self, request):
         """Ask until there is a reply, and keep it; else returns the reason of the last failure."""
         endpoint = self.endpoint
-        tokens = sum(tokens_of(request)) + endpoint.max_tokens      # as servers count
         reason = "stopped"
         for attempt in range(1, endpoint.attempts + 1):
-            self.wait_turn(tokens)
+            self.wait_turn()
             if self.stopping.is_set():
                 break
             try:
                 reply = ask(endpoint.base_url, request.body, endpoint.timeout)
             except TryAgain as error:
-                reason = error.reason
+                reason = str(error)
                 if reason not in self.noted:
                     self.noted.add(reason)
                     self.note(f"{reason}: tried {endpoint.attempts} times at most")
+                if error.after and error.after > endpoint.max_wait:
+                    raise ValueError(f"{reason}: the server asks for a wait of {error.after:.0f} "
+                                     f"seconds; --max_wait {endpoint.max_wait:g}") from error
                 if attempt < endpoint.attempts:           # twice as long each time, jittered
                     back_off = min(60, 0.25 * 2 ** attempt) * random.uniform(0.5, 1)
                     self.stopping.wait(back_off if error.after is None else error.after)
@@ -323,16 +468,13 @@ class Client:
                 return None
         return reason
 
-    def wait_turn(self, tokens):
-        """Sleep until --rpm and --tpm allow a request of so many tokens; turns are even."""
-        rpm, tpm = self.endpoint.rpm, self.endpoint.tpm
-        if 0 < tpm < tokens:
-            raise ValueError(f"--tpm {tpm:g}: one request and its answer may have {tokens} tokens; "
-                             "raise it")
-        minutes = max(1 / rpm if rpm else 0, tokens / tpm if tpm else 0)
+    def wait_turn(self):
+        """Sleep until --rpm allows a request; turns are even."""
+        if not self.endpoint.rpm:
+            return
         with self.lock:
             start = max(time.monotonic(), self.next_start)
-            self.next_start = start + 60 * minutes
+            self.next_start = start + 60 / self.endpoint.rpm
         self.stopping.wait(start - time.monotonic())
 
     def keep(self, request, reply):

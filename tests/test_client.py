@@ -6,7 +6,6 @@ import signal
 import time
 from collections import Counter
 
-import numpy as np
 import pytest
 from conftest import lines, run_script, start_script
 
@@ -54,7 +53,7 @@ def test_what_may_pass_is_told_apart(serve, fault, reason):
     url, _ = serve(faults={fault: 1.0})
     with pytest.raises(client.TryAgain) as raised:
         client.ask(url, make_requests(1)[0].body, timeout=0.5)
-    assert raised.value.reason == reason
+    assert str(raised.value) == reason
     assert raised.value.after == (1.0 if fault == "429" else None), "Retry-After is not heeded"
 
 
@@ -70,8 +69,8 @@ def test_what_will_not_pass_is_an_error_with_the_servers_words_without_the_key(
 
 
 @pytest.mark.parametrize("url, reason", [
-    ("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1/chat/completions: connection refused"),
-    ("http://no.such.host.invalid/v1", "unknown host")])
+    ("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1/chat/completions: .*Connection refused"),
+    ("http://no.such.host.invalid/v1", "Failed to resolve")])
 def test_a_dead_or_mistyped_endpoint_is_named(url, reason):
     """Nobody should have to guess which of two machines does not answer."""
     with pytest.raises(client.TryAgain, match=reason):
@@ -99,8 +98,8 @@ def test_extra_fields_join_the_request_and_null_removes_one(extra, says):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("attempts", 0), ("workers", 0), ("show", -1), ("rpm", -1), ("tpm", float("inf")),
-    ("timeout", 0), ("temperature", float("nan")), ("max_tokens", 0)])
+    ("attempts", 0), ("workers", 0), ("show", -1), ("rpm", float("inf")),
+    ("max_wait", -1), ("timeout", 0), ("temperature", float("nan")), ("max_tokens", 0)])
 def test_a_flag_that_cannot_be_meant_is_named(flag, value):
     """Before the first request, not at the first reply."""
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
@@ -127,18 +126,13 @@ def test_through_faults_each_request_has_its_own_reply(serve, tmp_path):
     assert "date" in replies[requests[0].key]
 
 
-def test_budgets_hold(serve, tmp_path):
-    """At most `rpm` requests and `tpm` tokens a minute are sent, evenly spaced."""
-    requests = make_requests(9)
-    tokens = sum(client.tokens_of(requests[0])) + 1024
-    for limits in ({"rpm": 1200}, {"tpm": 1200 * tokens}):
-        url, log = serve()
-        endpoint = Asker(base_url=url, workers=8, **limits)
-        client.ask_everything(requests, tmp_path / f"{limits}.jsonl", endpoint)
-        times = np.sort([row["time"] for row in lines(log)])
-        assert times[-1] - times[0] > 0.35, f"9 requests in {times[-1] - times[0]:.2f} s"
-    with pytest.raises(ValueError, match="--tpm 100: one request.*tokens"):
-        client.ask_missing(requests, tmp_path / "r.jsonl", Asker(base_url=url, tpm=100))
+def test_a_budget_holds(serve, tmp_path):
+    """At most `rpm` requests a minute are sent, evenly spaced."""
+    url, log = serve()
+    endpoint = Asker(base_url=url, workers=8, rpm=1200)
+    client.ask_everything(make_requests(9), tmp_path / "raw.jsonl", endpoint)
+    times = sorted(row["time"] for row in lines(log))
+    assert times[-1] - times[0] > 0.35, f"9 requests in {times[-1] - times[0]:.2f} s"
 
 
 def test_a_failing_server_is_asked_a_bounded_number_of_times(serve, tmp_path):
