@@ -139,8 +139,8 @@ def make_bench(config):
         while len(found) < config.bench:
             chosen = order[tried:tried + config.bench - len(found)]
             if not chosen:
-                raise ValueError(f"--bench {config.bench}: {len(found)} of {len(order)} pictures have "
-                                 "a usable question and answer of each type")
+                raise ValueError(f"--bench {config.bench}: {len(found)} of {len(order)} pictures "
+                                 "have a usable question and answer of each type")
             tried += len(chosen)
             found |= ask_for_pictures(chosen, prompts, out / "raw.jsonl", config)
         write_bench(found, tried, out, config)

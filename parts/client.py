@@ -37,7 +37,7 @@ AGAIN = "run the same command again, with the same flags: it asks only for the o
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
 MOST_BYTES = 2 ** 24           # of a reply; what is longer is no answer to anything we ask
 LOST = (exceptions.ConnectionError, exceptions.ChunkedEncodingError,
-        exceptions.ContentDecodingError)
+        exceptions.ContentDecodingError, exceptions.InvalidHeader)
 BUSY = re.compile(r"overload|rate.?limit|unavailable|timed? ?out|try again|busy", re.I)
 THREAD = threading.local()     # each thread has its own pool of connections, and its own deadline
 
@@ -337,7 +337,7 @@ def read_refusal(response, value, where):
         after = min(retry.get_retry_after(response) or 0, 10 ** 9) or None
     except (InvalidHeader, ValueError, OverflowError):
         after = None
-    raise TryAgain(f"HTTP {code}" if response.status_code == code else words, after)
+    raise TryAgain(words if response.status_code == 200 else f"HTTP {code}", after)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python chat_server.py '{"seconds": 1, "faults": {"429": 0.1}, "log": "asked.jsonl"}'
 
 It prints its port. A good reply comes after `seconds`; each fault comes with its probability. Every
+reply is `reply`, [status, JSON or text, how often], if set, and has the fields of `header`. Every
 request goes to the log, with what became of it. The answer quotes the last line of the request, so
 that a test can tell whose it is; or it is the one that `says` has for a text that the request's
 last message contains.
@@ -17,7 +18,7 @@ import threading
 import time
 
 SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None, "says": {},
-            "finish": "stop", "seed": 0}
+            "finish": "stop", "seed": 0, "reply": None, "header": {}}
 SETTINGS |= json.loads(sys.argv[1])
 FAULTS = SETTINGS["faults"]
 TEXTS = {"unparsable": "Certainly! What a nice picture.", "empty": " ",
@@ -43,6 +44,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         sent = self.headers.get("Authorization")
         if SETTINGS["key"] and sent != f"Bearer {SETTINGS['key']}":
             fault = "401"
+        if SETTINGS["reply"]:
+            code, value, *times = SETTINGS["reply"]
+            text = value if isinstance(value, str) else json.dumps(value)
+            return self.reply(code, text * (times or [1])[0])
+        if fault in ("drip", "drip_header"):
+            return self.drip(fault)
         if fault == "reset":
             return self.reset()
         if fault == "hang":
@@ -85,9 +92,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(text[:len(text) // 2].encode())
         self.close_connection = True
 
+    def drip(self, fault):
+        """A byte every 50 ms, within any time between bytes, and never an end."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"X: " if "header" in fault else b"\r\n"))
+        while True:
+            self.wfile.write(b"x")
+            time.sleep(0.05)
+
     def reply(self, code, text, headers=()):
         self.send_response(code)
-        for name, value in dict(headers).items():
+        for name, value in {**dict(headers), **SETTINGS["header"]}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()

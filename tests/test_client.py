@@ -47,9 +47,13 @@ def wait_until(condition):
 @pytest.mark.parametrize("fault, reason", [
     ("429", "HTTP 429"), ("500", "HTTP 500"), ("503", "HTTP 503"), ("reset", "connection lost"),
     ("half", "connection lost"), ("garbage", "not a chat completion"), ("empty", "empty answer"),
-    ("shape", "not a chat completion"), ("hang", "timeout")])
+    ("shape", "not a chat completion"), ("hang", "timeout"), ("drip", "timeout"),
+    ("drip_header", "timeout")])
 def test_what_may_pass_is_told_apart(serve, fault, reason):
-    """A busy server, a torn or foreign reply and silence are tried again; each has its name."""
+    """A busy server, a torn or foreign reply and silence are tried again; each has its name.
+
+    Bytes that drip are no reply: the deadline is one for the whole of it, headers and body.
+    """
     url, _ = serve(faults={fault: 1.0})
     with pytest.raises(client.TryAgain) as raised:
         client.ask(url, make_requests(1)[0].body, timeout=0.5)
@@ -104,6 +108,91 @@ def test_a_flag_that_cannot_be_meant_is_named(flag, value):
     """Before the first request, not at the first reply."""
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
         Asker(**{flag: value})
+
+
+THOUGHT = "<think>\nQuestion: maybe ask the colour?\nAnswer: brown.\n</think>\n\nA bus."
+
+
+@pytest.mark.parametrize("content, text", [
+    (THOUGHT, "A bus."), (THOUGHT.removeprefix("<think>"), "A bus."), ("<think>and so on", ""),
+    ("A <think>b</think>bus.", "A bus."), ("[THINK]x[/THINK]A bus.", "A bus."),
+    ("<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>A bus.",
+     "A bus."),
+    ("```json\nA bus.\n```", "A bus."), ("A bus.<|im_end|>\n</s>", "A bus."),
+    ("A bus.<｜end▁of▁sentence｜>", "A bus."), ("A bus.<end_of_turn>\n", "A bus."),
+    ("8 9\n[Reasoning] <b>x</b> > y", "8 9\n[Reasoning] <b>x</b> > y"), (None, ""),
+    ([{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "A "},
+      {"type": "text", "text": "bus."}], "A bus.")])
+def test_what_a_model_thinks_aloud_and_how_chats_end_is_no_answer(content, text):
+    """Of a teacher and a judge alike; a reply's parts are joined, other fields of it ignored."""
+    message = {"content": content, "reasoning_content": "x", "reasoning": "x"}
+    assert client.content_of({"choices": [{"message": message}]}) == text
+
+
+def completion(content="A bus.", finish="stop", **fields):
+    return {"choices": [{"message": {"content": content, **fields}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("reply, finish, text", [
+    ([200, completion([{"type": "text", "text": "A "}, {"type": "text", "text": "bus."}])], "stop",
+     "A bus."),
+    ([200, completion(None, refusal="No, thank you.")], "refusal", ""),
+    ([200, completion(None, "max_tokens")], "max_tokens", ""),
+    ([200, {**completion(), "error": None}], "stop", "A bus."),
+    ([200, {**completion(), "usage": {"prompt_tokens": int("9" * 4000)}}], "stop", "A bus."),
+    ([400, {"error": {"code": "content_filter", "message": "no"}}], "content_filter", "")])
+def test_what_is_paid_returns_even_if_it_is_no_answer(serve, reply, finish, text):
+    """And what it is, is told by its finish_reason."""
+    url, _ = serve(reply=reply)
+    found = client.ask(url, make_requests(1)[0].body)
+    assert found["choices"][0]["finish_reason"] == finish and client.content_of(found) == text
+    assert client.unfinished(found) == (None if finish == "stop" else finish)
+
+
+@pytest.mark.parametrize("reply, says, asked", [
+    ([200, {"error": {"message": "no such model"}}], "HTTP 200: no such model", 1),
+    ([200, {"error": {"code": 502, "message": "the provider is away"}}], "provider is away", 2),
+    ([200, {"error": "the model is overloaded"}], "the model is overloaded", 2),
+    ([400, {"error": {"message": "'content_filter' is no field of ours"}}], "no field of ours", 1),
+    ([429, {"error": {"code": "insufficient_quota", "message": "no credit"}}], "no credit", 1),
+    ([200, "x", client.MOST_BYTES + 1], "a reply of more than 16,777,216 bytes", 2)])
+def test_the_servers_words_are_shown_and_what_cannot_get_better_is_asked_once(
+        serve, tmp_path, reply, says, asked):
+    """An error behind a 200 is one, and prose that mentions a filter is no filter's verdict."""
+    url, log = serve(reply=reply)
+    with pytest.raises(ValueError, match=says):
+        client.ask_everything(make_requests(1), tmp_path / "raw", Asker(base_url=url, attempts=2))
+    assert len(lines(log)) == asked
+
+
+@pytest.mark.parametrize("header, says", [
+    ({"Retry-After": "86400"}, "a wait of 86400 seconds; --max_wait 600"),
+    ({"Retry-After": "9" * 400}, "a wait of 1000000000 seconds"),
+    ({"Retry-After": "Tue, 01 Jan 2999 00:00:00 GMT"}, "a wait of 1000000000 seconds"),
+    ({"Retry-After": "9" * 5000}, "HTTP 503"), ({"Retry-After": "-inf"}, "HTTP 503"),
+    ({"Retry-After": "Tue, 01 Jan 999999 00:00:00 GMT"}, "HTTP 503"),
+    ({"Content-Length": "9" * 30}, "connection lost")])
+def test_a_server_that_asks_for_a_day_stops_the_run(serve, tmp_path, header, says):
+    """It says so at once, rather than to hang; and no number in a header breaks the client."""
+    url, log = serve(reply=[503, "busy"], header=header)
+    endpoint = Asker(base_url=url, attempts=1, workers=1, timeout=1)
+    with pytest.raises(ValueError, match=says):
+        client.ask_everything(make_requests(1), tmp_path / "raw.jsonl", endpoint)
+    assert len(lines(log)) == 1
+
+
+@pytest.mark.parametrize("usage, model", [
+    ("many", "m"), ([1], None), ({"prompt_tokens": "7"}, "m"), ({}, {"name": "m"}), (7, ["m"])])
+def test_odd_fields_beside_an_answer_are_told_and_left_out(serve, tmp_path, capsys, usage, model):
+    """The answer is paid, and stays."""
+    url, _ = serve(reply=[200, {**completion(), "usage": usage, "model": model}])
+    requests = make_requests(2)
+    replies = client.ask_everything(requests, tmp_path / "raw.jsonl", Asker(base_url=url))
+    for request in requests:
+        reply = replies[request.key]
+        assert client.content_of(reply) == "A bus." and not reply["usage"]
+        assert reply["model"] in (None, "m")
+    assert "is odd, and left out" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,13 +259,38 @@ def test_a_torn_line_is_cut_or_told_and_its_request_asked_again(serve, tmp_path,
     assert "torn, or no reply" in told and "2 of them to these 4 requests; 2 are new" in told
 
 
-def test_the_key_is_sent_but_never_written(serve, tmp_path, monkeypatch, capfd):
-    """Not in a file, not on the screen."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
-    url, _ = serve(key="sk-secret-1234", faults={"500": 0.3})
+KEY = "sk-secret-1234"
+
+
+@pytest.mark.parametrize("echo", [KEY, KEY.replace("s", "\\u0073")])
+def test_the_key_is_sent_but_never_written(serve, tmp_path, monkeypatch, capfd, echo):
+    """Not in a file, not on the screen; neither if a reply has it, however it is spelt in JSON."""
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    url, log = serve(key=KEY, faults={"500": 0.3})
     raw = tmp_path / "raw.jsonl"
     client.ask_everything(make_requests(12), raw, Asker(base_url=url, attempts=20))
-    assert "secret" not in raw.read_text() + "".join(capfd.readouterr())
+    assert "good" in str(lines(log)), "the key was not sent"
+    url, _ = serve(reply=[200, json.dumps(completion("KEY", system=KEY)).replace("KEY", echo)])
+    client.ask_everything(make_requests(1), tmp_path / "echo.jsonl", Asker(base_url=url))
+    assert "OPENAI_API_KEY" in (tmp_path / "echo.jsonl").read_text()
+    url, _ = serve(reply=[400, "x" * (500 - len(KEY) // 2) + KEY])
+    with pytest.raises(ValueError, match="xOPENAI") as raised:
+        client.ask_everything(make_requests(1), tmp_path / "no.jsonl", Asker(base_url=url))
+    files = "".join(path.read_text() for path in tmp_path.glob("*.jsonl") if "log" not in path.name)
+    assert "secret" not in files + "".join(capfd.readouterr()) + str(raised.value), "half a key"
+
+
+@pytest.mark.parametrize("key", ["sk-SECRET\n123", "sk-SECRÉT"])
+def test_a_key_that_no_header_holds_is_an_error_without_it(serve, monkeypatch, key):
+    """And so is one in an address, which would be written into files and messages."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY: line breaks or letters") as raised:
+        client.ask(serve()[0], make_requests(1)[0].body)
+    assert "SECR" not in str(raised.value)
+    for address in ("http://user:SECRET@localhost/v1", "http://localhost/v1?key=SECRET"):
+        with pytest.raises(ValueError, match="--base_url: an address without") as raised:
+            Asker(base_url=address)
+        assert "SECR" not in str(raised.value)
 
 
 # --------------------------------------------------------------------------------------------------
