@@ -54,7 +54,7 @@ class Plain:
 class Fast:
     """The Llama family, for answers alone: it reads the weights once, so train or load first.
 
-    `compiled`: a step behind the prompt is one program of static shapes (CUDA graphs on GPUs), which
+    `compiled`: steps behind the prompt are one program of static shapes (CUDA graphs on GPUs); it
     takes about a minute to start.
     """
     reuses = True
