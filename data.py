@@ -362,7 +362,7 @@ def open_data(args):
         template = template or template_for(AutoConfig.from_pretrained(args.llm), tokenizer)
     if tokenizer:
         check_template(template, tokenizer)
-    return Conversations(Records(args.files, args.fraction, args.seed), args.images, tokenizer,
+    return Conversations(Records(args.files, args.seed), args.images, tokenizer,
                          template, view, args.max_length, args.image_position)
 
 

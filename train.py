@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ import torch
 from data import Conversations, Steps, collate, show
 from model import IGNORE, LLaVA
 from parts import check, checkpoints, lora
-from parts.files import brief_instructions, run_main, typed_flags
+from parts.files import brief_instructions, check_least, run_main, typed_flags
 from parts.ranks import ANSWERING, DTYPES, Machine, Optimizer, groups_of, micro_batching
 from parts.records import Records
 from parts.run import Run, config_table, dry_run, theta_table
@@ -90,12 +89,11 @@ RECIPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     recipe: str = "llava-7b"            # a row of RECIPES
     stage: int = 1                      # 1: theta = {W}; 2: theta = {W, phi}
-    data: list[str] = ()                # LLaVA-format JSON; FILE=0.5, FILE=20000: a part of it
-    fraction: float = 1.0               # COURSE: Diss. Sec. 4.5, the share of every file
+    data: list[str] = ()                # LLaVA JSON. COURSE: Diss. Sec. 4.5, FILE=0.5 is half of it
     images: str = None                  # the folder that image names are relative to
     vision: str = None                  # g: hub id or folder of a CLIP
     llm: str = None                     # f_phi: hub id or folder of a language model
@@ -106,14 +104,11 @@ class Config:
     feature_layer: int = -2             # COURSE: Table 8, -2 "before the last layer" against -1
     projector: str = "linear"           # W: linear, or mlp2x_gelu (LLaVA-1.5)
     aspect: str = "crop"                # how a picture is seen, see parts/views.py
-    image_position: str = "random"      # random, first or as_written, see data.arrange
     max_length: int = 2048              # tokens, with visual ones; longer samples lose last turns
     skip_bad: bool = False              # leave bad samples out and count them, rather than stop
     epochs: int = 1
     max_steps: int = None               # stop earlier; the schedule ends there, too
     lr: float = 2e-3                    # peak rate of AdamW, without weight decay
-    lr_W: float = None                  # W's own peak
-    lr_g: float = None                  # stage 2: g trains, too, at this rate (LLaVA-NeXT)
     lora_rank: int = 0                  # stage 2: adapters train instead of f_phi (parts/lora.py)
     global_batch_size: int = 128        # samples a step, over all ranks: the promise
     micro_batch_size: int = None        # samples a forward pass and rank; the rest is accumulated
@@ -125,14 +120,16 @@ class Config:
     device: str = "auto"                # cuda, mps or cpu
     dtype: str = "auto"                 # bf16, fp16 or fp32 compute; what trains is kept in fp32
     shard: bool = False                 # weights, gradients, moments are spread over all ranks
-    offload: bool = False               # with --shard: they lie in the CPU's memory
     checkpoint_activations: str = "none"    # or all, every_2, ...: decoder layers run again
     compile: bool = False               # the decoder layers, by torch.compile
     dry_run: bool = False               # some steps on the longest samples: memory, and what fits
+    image_position: str = "random"      # random, first or as_written, see data.arrange
+    lr_W: float = None                  # W's own peak
+    lr_g: float = None                  # stage 2: g trains, too, at this rate (LLaVA-NeXT)
 
+    NOT_FLAGS = ("image_position", "lr_W", "lr_g")       # only a recipe's row says these
     CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
                "projector": ["linear", "mlp2x_gelu"], "aspect": list(ASPECTS),
-               "image_position": ["random", "first", "as_written"],
                "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES]}
 
 
@@ -154,13 +151,15 @@ def resolve(argv):
     config = Config(**{**recipe, **typed})
     origin = {field.name: "default" for field in dataclasses.fields(Config)}
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
+    check_least(config, max_length=1, epochs=1, max_steps=0, lr=0, lora_rank=0, save_every=1,
+                global_batch_size=1, micro_batch_size=1, val_samples=0, keep=1, workers=0)
 
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
-    if config.lora_rank and (config.init == "none" or config.lr_g is not None):
+    if config.lora_rank and config.init == "none":
         raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
-                         "belong to: --init out/stage1, and no --lr_g")
-    useless = {"lr_g": stage == 1, "lora_rank": stage == 1, "vision": has_init, "llm": has_init}
+                         "belong to: --init out/stage1")
+    useless = {"lora_rank": stage == 1, "vision": has_init, "llm": has_init}
     for flag, is_useless in useless.items():
         if is_useless and flag in typed:
             raise ValueError(f"--{flag} does nothing in stage 1, or with --init, which has its own")
@@ -195,8 +194,7 @@ def build_model(config, machine):
     template = choose_template(config.template, model)
     model.tokenizer.chat_template = checkpoints.chat_template(template)
     model.meta |= {"template": template.name, **view.meta}
-    for name in ("stage", "recipe", "init", "fraction", "seed"):
-        model.meta[name] = getattr(config, name)
+    model.meta |= {name: getattr(config, name) for name in ("stage", "recipe", "init", "seed")}
     model.meta["data"] = list(config.data)
     return model, theta, template, view
 
@@ -205,7 +203,7 @@ def build_data(config, machine, model, template, view):
     """The checked data set, its samples' lengths, indices to train on and held out, a report.
     Raises ValueError with file, index and id of what is wrong. Rank 0 checks, the others wait."""
     questions = brief_instructions() if config.stage == 1 else None      # Sec. 4.2
-    records = Records(config.data, config.fraction, config.seed)
+    records = Records(config.data, config.seed)
     data = Conversations(records, config.images, model.tokenizer, template, view,
                          config.max_length, config.image_position, questions, config.seed)
     found = check.inspect_data(data, config.workers) if machine.rank == 0 else None
@@ -248,8 +246,11 @@ def accumulate(model, batches, machine, optimizer, n_answer):
 
 
 @torch.no_grad()
-def validate(model, data, held_out, machine, micro_batch_size):
-    """The loss per answer token on held-out samples, and answers to the first three of them."""
+def validate(run, step, model, data, held_out, micro_batch_size):
+    """Log the loss per answer token on held-out samples, and answers to the first three of them."""
+    if not len(held_out):
+        return
+    machine = run.machine
     keys = [(0, int(i), True) for i in held_out]
     keys += [(0, keys[0][1], False)] * (-len(keys) % machine.world_size)     # no rank waits
     keys = keys[machine.rank::machine.world_size]
@@ -269,7 +270,7 @@ def validate(model, data, held_out, machine, micro_batch_size):
     answers = [{"id": where, "truth": truth, "answer": answer}
                for where, truth, answer in zip(batch["where"], truths, answers, strict=True)]
     machine.print0(f"  held out: loss {total / n:.4f}", *[f"    {row}" for row in answers])
-    return {"val_loss": total / n, "answers": answers}
+    run.log({"step": step, "val_loss": total / n, "answers": answers})
 
 
 def train(config, origin, machine, run):
@@ -306,6 +307,8 @@ def train(config, origin, machine, run):
     run.watch(model, theta, optimizer, zlib.crc32(lengths.tobytes(), data.records.checksum))
     run.rehearse(save, LLaVA.from_pretrained)    # a full disk is better met now
     first = run.resume()
+    if run.lacks_validation(first, total):       # a kill came between state and validation
+        validate(run, first, model, data, held_out, micro)
     parallel = machine.wrap(model)       # gradients are averaged over the ranks
 
     for step, batches in run.steps(steps, first, total, render_first):
@@ -323,14 +326,12 @@ def train(config, origin, machine, run):
         run.log_step(loss, optimizer.lr, norm, answer_tokens=n_answer)
         if run.is_due(config.save_every):
             run.save_state()
-            if len(held_out) and not run.stopping:
-                run.log({"step": step + 1, **validate(model, data, held_out, machine, micro)})
-        if run.stopping:                 # Ctrl-C or a scheduler; the state is saved
-            return run.goodbye()
+            if run.stopping:             # Ctrl-C or a scheduler
+                return run.goodbye()
+            validate(run, step + 1, model, data, held_out, micro)
 
     model.meta["steps"] = total
-    save(config.out)
-    run.finish()
+    run.finish(save)
     return 0
 
 
@@ -354,7 +355,7 @@ def save_model(machine, model, folder):
 
 def main(argv=None):
     config, origin = checkpoints.inherit(*resolve(argv))
-    machine = Machine(config.device, config.dtype, config.shard, config.offload)
+    machine = Machine(config.device, config.dtype, config.shard)
     with Run(config, machine, writes=not config.dry_run) as run:
         return train(config, origin, machine, run)
 

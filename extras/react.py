@@ -209,7 +209,7 @@ def read_retrieved(folder):
     report = read_facts(Path(folder, "report.json"), kinds, "retrieve")
     facts, corpus, _ = open_index(report["index"])
     path = Path(folder, "retrieved.jsonl")
-    rows = [typed(row, dict, f"{path}[{i}]") for i, row in enumerate(read_lines(path))]
+    rows = read_lines(path)
     pairs = np.array([typed(row.get("pair"), int, f"{path}: pair") for row in rows], int)
     known = np.intersect1d(pairs, np.arange(len(corpus)))
     if facts["crc"] != report["crc"] or not len(known) == len(pairs) == report["pairs"]:
@@ -290,11 +290,10 @@ def customise_and_train(config, machine, run):
         run.log_step(value, optimizer.lr, norm, tau=tau.item())
         if run.is_due(config.save_every):
             run.save_state()
-        if run.stopping:
-            return run.goodbye()
+            if run.stopping:
+                return run.goodbye()
 
-    save(config.out)
-    run.finish("loss")
+    run.finish(save, "loss")
     return 0
 
 

@@ -232,7 +232,6 @@ def parse_args(argv):
     add = parser.add_argument
     add("command", choices=["check", "show", "stats"])
     add("files", nargs="+", metavar="FILE", help="JSON or JSON lines; FILE=0.5, FILE=20000: a part")
-    add("--fraction", type=float, default=1.0, help="share that is taken of every file")
     add("--seed", type=int, default=42, help="train.py's, which decides on the parts")
     add("--images", metavar="DIR", help="folder that the image names are relative to")
     add("--model", metavar="DIR", help="checkpoint: its tokenizer, template and view")

@@ -130,23 +130,24 @@ def read_lines(path, repair=False):
     """The records of a JSON-lines file that we append to, without a last line that a kill tore.
 
     `repair` cuts a torn line off the file, as whoever goes on to append must. A file that does not
-    exist has no records. Raises ValueError that names a line which is not JSON.
+    exist has no records. Raises ValueError that names a line which is not a JSON object.
     """
     if not os.path.exists(path):
         return []
-    lines = Path(path).read_bytes().splitlines(keepends=True)
     records = []
-    for number, line in enumerate(lines, 1):
+    intact = b""
+    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines) or line.endswith(b"\n"):
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-            lines.pop()                  # a kill tore it
-    if repair and lines:
-        unbroken = b"".join(lines)
-        os.truncate(path, len(unbroken))
-        if not unbroken.endswith(b"\n"):
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not line.endswith(b"\n"):
+                break                    # a kill tore it
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+        records.append(typed(record, dict, f"{path}: line {number}"))
+        intact += line
+    if repair:
+        os.truncate(path, len(intact))
+        if intact and not intact.endswith(b"\n"):
             with open(path, "ab") as f:
                 f.write(b"\n")
     return records
@@ -173,7 +174,7 @@ def open_atomic(path):
             yield f
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")       # two processes may write the same file
     try:
         # half a surrogate pair, which no encoding has, is written as JSON writes it: \ud83d
         with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as f:
@@ -214,6 +215,8 @@ def write_array(path, records):
 def lock_folder(folder):
     """Make a folder and keep it for this process. Raises ValueError while another one has it."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: this is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -234,13 +237,15 @@ def typed_flags(config_class, argv, description, choices=None):
 
     A field without default is a required flag, a bool is --flag / --no-flag, list[str] takes one or
     more words. The comment behind a field is its help. `choices` says {field: [allowed, ...]}; the
-    class may have it as its attribute CHOICES.
+    class may have it as its attribute CHOICES, and fields that are no flags in NOT_FLAGS.
     """
     choices = choices or getattr(config_class, "CHOICES", {})
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     notes = comments_of(config_class)
     for field in dataclasses.fields(config_class):
+        if field.name in getattr(config_class, "NOT_FLAGS", ()):
+            continue
         required = field.default is dataclasses.MISSING
         note = notes.get(field.name, "").replace("%", "%%")
         if not required and field.default not in (None, "", (), False):      # 0 is False, too

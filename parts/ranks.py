@@ -33,9 +33,13 @@ ANSWERING = ("input_ids", "attention_mask", "X_v", "visual_index")
 
 def choose_device(name="auto", index=0):
     """The device of that name; "auto" takes a GPU (number `index`), else Apple's, else the CPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = next(kind for kind, is_found in found.items() if is_found)
+    if not found[name]:
+        raise ValueError(f"--device {name}: torch finds none on this machine; auto takes what is "
+                         "there")
     if name == "cuda":
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
@@ -88,19 +92,16 @@ def divisors(n):
 class Machine:
     """This process's place: its rank, its device, and the number format it computes in."""
 
-    def __init__(self, device="auto", dtype="auto", shard=False, offload=False):
+    def __init__(self, device="auto", dtype="auto", shard=False):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.dtype, self.reason = choose_dtype(dtype, self.device)
-        self.shard, self.offload = shard, offload
+        self.shard = shard
         kind = self.device.type
         if shard and (kind == "mps" or self.dtype == torch.float16):
             raise ValueError("--shard goes with cuda or cpu and bf16 or fp32, "
                              f"not with {kind} and {self.dtype}")
-        if offload and not (shard and kind == "cuda"):
-            raise ValueError("--offload keeps a GPU's shards in the CPU's memory: "
-                             "it needs cuda and --shard")
         if (self.world_size > 1 or shard) and not dist.is_initialized():
             self.join()
 
@@ -155,12 +156,11 @@ class Machine:
         for p in model.parameters():
             p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype)
         model.eval()                     # CLIP and LLaMA-like models have no dropout to switch on
-        problem = compile_layers(model, self.device) if compile else None
-        if problem:
-            self.print0(f"--compile is not possible here, going on without: {problem}")
+        if compile:
+            compile_layers(model, self.device)
         recompute_layers(model, checkpoint_activations)
         if self.shard:
-            shard_model(model, self.device, self.dtype, self.offload)
+            shard_model(model, self.device, self.dtype)
         else:
             model.to(self.device)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -273,17 +273,11 @@ class Optimizer:
 # Shards
 
 
-def shard_model(model, device, dtype, offload=False):
+def shard_model(model, device, dtype):
     """Shard a model (on the CPU) over all ranks, in place. It computes in `dtype`, sums gradients
-    in fp32 and keeps its weights as they are; its parameters are new objects.
-
-    offload: weights, gradients and moments lie on the CPU, where AdamW runs, too.
-    """
-    options = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy(),
-    }
+    in fp32 and keeps its weights as they are; its parameters are new objects."""
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "mp_policy": policy}
     layers = list(model.f_phi.base_model.layers)
     not_sharded = set()
     if model.train_g:
@@ -322,16 +316,15 @@ def recompute_layers(model, checkpoint_activations):
 
 def compile_layers(model, device):
     """torch.compile of the decoder layers, one by one, for lengths of any kind; all share what is
-    compiled for the first. Returns None, or why there is no compiler: the model runs as it is."""
+    compiled for the first. ValueError where there is no compiler."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:           # of many kinds: no C++ compiler, no Triton, no such system
-        return str(error).splitlines()[0][:200]
+        raise ValueError(f"--compile is not possible here: {str(error).splitlines()[0]}") from error
     # do not keep for the backward pass what is quick to compute
     torch._functorch.config.activation_memory_budget = 0.95
     for layer in model.f_phi.base_model.layers:
         layer.forward = compile_training(layer.forward)
-    return None
 
 
 def compile_training(forward):

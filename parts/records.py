@@ -28,14 +28,13 @@ def amount_of(source):
     return file, float(amount) if "." in amount else int(amount)
 
 
-def draw_samples(file, n, amount, fraction, seed):
+def draw_samples(file, n, amount, seed):
     """Which of a file's n samples are taken, ascending; more than n are whole repeats and a rest.
 
     It depends on seed, file name, n and amount alone: other sources and folders change nothing, and
     a smaller amount is part of a larger one.
     """
-    wanted = n * amount if isinstance(amount, float) else amount
-    count = round(wanted * fraction)
+    count = round(n * amount) if isinstance(amount, float) else amount
     if count < 1:
         raise ValueError(f"{file}: nothing would be left of its {n} samples")
     name = zlib.crc32(os.path.basename(file).encode())
@@ -45,7 +44,7 @@ def draw_samples(file, n, amount, fraction, seed):
 
 
 class Records:
-    """The samples of some sources, see `amount_of`; of each source `fraction` is taken.
+    """The samples of some sources, see `amount_of`.
 
     They are kept as JSON text in one bytes object: their memory is about the files' size, and
     worker processes that are forked share it.
@@ -55,9 +54,7 @@ class Records:
     checksum                 of the samples and their order
     """
 
-    def __init__(self, sources, fraction=1.0, seed=0):
-        if not 0 < fraction <= 1:
-            raise ValueError(f"--fraction {fraction}: a share above 0 and up to 1")
+    def __init__(self, sources, seed=0):
         self.files, self.totals, self.counts = [], [], []
         texts, lines = [], []
         for path, amount in map(amount_of, sources):
@@ -66,7 +63,7 @@ class Records:
             total = len(lines) - first
             if not total:
                 raise ValueError(f"{path}: no records in it")
-            drawn = draw_samples(path, total, amount, fraction, seed)
+            drawn = draw_samples(path, total, amount, seed)
             texts.append(first + drawn)
             self.files.append(path)
             self.totals.append(total)

@@ -11,6 +11,7 @@ and index, so the number of the step is all that is needed to find the place in 
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -25,14 +26,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from parts.files import lock_folder, read_lines
+from parts.files import lock_folder, read_lines, read_value, typed, write_json
 from parts.ranks import divisors, local_shard, restarts
 
 # flags that change nothing of what a run computes
 NOT_COMPARED = {"out", "resume", "save_every", "workers", "device", "micro_batch_size", "keep",
-                "shard", "offload", "checkpoint_activations", "dry_run"}
+                "shard", "checkpoint_activations", "dry_run"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)    # Ctrl-C, and what a scheduler sends
 warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp's, of a single process
 
@@ -84,6 +87,14 @@ class Run:
         self.theta = theta
         self.optimizer = optimizer
         self.checksum = checksum
+        self.bits = fingerprints(model)
+        self.frozen = {}
+        of_ranks = self.machine.gather(self.bits)
+        for name, p in model.named_parameters():
+            if name not in theta:
+                shards = of_ranks if isinstance(p, DTensor) else of_ranks[:1]
+                # on another device it may be in another number format, with other bits
+                self.frozen[f"{name}, {p.dtype}"] = sum(bits[name][0] for bits in shards)
 
     # -----------------------------------------------------------------------------
     # States
@@ -97,67 +108,118 @@ class Run:
         return tensors
 
     def facts(self):
-        """What a state's text says: the run that it belongs to, and fp16's loss scale."""
-        return {
+        """What a state says of the run that it belongs to, as JSON gives it back."""
+        facts = {
             "config": dataclasses.asdict(self.config),
             "data": self.checksum,
+            "frozen": self.frozen,
+            "shapes": {name: list(tensor.shape) for name, tensor in self.state().items()},
             "scaler": self.optimizer.scaler.state_dict(),
         }
+        return json.loads(json.dumps(facts))
+
+    @contextlib.contextmanager
+    def writing(self, unfinished, path):
+        """Make a folder under a temporary name, in which `path` is written, and remove it.
+
+        Raises ValueError if `path` cannot be written, with the states that are left.
+        """
+        try:
+            if self.machine.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True, exist_ok=True)
+            yield
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            states = saved_states(self.out / "train_state")
+            left = ", ".join(state.name for state in states) or "no state"
+            if isinstance(error, dcp.CheckpointException):       # it holds those of all ranks
+                error, _ = next(iter(error.failures.values()))
+            raise ValueError(f"{path} cannot be written ({error}); left is {left}: make room, then "
+                             "--resume") from error
+        finally:
+            if self.machine.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def save_state(self):
         """Save what this step has come to, on all ranks at once; the `keep` newest states stay."""
         self.write_state(self.out / "train_state", self.step + 1)
 
     def write_state(self, folder, step):
-        """Write a state under a temporary name, then rename it: after a kill there is a whole one.
-
-        Raises ValueError if it cannot be written, with what is left.
-        """
+        """Write a state under a temporary name, then rename it: a kill leaves none that is half."""
         unfinished = folder / "writing"
         path = folder / f"step_{step:08d}"
-        try:
-            if self.machine.rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({"step": step, **self.facts()})
-                (unfinished / "state.json").write_text(text)
+        with self.writing(unfinished, path):
             dcp.save(self.state(), checkpoint_id=unfinished)         # each rank its shards
+            facts = self.facts()
+            facts |= {"step": step, "parts": self.digests(unfinished, os.listdir(unfinished))}
             if self.machine.rank == 0:
+                write_json(unfinished / "state.json", facts)
                 shutil.rmtree(path, ignore_errors=True)
                 unfinished.rename(path)
-        except (OSError, dcp.CheckpointException) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            left = ", ".join(state.name for state in saved_states(folder)) or "no state"
-            if isinstance(error, dcp.CheckpointException):       # it holds those of all ranks
-                error, _ = next(iter(error.failures.values()))
-            raise ValueError(f"{path} cannot be written ({error}); left is {left}: make room, then "
-                             "--resume") from error
+        self.drop_old_states(folder)
+
+    def drop_old_states(self, folder):
         if self.machine.rank == 0:
             for old in saved_states(folder)[:-self.config.keep]:
                 shutil.rmtree(old)
 
+    def digests(self, folder, names):
+        """{name: SHA-256} of files, which the ranks share out; None for one that is not there."""
+        mine = {}
+        for name in sorted(names)[self.machine.rank::self.machine.world_size]:
+            mine[name] = None
+            if (folder / name).is_file():
+                with open(folder / name, "rb") as f:
+                    mine[name] = hashlib.file_digest(f, "sha256").hexdigest()
+        return {name: digest for found in self.machine.gather(mine)
+                for name, digest in found.items()}
+
     def resume(self):
         """Restore the newest state, if this run goes on with one, in place. Returns its step, or 0.
 
-        Raises ValueError for a state of other flags, or of other data.
+        Raises ValueError for a state of other flags, data or weights, or that is damaged.
         """
-        states = saved_states(self.out / "train_state")
+        if self.writes:
+            read_lines(self.log_file, repair=True)       # a kill may have torn the last line
+        folder = self.out / "train_state"
+        states = saved_states(folder)
         if not states or not self.resumes:
             return 0
-        path = states[-1]
-        state = json.loads((path / "state.json").read_text())
-        now = json.loads(json.dumps(self.facts()))       # lists, as they come back
-        differ = [f"--{flag} {now['config'][flag]} (was {was})"
+        state = self.read_state(states[-1])
+        dcp.load(self.state(), checkpoint_id=states[-1])
+        self.optimizer.scaler.load_state_dict(state["scaler"])
+        self.drop_old_states(folder)
+        return state["step"]
+
+    def read_state(self, path):
+        """What a state's text says, where it is whole and of this run; else ValueError."""
+        state = read_value(path / "state.json")
+        kinds = {"step": int, "data": int, "config": dict, "scaler": dict, "shapes": dict,
+                 "frozen": dict, "parts": dict}
+        for name, kind in kinds.items():
+            typed(state.get(name), kind, f"{path / 'state.json'}: {name}")
+        now = self.facts()
+        differ = [f"--{flag} {now['config'].get(flag)} (was {was})"
                   for flag, was in state["config"].items()
-                  if flag not in NOT_COMPARED and now["config"][flag] != was]
+                  if flag not in NOT_COMPARED and now["config"].get(flag) != was]
         if differ:
             raise ValueError(f"--resume: {path} was written by a run with other flags: "
                              + ", ".join(differ))
         if state["data"] != now["data"]:
             raise ValueError(f"--resume: the data are not those that {path} was written with")
-        dcp.load(self.state(), checkpoint_id=path)
-        self.optimizer.scaler.load_state_dict(state["scaler"])
-        return state["step"]
+        other = [name for name, bits in now["frozen"].items()
+                 if state["frozen"].get(name, bits) != bits]
+        other += [name for name in state["shapes"] | now["shapes"]
+                  if state["shapes"].get(name) != now["shapes"].get(name)]
+        if other:
+            raise ValueError(f"--resume: {path} was written with other weights in {other[0]} and "
+                             f"{len(other) - 1} more; is it the same --init, --vision and --llm?")
+        found = self.digests(path, state["parts"])
+        damaged = [name for name, digest in state["parts"].items() if found[name] != digest]
+        if damaged:
+            raise ValueError(f"--resume: {path} is damaged: {', '.join(damaged)} is not what was "
+                             f"written; remove {path}, and --resume goes on from the state before")
+        return state
 
     def rehearse(self, save, load):
         """Save and load everything once before step 0: a full disk is better met now.
@@ -165,12 +227,11 @@ class Run:
         save(folder) writes the model, on all ranks; load(folder) reads it, on rank 0.
         """
         folder = self.out / "rehearsal"
-        save(folder)
-        if self.machine.rank == 0:
-            load(folder)
-        self.write_state(folder / "train_state", 0)
-        if self.machine.rank == 0:
-            shutil.rmtree(folder)
+        with self.writing(folder, self.out):
+            save(folder)
+            if self.machine.rank == 0:
+                load(folder)
+            self.write_state(folder / "train_state", 0)
 
     # -----------------------------------------------------------------------------
     # The loop
@@ -184,9 +245,7 @@ class Run:
         self.first = first
         self.total = total
         self.render = render
-        self.fingerprints = None if first else fingerprints(self.model)
-        if self.writes:
-            read_lines(self.log_file, repair=True)
+        self.is_checked = first > 0
         for number in SIGNALS:
             signal.signal(number, self.remember_signal)
         if first:
@@ -209,6 +268,14 @@ class Run:
         done = self.step + 1
         return done % every == 0 or done == self.total or self.stopping
 
+    def lacks_validation(self, step, total):
+        """Whether a validation was due after so many steps, and a kill came before its record."""
+        if step == 0 or (step % self.config.save_every and step < total):
+            return False
+        log = read_lines(self.log_file)
+        steps = [record.get("step") for record in log if "val_loss" in record]
+        return self.machine.gather(step not in steps)[0]
+
     def stop_if(self, condition, what):
         """If the condition holds, which it does on every rank or on none, stop and name the step's
         samples, those of every rank."""
@@ -221,11 +288,11 @@ class Run:
 
     def check_first_step(self):
         """After the first step that was not skipped: what is frozen is, what trains has moved."""
-        if self.fingerprints is None or self.optimizer.skipped:
+        if self.is_checked or self.optimizer.skipped:
             return
         lowest_lr = min(group["lr"] for group in self.optimizer.adamw.param_groups)
-        check_moves(self.fingerprints, self.model, self.theta, lowest_lr)
-        self.fingerprints = None
+        check_moves(self.bits, self.model, self.theta, lowest_lr)
+        self.is_checked = True
 
     def log(self, record):
         """Append a record to log.jsonl."""
@@ -263,10 +330,22 @@ class Run:
                             "on from here")
         return 128 + max(self.signals, default=signal.SIGINT)
 
-    def finish(self, ylabel="loss per answer token"):
-        """The end of a run whose result is saved."""
-        if self.writes:
-            plot_losses(self.out, ylabel)
+    def finish(self, save, ylabel="loss per answer token"):
+        """The end of a run: save its result under a temporary name, then move it; plot the losses.
+
+        save(folder) writes the model, on all ranks.
+        """
+        unfinished = self.out / "writing"
+        with self.writing(unfinished, self.out):
+            save(unfinished)
+            if self.writes:
+                parts = sorted(unfinished.iterdir(), key=lambda part: part.name == "config.json")
+                for part in parts:       # config.json is last: with it, a checkpoint is complete
+                    target = self.out / part.name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    part.rename(target)
+                plot_losses(self.out, ylabel)
         seconds = round(time.time() - self.began)
         self.machine.print0(f"saved {self.out} after {timedelta(seconds=seconds)}")
 

@@ -52,24 +52,16 @@ def test_an_amount_is_a_share_with_a_dot_or_a_count(amount, n, write):
 def test_what_is_drawn_of_a_source_depends_on_it_and_the_seed_alone(write):
     """Who adds a source, or moves files, trains on the same samples; less is part of more."""
     a, b, moved = write("a.json", 50), write("b.json", 60), write("a.json", 50, "elsewhere")
-    alone = ids([f"{a}=0.4"], 1.0, 7)
-    assert alone == ids([f"{a}=20"], 1.0, 7) == ids([f"{moved}=0.4"], 1.0, 7)
-    assert alone == ids([a], 0.4, 7) == ids([f"{a}=0.8"], 0.5, 7)
-    both = ids([f"{b}=0.5", f"{a}=0.4"], 1.0, 7)
+    alone = ids([f"{a}=0.4"], 7)
+    assert alone == ids([f"{a}=20"], 7) == ids([f"{moved}=0.4"], 7)
+    both = ids([f"{b}=0.5", f"{a}=0.4"], 7)
     assert len(both) == 50 and both[30:] == alone, "another source changed the draw of this one"
     assert alone == sorted(alone, key=lambda i: int(i.split("_")[1])), "the order is lost"
-    assert set(alone) <= set(ids([f"{a}=0.6"], 1.0, 7)), "a larger share is another one"
-    assert alone != ids([f"{a}=0.4"], 1.0, 8), "the seed does nothing"
-    numbers = [[i.split("_")[1] for i in ids([f"{path}=25"], 1.0, 7)]
+    assert set(alone) <= set(ids([f"{a}=0.6"], 7)), "a larger share is another one"
+    assert alone != ids([f"{a}=0.4"], 8), "the seed does nothing"
+    numbers = [[i.split("_")[1] for i in ids([f"{path}=25"], 7)]
                for path in (a, write("c.json", 50))]
     assert numbers[0] != numbers[1], "two files of the same length lose the same samples"
-
-
-def test_fraction_keeps_that_share_of_every_source(write):
-    """Diss. Sec. 4.5: half of the data, of each of its sources."""
-    sources = [write("a.json", 40), write("b.json", 100) + "=0.2", write("c.json", 10) + "=30"]
-    drawn = ids(sources, 0.5, 3)
-    assert [sum(i.startswith(s) for i in drawn) for s in "abc"] == [20, 10, 15]
 
 
 def test_a_drawn_sample_is_named_by_its_place_in_the_file(write):
@@ -90,13 +82,6 @@ def test_a_wrong_amount_is_an_error(source, error, write, tmp_path):
     write("a.json", 40)
     with pytest.raises((ValueError, FileNotFoundError), match=error):
         Records([str(tmp_path / source)])
-
-
-@pytest.mark.parametrize("fraction", [0, 1.5, float("nan")])
-def test_a_wrong_fraction_is_an_error(fraction, write):
-    """More than all of the data is asked for with amounts, not by accident."""
-    with pytest.raises(ValueError, match="--fraction .* above 0 and up to 1"):
-        Records([write("a.json", 40)], fraction)
 
 
 def test_a_file_whose_name_holds_an_equals_sign_is_that_file(write):
@@ -186,7 +171,7 @@ def test_copies_of_what_is_held_out_are_not_trained_on(write):
 @pytest.mark.slow
 def test_a_mixture_is_resumed_bit_for_bit_and_never_another_one(command, mixture, tmp_path):
     """After a kill the same samples are drawn, or the run is refused."""
-    flags = ["--fraction", 0.75, "--epochs", 4]
+    flags = ["--epochs", 3]
     code, printed = run_script(tmp_path, "train.py", *command("straight", *flags))
     assert code == 0, printed[-3000:]
     process = start_script(tmp_path, "train.py", *command("out", *flags, "--save_every", 3))
@@ -196,7 +181,7 @@ def test_a_mixture_is_resumed_bit_for_bit_and_never_another_one(command, mixture
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()[-3000:]
-    for other in (["--fraction", 0.5], ["--seed", 7], ["--data", mixture[0] + "=24", mixture[1]]):
+    for other in (["--seed", 7], ["--data", mixture[0] + "=24", mixture[1]]):
         argv = command("out", *flags, *other, "--resume")
         code, printed = run_script(tmp_path, "train.py", *argv)
         assert code == 1 and other[0] in printed, "another mixture goes on with this one's run"

@@ -287,7 +287,7 @@ DAMAGES = {
     "index: None where text belongs": lambda f: change_report(f, index=None),
     "report.json: this is gzip": lambda f: (f / "report.json").write_bytes(b"\x1f\x8b"),
     "pair: '3' where a whole number belongs": lambda f: write_rows(f, {"pair": "3"}),
-    r"retrieved.jsonl\[0\]: 3 where an object belongs": lambda f: write_rows(f, 3),
+    "retrieved.jsonl: line 1: 3 where an object belongs": lambda f: write_rows(f, 3),
     "1 pairs, and report.json is of another": lambda f: write_rows(f, {"pair": 64}),
     "2 pairs, and report.json is of another": lambda f: write_rows(f, {"pair": 3}, {"pair": 3}),
 }
