@@ -179,9 +179,7 @@ class LLaVA(nn.Module):
         for _ in range(max_new_tokens):
             out = self.f_phi(inputs_embeds=H, attention_mask=attention_mask, position_ids=position,
                              past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1].float()                            # (B, V)
-            logits[:, self.image_id] = -torch.inf                         # <image> is not a word
-            next_id = sample_id(logits, **sampling)                       # (B,)
+            next_id = self.next_id(out.logits[:, -1], **sampling)         # (B,)
             for ids, new in zip(answers, next_id.tolist(), strict=True):
                 ids.append(new)
             if all(self.has_ended(ids, stop) for ids in answers):
@@ -190,6 +188,18 @@ class LLaVA(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)       # (B, one more)
             position = position[:, -1:] + 1                               # (B, 1)
         return [self.to_text(ids, stop) for ids in answers]
+
+    def next_id(self, logits, **sampling):
+        """The next word of each row by its logits (B, V); <image> is not a word.
+
+        Raises ValueError for logits that are not finite: drawn from them, any answer is an answer.
+        """
+        logits = logits.float()
+        logits[:, self.image_id] = -torch.inf
+        if not logits.amax(-1).isfinite().all():          # of NaN and others, the maximum is NaN
+            raise ValueError("the language model's logits are not finite: a weight is NaN or "
+                             "infinite, or --dtype fp16 is too small for them; try bf16 or fp32")
+        return sample_id(logits, **sampling)                              # (B,)
 
     def has_ended(self, ids, stop):
         text = self.tokenizer.decode(ids)

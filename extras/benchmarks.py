@@ -1,5 +1,5 @@
 """
-The benchmarks of LLaVA-1.5 (Diss. Sec. 4.5): answers and official labels in, numbers out.
+The benchmarks of LLaVA-1.5 (Diss. Sec. 4.4): answers and official labels in, numbers out.
 
     python eval.py answer --model DIR --questions q.jsonl --images DIR --answers a.jsonl
     python -m extras.benchmarks score pope --answers a.jsonl --questions q.jsonl --labels coco
@@ -9,23 +9,39 @@ names: pope mme mmbench seed_bench vqav2 textvqa vizwiz gqa mmmu mathvista; -h b
 its rules. A scorer takes what the label files hold, finds the answer to each label, and returns
 scores {name: (right, n) or a number} and notes. Missing, doubled and foreign answers are an error,
 never a number. What cannot be read is wrong, and counted. --official is the published arithmetic
-wherever it does something else: random choices, pairs by position, the servers' rules.
+of POPE, MME and SEED-Bench, which reads and pairs answers in other ways.
 """
 import ast
 import base64
 import csv
 import io
-import os
-import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from extras.published import normalise, server_matches, texts_by_position
-from parts.files import read_json, run_command, run_main, write_json, write_lines, write_text
+from extras.published import normalise
+from parts.files import (
+    read_json,
+    read_text,
+    run_command,
+    run_main,
+    typed,
+    write_json,
+    write_lines,
+    write_text,
+)
 from parts.scienceqa import BY_LETTER, LETTERS
-from parts.scoring import examples, layout, percent, score_rows
+from parts.scoring import (
+    examples,
+    id_of,
+    layout,
+    percent,
+    read_answers,
+    read_by_id,
+    score_rows,
+    typed_fields,
+)
 
 # What was published, under the names of our scores.
 PUBLISHED = {
@@ -46,11 +62,10 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    answers: str                         # JSON lines of question_id and text; a result sheet
+    answers: str                         # JSON lines of question_id and text, or an upload file
     labels: list[str] = ()               # the official label files, or their folder
     questions: str = None                # what was asked: pope's splits; uploads of vqav2, vizwiz
-    official: bool = False               # the published arithmetic
-    seed: int = 0                        # of its random choices
+    official: bool = False               # the published arithmetic of pope, mme, seed_bench
     json: str = None                     # a file for the unrounded numbers
     upload: str = None                   # a file for the benchmark's server
 
@@ -60,18 +75,17 @@ class Benchmark:
 
 
 def read_rows(path):
-    """The rows of a sheet (.tsv, .xlsx) as dicts, of a .txt as lists of cells, or JSON records."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.endswith(".xlsx"):
-        rows = read_workbook(path)
-    elif path.endswith(".tsv"):
+    """The rows of a .tsv as dicts, of a .txt as lists of cells, or the records of a JSON file."""
+    if path.endswith(".tsv"):
         csv.field_size_limit(2 ** 31 - 1)      # MMBench keeps its pictures in the sheet
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f, delimiter="\t"))
+        sheet = io.StringIO(read_text(path), newline="")
+        try:
+            rows = list(csv.DictReader(sheet, delimiter="\t", restval=""))
+        except csv.Error as error:
+            raise ValueError(f"{path}: no sheet of cells between tabs: {error}") from error
     elif path.endswith(".txt"):
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
+        lines = read_text(path).replace("\r", "").split("\n")
+        rows = [line.split("\t") for line in lines if line.strip()]
     else:
         rows = list(read_json(path))
     if not rows:
@@ -79,47 +93,45 @@ def read_rows(path):
     return rows
 
 
-def import_openpyxl():
-    try:
-        import openpyxl
-    except ImportError as error:
-        raise ValueError(".xlsx needs openpyxl (pip install openpyxl); or take .tsv") from error
-    return openpyxl
-
-
-def read_workbook(path):
-    """The first sheet of an .xlsx as dicts of text."""
-    book = import_openpyxl().load_workbook(path, read_only=True)
-    head, *rows = book.active.iter_rows(values_only=True)
-    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    return [dict(zip(head, row, strict=True)) for row in texts]
-
-
 def read_labels(paths, pattern):
     """{path: rows} of the files of --labels; of a folder, those that are called like the official
     ones."""
-    files = []
-    for path in paths:
-        found = [path]
-        if os.path.isdir(path):
-            found = sorted(map(str, Path(path).glob(pattern)))
-        if not found:
+    labels = {}
+    for path in map(Path, paths):
+        files = sorted(path.glob(pattern)) if path.is_dir() else [path]
+        if not files:
             raise FileNotFoundError(f"--labels {path}: the folder has no {pattern}")
-        files += found
-    return {path: read_rows(path) for path in files}
+        labels |= {str(file): read_rows(str(file)) for file in files}
+    return labels
+
+
+def read_label_records(labels, part=None, key="id", **kinds):
+    """{id: record} of all label files: a file's rows are records, or hold a list of them as `part`;
+    with key None they are {id: record} themselves. The records have fields of these kinds."""
+    records = {}
+    for path, rows in labels.items():
+        if part:
+            rows = [row for data in rows for row in typed_fields(data, path, **{part: list})[part]]
+        if key is None:
+            rows = [typed(record, dict, path) | {key: name} for data in rows
+                    for name, record in typed(data, dict, path).items()]
+        for i, row in enumerate(rows):
+            name = id_of(row, key, f"{path}[{i}]")
+            if name in records:
+                raise ValueError(f"{path}[{i}]: the id {name} occurs more than once")
+            records[name] = typed_fields(row, f"{path}[{i}], {name}", **kinds)
+    return records
 
 
 def read_predictions(path):
-    """[(id, prompt or "", text), ...] of an answers file, an upload or a result sheet."""
+    """[(id, prompt or "", text), ...] of an answers file, or of SEED-Bench's upload."""
     predictions = []
     for i, row in enumerate(read_rows(path)):
-        found = row if isinstance(row, dict) else {}
-        names = [found[key] for key in ("question_id", "questionId", "index") if key in found]
-        texts = [found[key] for key in ("text", "prediction", "answer") if key in found]
-        if not names or not texts or not isinstance(texts[0], str):
-            raise ValueError(f"{path}[{i}]: question_id and text are needed, "
-                             f"found {str(row)[:100]}")
-        predictions.append((str(names[0]), found.get("prompt") or "", texts[0]))
+        where = f"{path}[{i}]"
+        name = id_of(row, "question_id", where)
+        prompt = typed(row.get("prompt") or "", str, f"{where}: prompt")
+        text = typed(row.get("text", row.get("prediction")), str, f"{where}: text")
+        predictions.append((name, prompt, text))
     return predictions
 
 
@@ -142,45 +154,26 @@ def match_answers(wanted, found, source, hint="", missing_ok=False):
     What is asked more than once is found in order. Raises ValueError, with counts and examples, for
     what is missing, doubled or unknown; with `missing_ok` a missing value is None.
     """
-    left = defaultdict(list)
-    for key, value in reversed(found):
-        left[key].append(value)
-    known = set(wanted)
-    unknown = [key for key in left if key not in known]
-    missing = []
-    values = []
-    for key in wanted:
-        values.append(left[key].pop() if left.get(key) else None)
-        if values[-1] is None and not missing_ok:
-            missing.append(key)
-    doubled = [key for key in known if left.get(key)]
-    if missing or doubled or unknown:
+    asked = Counter(wanted)
+    answered = Counter(key for key, _ in found)
+    missing = [] if missing_ok else list(asked - answered)
+    surplus = list(answered - asked)
+    if missing or surplus:
         hint = hint or "Are these the answers to these questions, all of them, once each?"
         raise ValueError(
             f"{source}: of {len(wanted):,} questions and {len(found):,} answers {len(missing):,} "
-            f"have no answer{examples(missing)}; {len(doubled):,} are answered too often"
-            f"{examples(doubled)}; {len(unknown):,} are answered but not asked{examples(unknown)}. "
-            f"{hint}")
-    return values
+            f"have no answer{examples(missing)}; {len(surplus):,} are answered too often, or not "
+            f"asked{examples(surplus)}. {hint}")
+    left = defaultdict(list)
+    for key, value in reversed(found):
+        left[key].append(value)
+    return [left[key].pop() if left[key] else None for key in wanted]
 
 
 def texts_by_id(config, ids, missing_ok=False):
     """The texts of --answers to these ids, in their order."""
     found = [(name, text) for name, _, text in read_predictions(config.answers)]
     return match_answers(list(map(str, ids)), found, config.answers, missing_ok=missing_ok)
-
-
-def texts_by_question(config, asked):
-    """The texts of --answers to [(id, question), ...]: for ids that do not tell questions apart."""
-    wanted = [(str(i), bare_question(question).lower()) for i, question in asked]
-    found = [((name, bare_question(prompt).lower()), text)
-             for name, prompt, text in read_predictions(config.answers)]
-    return match_answers(wanted, found, config.answers)
-
-
-def all_rows(labels):
-    """The rows of all label files."""
-    return [row for rows in labels.values() for row in rows]
 
 
 def tally(pairs):
@@ -195,27 +188,59 @@ def tally(pairs):
 # --------------------------------------------------------------------------------------------------
 # Yes or no: POPE, MME
 
+YES_NO = ("yes", "no")
+POPE_VERSION = ("The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, "
+                "3000 adversarial labels.")
+GROUPS = {
+    "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
+                   "landmark", "artwork", "OCR"),
+    "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation",
+                  "code_reasoning")}
 
-def says_yes(text):
+
+def one_of(allowed, label, where):
+    """A label, which must be one of these: with another one all answers to it would be wrong."""
+    if label not in allowed:
+        raise ValueError(f"--labels: the label of {where} is {label!r:.80}, not one of "
+                         f"{', '.join(allowed)}")
+    return label
+
+
+def yes_or_no(text):
+    """The first word of an answer without case and marks, "yes" or "no"; None if it is neither."""
+    word = re.match(r"[\W\d_]*([^\W\d_]*)", text.lower())[1]
+    return word if word in YES_NO else None
+
+
+def pope_official(text):
     """OFFICIAL: all is yes but what has No, not or no among the words of its first sentence."""
     words = text.split(".")[0].replace(",", "").split(" ")
-    return not {"No", "not", "no"} & set(words)
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def pope_measures(split, texts, truths):
-    """POPE's five measures of one split; None where nothing can be divided by."""
-    yes = [says_yes(text) for text in texts]
-    true = [truth != "no" for truth in truths]
-    pairs = list(zip(yes, true, strict=False))       # see the note on --official
-    yes_count = sum(said for said, _ in pairs)
-    true_count = sum(is_true for _, is_true in pairs)
-    hits = pairs.count((True, True))
-    agree = hits + pairs.count((False, False))
-    return {f"{split}.f1": 200 * hits / (yes_count + true_count) if hits else None,
-            f"{split}.accuracy": (agree, len(pairs)),
-            f"{split}.precision": (hits, yes_count) if yes_count else None,
-            f"{split}.recall": (hits, true_count) if true_count else None,
-            f"{split}.yes": (yes_count, len(pairs))}
+def mme_official(text):
+    """OFFICIAL: a "yes" in the first four characters decides, else a "no", so "Not sure" is no."""
+    start = text.lower()[:4]
+    return next((word for word in YES_NO if word in start), None)
+
+
+def pope_measures(split, answers, truths):
+    """POPE's measures of one split; None where nothing can be divided by.
+
+    An answer that is neither yes nor no is wrong in all of them.
+    """
+    n = len(truths)
+    pairs = list(zip(answers, truths, strict=True))
+    hits = pairs.count(("yes", "yes"))
+    rejections = pairs.count(("no", "no"))
+    true = truths.count("yes")
+    found = n - true - rejections + hits                     # with what is wrongly found
+    return {f"{split}.f1": 200 * hits / (found + true) if hits else None,
+            f"{split}.accuracy": (hits + rejections, n),
+            f"{split}.precision": (hits, found) if found else None,
+            f"{split}.recall": (hits, true) if true else None,
+            f"{split}.yes": (answers.count("yes"), n),
+            f"{split}.unparsed": (answers.count(None), n)}
 
 
 def score_pope(config, labels):
@@ -226,100 +251,79 @@ def score_pope(config, labels):
     """
     if not config.questions:
         raise ValueError("--questions FILE is needed: it says which question is of which split")
-    questions = read_rows(config.questions)
-    splits = {}
-    for path, rows in labels.items():
-        name = re.search("random|popular|adversarial", Path(path).name)
-        if not name or name[0] in splits:
-            raise ValueError(f"{path}: one file each for random, popular and adversarial is "
-                             "needed, called after its split")
-        splits[name[0]] = rows
-    others = {question["category"] for question in questions} - splits.keys()
-    if others:
-        raise ValueError(f"--labels: no labels of {', '.join(sorted(others))}, which was asked")
-    if config.official:
-        predictions = read_predictions(config.answers)
-        texts = {split: texts_by_position(predictions, questions, split) for split in splits}
-    else:
-        texts = pope_texts(config, questions, splits)
-    scores = {}
-    notes = []
-    for split, rows in splits.items():
-        scores |= pope_measures(split, texts[split], [row["label"] for row in rows])
-        if len(texts[split]) != len(rows):       # only --official does not look whether they fit
-            notes.append(f"{split}: {len(texts[split])} answers and {len(rows)} labels, paired by "
-                         "position, do not belong together")
-    f1 = [scores.get(f"{split}.f1") for split in ("random", "popular", "adversarial")]
-    scores["f1"] = None if None in f1 else sum(f1) / 3
-    return scores, notes
-
-
-def pope_texts(config, questions, splits):
-    """{split: the texts to its labels}: found by question, and by picture and question."""
-    texts = texts_by_question(config, [(q["question_id"], q["text"]) for q in questions])
+    questions = read_by_id(config.questions, "image", "text", "category")
+    read = pope_official if config.official else yes_or_no
     found = defaultdict(list)
-    for question, text in zip(questions, texts, strict=True):
-        key = (question["image"], bare_question(question["text"]))
-        found[question["category"]].append((key, text))
-    for split, rows in splits.items():
-        wanted = [(row["image"], bare_question(row["text"])) for row in rows]
-        found[split] = match_answers(wanted, found[split], f"labels of {split}", POPE_VERSION)
-    return found
-
-
-POPE_VERSION = ("The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, "
-                "3000 adversarial labels.")
-PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
-              "landmark", "artwork", "OCR")
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
-             "code_reasoning")
+    for name, answer in read_answers(config.answers, questions).items():
+        question = questions[name]
+        key = question["image"], bare_question(question["text"])
+        found[question["category"]].append((key, read(answer["text"])))
+    scores = {}
+    for path, rows in labels.items():
+        split = re.sub(".*(random|popular|adversarial).*", r"\1", Path(path).name)
+        wanted = []
+        truths = []
+        for row in rows:
+            typed_fields(row, path, image=str, text=str, label=str)
+            wanted.append((row["image"], bare_question(row["text"])))
+            truths.append(one_of(YES_NO, row["label"].strip().lower(), path))
+        answers = match_answers(wanted, found[split], path, POPE_VERSION)
+        if config.official:
+            answers = [answer for _, answer in found[split]]
+        scores |= pope_measures(split, answers, truths)
+    f1 = [scores.get(f"{split}.f1", "") for split in ("random", "popular", "adversarial")]
+    if "" in f1 or len(labels) != 3:
+        raise ValueError(f"--labels {' '.join(labels)}: one file each for random, popular and "
+                         "adversarial is needed, called after its split")
+    scores["f1"] = None if None in f1 else sum(f1) / 3
+    return scores, []
 
 
 def score_mme(config, labels):
     """MME: two yes/no questions a picture; a task has accuracy + share of pictures all right.
 
-    The first four characters decide: a "yes" in them, else a "no", else it is wrong. --labels is
-    the official tool's folder of TASK.txt: picture, question, label by tabs, two lines a picture.
-    Perception is the sum of ten tasks, cognition of four.
+    --labels is the official tool's folder of TASK.txt: picture, question, label by tabs, two lines
+    a picture. Perception is the sum of ten tasks, cognition of four.
     """
     keys = []
     truths = []
     for path, rows in labels.items():
-        task = Path(path).stem
         for row in rows:
-            truth = row[2].strip().lower() if len(row) > 2 else ""
-            if task not in PERCEPTION + COGNITION or truth not in ("yes", "no"):
-                raise ValueError(f"{path}: {row}; a line is picture, question, Yes or No, by tabs, "
-                                 f"and the tasks are {', '.join(PERCEPTION + COGNITION)}")
-            truths.append(truth)
-            keys.append((task, row[0].split(".")[0], bare_question(row[1])))
+            if len(row) < 3:
+                raise ValueError(f"{path}: {row}: picture, question, label, by tabs, are needed")
+            truths.append(one_of(YES_NO, row[2].strip().lower(), path))
+            keys.append((Path(path).stem, row[0].split(".")[0], bare_question(row[1])))
+    read = mme_official if config.official else yes_or_no
     found = []
     for name, prompt, text in read_predictions(config.answers):      # an id is TASK/.../PICTURE
         task, *_, picture = name.split("/")
-        found.append(((task, picture.split(".")[0], bare_question(prompt)), text.lower()[:4]))
-    starts = match_answers(keys, found, config.answers)
+        found.append(((task, picture.split(".")[0], bare_question(prompt)), read(text)))
+    answers = match_answers(keys, found, config.answers)
     pictures = defaultdict(list)                 # {(task, picture): [right, right]}
-    for (task, picture, _), start, truth in zip(keys, starts, truths, strict=True):
-        said = "yes" if "yes" in start else "no" if "no" in start else "other"
-        pictures[task, picture].append(said == truth)
-    if any(len(rights) != 2 for rights in pictures.values()):
-        raise ValueError("--labels: each picture needs two lines")
-    acc = tally((task, right) for (task, _), rights in pictures.items() for right in rights)
-    both = tally((task, all(rights)) for (task, _), rights in pictures.items())
-    scores = {}
-    for name, group in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        parts = [percent(acc[task]) + percent(both[task]) for task in group if task in acc]
-        scores[name] = sum(parts) if len(parts) == len(group) else None
-    for task in acc:
-        scores[task] = percent(acc[task]) + percent(both[task])
-        scores |= {f"{task}.acc": acc[task], f"{task}.acc_plus": both[task]}
-    others = sum("yes" not in start and "no" not in start for start in starts)
-    return scores, [f"{others} answers are neither yes nor no, and wrong"]
+    for (task, picture, _), answer, truth in zip(keys, answers, truths, strict=True):
+        pictures[task, picture].append(answer == truth)
+    pairs = []
+    for (task, picture), rights in pictures.items():
+        if len(rights) != 2:
+            raise ValueError(f"--labels: {task} has {len(rights)} lines, not 2, for {picture}")
+        pairs += [(f"{task}.acc", right) for right in rights]
+        pairs.append((f"{task}.acc_plus", all(rights)))
+    counts = tally(pairs)
+    points = {}
+    for task, _ in pictures:
+        points[task] = percent(counts[f"{task}.acc"]) + percent(counts[f"{task}.acc_plus"])
+    sums = dict.fromkeys(GROUPS)
+    for group, tasks in GROUPS.items():
+        if points.keys() >= set(tasks):
+            sums[group] = sum(points[task] for task in tasks)
+    others = answers.count(None)
+    return sums | points | counts, [f"{others} answers are neither yes nor no, and wrong"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Multiple choice: MMBench, SEED-Bench, MMMU, MathVista
 
+ROTATION = 10 ** 6                       # between the rows of one question in MMBench
 SIGNS = (" ", " .", " ,", " :", " )", " ).", "( )", "( ).", ": ", ": ,", ": .", ": )", ": ).")
 
 
@@ -345,78 +349,81 @@ def options_of(row):
     return {letter: cell for letter, cell in cells.items() if cell.lower() not in ("nan", "none")}
 
 
+def read_mmbench(labels):
+    """{number of the row: row} of MMBench's sheet; rotations of a question are 1,000,000 apart."""
+    rows = read_label_records(labels, key="index", question=str)
+    for index in rows:
+        if not index.isdecimal():
+            raise ValueError(f"--labels: a row has the index {index!r}; is the file whole?")
+    return {int(index): row for index, row in rows.items()}
+
+
 def score_mmbench(config, labels):
     """MMBench: `circular` counts a question only if each rotation of its options is right.
 
     The rotations are the rows index, index + 1,000,000, ... of the official TSV; `plain` looks at
     the first, `rows` at each by itself. OFFICIAL: what no rule understands goes to GPT, and at last
-    to chance (--official: at once). --upload writes the result sheet, .tsv or .xlsx.
+    to chance; here it is wrong. --upload writes the result sheet, .tsv or .xlsx.
     """
-    rows = all_rows(labels)
-    texts = texts_by_id(config, [row["index"] for row in rows])
+    rows = read_mmbench(labels)
+    texts = texts_by_id(config, rows)
     if config.upload:
-        write_sheet(config.upload, result_sheet(rows, texts))
-    if not rows[0].get("answer"):
-        return {}, ["the TSV holds no answers: a test split, which its server scores"]
-    torn = [row["index"] for row in rows if not row["answer"] or not row["index"].isdigit()]
-    if torn:
-        raise ValueError(f"--labels: {len(torn)} of {len(rows)} rows have no answer or no number "
-                         f"as index{examples(torn)}; is the file whole?")
-    rng = random.Random(config.seed)
-    groups = defaultdict(list)                   # {question: [(rotation, is it right?, row), ...]}
+        write_sheet(config.upload, rows.values(), texts)
+    if not any(row.get("answer") for row in rows.values()):
+        return {}, []                            # a test split
+    groups = defaultdict(list)                   # {question: [is it right?, ...]}
     pairs = []
-    for row, text in zip(rows, texts, strict=True):
+    for (index, row), text in zip(rows.items(), texts, strict=True):
         letter = option_of(text, options_of(row))
         pairs.append(("unparsed", letter is None))
-        if letter is None and config.official:
-            letter = rng.choice(LETTERS)
-        rotation, question = divmod(int(row["index"]), 10 ** 6)
-        groups[question].append((rotation, letter == row["answer"], row))
-        pairs.append(("rows", letter == row["answer"]))
+        right = letter == one_of(LETTERS, row.get("answer"), index)
+        pairs.append(("rows", right))
+        if index < ROTATION:
+            pairs.append(("plain", right))
+        groups[index % ROTATION].append(right)
+    levels = []
     incomplete = 0
-    for group in groups.values():
-        _, plain, row = min(group, key=lambda turn: turn[0])
-        circular = all(right for _, right, _ in group)
-        pairs += [("plain", plain), ("circular", circular)]
-        pairs += [(row[level], circular) for level in ("l2-category", "category") if row.get(level)]
+    for index, group in groups.items():
+        row = rows[index]
+        pairs.append(("circular", all(group)))
+        levels += [(row[name], all(group)) for name in ("l2-category", "category")]
         incomplete += len(group) < len(options_of(row))
-    scores = tally(pairs)
-    first = {name: scores.pop(name) for name in ("circular", "plain", "rows", "unparsed")}
     notes = []
     if incomplete:
         notes.append(f"{incomplete} of {len(groups)} questions have fewer rows than options: "
                      "circular is easier for them")
-    return first | dict(sorted(scores.items())), notes
+    return tally(reversed(pairs)) | tally(sorted(levels)), notes
 
 
-def result_sheet(rows, texts):
-    """MMBench's result sheet: its columns without picture and categories, and `prediction`."""
-    dropped = ("hint", "category", "source", "image", "comment", "l2-category", "answer", "split")
-    before = [name for name in rows[0] if name not in dropped]
-    after = [name for name in rows[0] if name in ("answer", "split")]
-    sheet = [[*before, "prediction", *after]]
+def write_sheet(path, rows, texts):
+    """Write MMBench's result sheet, .tsv or .xlsx: columns for its server, with `prediction`.
+
+    No .xlsx holds control characters: they become "?".
+    """
+    dropped = ("hint", "category", "source", "image", "comment", "l2-category")
+    names = [name for name in next(iter(rows)) if name not in dropped]
+    names.insert(6, "prediction")                # behind the options
+    sheet = [names]
     for row, text in zip(rows, texts, strict=True):
-        sheet.append([*[row[name] for name in before], text, *[row[name] for name in after]])
-    return sheet
-
-
-def write_sheet(path, sheet):
-    """Write rows of text as .tsv or .xlsx. No .xlsx holds control characters: they become "?"."""
+        record = row | {"prediction": text}
+        sheet.append([record[name] for name in names])
     if not path.endswith(".xlsx"):
         text = io.StringIO(newline="")
         csv.writer(text, delimiter="\t", lineterminator="\n").writerows(sheet)
         write_text(path, text.getvalue())
         return
+    try:
+        from openpyxl import Workbook
+    except ImportError as error:
+        raise ValueError(".xlsx needs openpyxl (pip install openpyxl); or take .tsv") from error
     control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-    book = import_openpyxl().Workbook()
-    replaced = 0
+    book = Workbook()
     for row in sheet:
-        cells = [control.subn("?", cell) for cell in row]
-        book.active.append([text for text, _ in cells])
-        replaced += sum(count for _, count in cells)
+        book.active.append([control.sub("?", cell) for cell in row])
         for cell in book.active[book.active.max_row]:
             cell.data_type = "s"                 # "=..." is an answer, no formula
     book.save(path)
+    replaced = sum(len(control.findall(text)) for text in texts)
     if replaced:
         print(f"note: {replaced} characters that no .xlsx can hold are ? there")
 
@@ -430,12 +437,12 @@ class MMBenchData:
 
 def mmbench_data(config):
     """MMBench's sheet as questions, and its pictures as files, one for all rotations."""
-    rows = all_rows(read_labels(config.labels, "*.tsv"))
-    pictures = {row["index"]: row["image"] for row in rows}
+    rows = read_mmbench(read_labels(config.labels, "*.tsv"))
+    pictures = {str(index): row["image"] for index, row in rows.items()}
     Path(config.images).mkdir(parents=True, exist_ok=True)
     questions = []
-    for row in rows:
-        name = f"{int(row['index']) % 10 ** 6}.jpg"
+    for index, row in rows.items():
+        name = f"{index % ROTATION}.jpg"
         picture = pictures.get(row["image"], row["image"])       # a cell may name another row
         Path(config.images, name).write_bytes(base64.b64decode(picture))
         options = options_of(row)
@@ -449,7 +456,7 @@ def mmbench_data(config):
         chinese = re.search("[\u4e00-\u9fff]", row["question"])
         lines.append("请直接回答选项字母。" if chinese else BY_LETTER)
         text = "\n".join(lines)
-        questions.append({"question_id": int(row["index"]), "image": name, "text": text})
+        questions.append({"question_id": index, "image": name, "text": text})
     write_lines(config.questions, questions)
     print(f"{len(questions):,} questions in {config.questions}, pictures in {config.images}")
 
@@ -459,26 +466,28 @@ def score_seed_bench(config, labels):
 
     OFFICIAL: a missing answer is a wrong one (--official).
     """
-    questions = [question for data in all_rows(labels) for question in data["questions"]]
-    types = {number: name for data in all_rows(labels)
-             for name, number in data["question_type"].items()}
+    questions = read_label_records(labels, "questions", "question_id", data_type=str, answer=str)
+    types = {}
+    for path, (data, *_) in labels.items():
+        types |= {number: name for name, number in typed(data["question_type"], dict, path).items()}
     answered = {name for name, _, _ in read_predictions(config.answers)}
-    kinds = {question["data_type"] for question in questions
-             if config.official or str(question["question_id"]) in answered}
-    asked = [question for question in questions if question["data_type"] in kinds]
-    texts = texts_by_id(config, [question["question_id"] for question in asked], config.official)
+    kinds = {question["data_type"] for name, question in questions.items()
+             if config.official or name in answered}
+    asked = {name: question for name, question in questions.items()
+             if question["data_type"] in kinds}
+    texts = texts_by_id(config, asked, config.official)
     pairs = []
     upload = []
-    for question, text in zip(asked, texts, strict=True):
-        right = text == question["answer"]
+    for (name, question), text in zip(asked.items(), texts, strict=True):
+        right = text == one_of(LETTERS, question["answer"], name)
         kind = types[question["question_type_id"]]
         pairs += [("all", right), (question["data_type"], right), (kind, right)]
         pairs.append(("unparsed", text not in LETTERS))
-        upload.append({"question_id": question["question_id"], "prediction": text or ""})
+        upload.append({"question_id": name, "prediction": text or ""})
     if config.upload:
         write_lines(config.upload, upload)
     scores = {"image": None, "video": None} | tally(pairs)
-    left_out = {question["data_type"] for question in questions} - kinds
+    left_out = {question["data_type"] for question in questions.values()} - kinds
     if left_out:
         scores["all"] = None
     return scores, [f"no answers to {kind} questions, so all is undefined" for kind in left_out]
@@ -492,7 +501,7 @@ def choice_named(text, options):
     for sign in ",.!?;:'":
         text = text.strip(sign)
     text = f" {text} "
-    letters = [chr(ord("A") + i) for i in range(len(options))]
+    letters = CAPITALS[:len(options)]
     for form in ("({})", "{} ", "{}."):
         places = {letter: text.rfind(form.format(letter)) for letter in letters}
         last = max(letters, key=places.get)
@@ -503,6 +512,7 @@ def choice_named(text, options):
     return last if len(text.split()) > 5 and places[last] >= 0 else None
 
 
+CAPITALS = list("ABCDEFGHIJ")
 NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b",
            r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
            r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
@@ -543,48 +553,42 @@ def open_pieces(text):
 def open_is_right(text, truths):
     """MMMU's open questions: a number equals a truth, or a piece holds it."""
     wanted = [value for truth in truths for value in open_values(truth)]
-    for piece in open_pieces(text):
-        for value in open_values(piece):
-            for truth in wanted:
-                if value == truth:
-                    return True
-                if isinstance(value, str) and isinstance(truth, str) and truth in value:
-                    return True
-    return False
+    found = [value for piece in open_pieces(text) for value in open_values(piece)]
+    if set(wanted) & set(found):
+        return True
+    words = [truth for truth in wanted if isinstance(truth, str)]
+    return any(word in piece for word in words for piece in found if isinstance(piece, str))
 
 
 def listed_value(cell):
-    """A cell of MMMU's rows, in which a list is written as Python writes it."""
-    try:
-        return ast.literal_eval(cell) if isinstance(cell, str) and cell.startswith("[") else cell
-    except (SyntaxError, ValueError):            # "[0, 5)" is an answer
-        return cell
+    """A cell of MMMU's rows, a text, in which a list is written as Python writes it; as a list."""
+    if isinstance(cell, str) and cell.startswith("["):
+        try:
+            cell = ast.literal_eval(cell)
+        except (SyntaxError, ValueError):        # "[0, 5)" is an answer
+            pass
+    return [str(value) for value in cell] if isinstance(cell, list) else [str(cell)]
 
 
 def score_mmmu(config, labels):
     """MMMU (validation): choices and open questions by the official parsers.
 
     --labels holds the rows of the data set as JSON. OFFICIAL: a choice that cannot be read is drawn
-    at random (--official).
+    at random; here it is wrong.
     """
-    rows = all_rows(labels)
-    rng = random.Random(config.seed)
+    rows = read_label_records(labels, question_type=str)
+    texts = texts_by_id(config, rows)
     pairs = []
-    texts = texts_by_id(config, [row["id"] for row in rows])
-    for row, text in zip(rows, texts, strict=True):
-        truth = listed_value(row["answer"])
-        options = listed_value(row["options"])
-        unread = False
+    for (name, row), text in zip(rows.items(), texts, strict=True):
+        truths = listed_value(row.get("answer"))
+        letter = ""
         if row["question_type"] == "multiple-choice":
-            letter = choice_named(text, options)
-            unread = letter is None
-            if unread and config.official:
-                letter = rng.choice("ABCDEFGHIJ"[:len(options)])
-            right = letter == truth
+            letter = choice_named(text, listed_value(row.get("options")))
+            right = letter == one_of(CAPITALS, truths[0], name)
         else:
-            right = open_is_right(text, truth if isinstance(truth, list) else [truth])
-        subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", row["id"])
-        pairs += [("accuracy", right), ("unparsed", unread), (subject, right)]
+            right = open_is_right(text, truths)
+        subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", name)
+        pairs += [("accuracy", right), ("unparsed", letter is None), (subject, right)]
     return tally(pairs), []
 
 
@@ -612,7 +616,7 @@ def score_mathvista(config, labels):
 
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
-    problems = {name: problem for data in all_rows(labels) for name, problem in data.items()}
+    problems = read_label_records(labels, key=None, question_type=str, answer_type=str)
     pairs = []
     texts = texts_by_id(config, problems)
     for problem, text in zip(problems.values(), texts, strict=True):
@@ -626,16 +630,29 @@ def score_mathvista(config, labels):
 # Short answers: VQAv2, TextVQA, VizWiz, GQA
 
 
-def vqa_accuracy(text, label, official=False):
+def vqa_accuracy(text, humans):
     """min(1, matches / 3), averaged over the ten sets of nine humans: 0, 0.3, 0.6, 0.9 or 1."""
-    humans = [a["answer"] if isinstance(a, dict) else a for a in label["answers"]]
     if len(humans) != 10:
         raise ValueError(f"VQA's accuracy is defined for ten human answers, found {humans}")
-    if official:
-        matches = server_matches(text, humans)
-    else:
-        matches = [normalise(human) for human in humans].count(normalise(text))
+    matches = [normalise(human) for human in humans].count(normalise(text))
     return (0, 0.3, 0.6, 0.9, 1)[min(4, matches)]
+
+
+def vqa_scores(config, rows, texts, key):
+    """The accuracy on rows with human answers; for the server, all texts by the rows' `key`."""
+    upload = []
+    pairs = []
+    for row, text in zip(rows, texts, strict=True):
+        upload.append({key: row[key], "answer": normalise(text or "")})
+        if config.labels and "answers" in row:
+            humans = [a["answer"] if isinstance(a, dict) else a for a in row["answers"]]
+            right = vqa_accuracy(text, humans)
+            pairs.append(("accuracy", right))
+            if row.get("answer_type") == "unanswerable":
+                pairs.append(("unanswerable", right))
+    if config.upload:
+        write_json(config.upload, upload, indent=None)
+    return tally(pairs)
 
 
 def score_vqav2(config, labels):
@@ -643,17 +660,12 @@ def score_vqav2(config, labels):
 
     The questions that have no answer are empty in its file, and counted.
     """
-    rows = [row for data in all_rows(labels) for row in data["annotations"]]
-    asked = rows or read_rows(config.questions)
-    texts = texts_by_id(config, [row["question_id"] for row in asked], missing_ok=not rows)
-    upload = []
-    pairs = []
-    for row, text in zip(asked, texts, strict=True):
-        upload.append({"question_id": row["question_id"], "answer": normalise(text or "")})
-        if rows:
-            pairs.append(("accuracy", vqa_accuracy(text, row, config.official)))
-    write_upload(config, upload)
-    return tally(pairs), [f"{texts.count(None):,} of {len(texts):,} questions have no answer"]
+    rows = read_label_records(labels, "annotations", "question_id", answers=list)
+    if not labels:
+        rows = read_by_id(config.questions)
+    texts = texts_by_id(config, rows, missing_ok=not labels)
+    note = f"{texts.count(None):,} of {len(texts):,} questions have no answer"
+    return vqa_scores(config, rows.values(), texts, "question_id"), [note]
 
 
 def score_textvqa(config, labels):
@@ -661,46 +673,32 @@ def score_textvqa(config, labels):
 
     LLaVA-1.5's prompts hold a line `Reference OCR token: ...`; without it, it is another setting.
     """
-    rows = [row for data in all_rows(labels) for row in data["data"]]
+    rows = read_label_records(labels, "data", "question_id", image_id=str, question=str,
+                              answers=list).values()
     predictions = read_predictions(config.answers)
-    numbers = {str(row["question_id"]) for row in rows}
-    key = "question_id" if predictions[0][0] in numbers else "image_id"
-    texts = texts_by_question(config, [(row[key], row["question"]) for row in rows])
-    pairs = []
-    upload = []
-    for row, text in zip(rows, texts, strict=True):
-        pairs.append(("accuracy", vqa_accuracy(text, row)))
-        upload.append({"question_id": row["question_id"], "answer": normalise(text)})
-    write_upload(config, upload)
+    wanted = [(row["image_id"], bare_question(row["question"]).lower()) for row in rows]
+    found = [((name, bare_question(prompt).lower()), text) for name, prompt, text in predictions]
+    texts = match_answers(wanted, found, config.answers)
     with_ocr = sum("Reference OCR token:" in prompt for _, prompt, _ in predictions)
-    return tally(pairs), [f"{with_ocr:,} of {len(predictions):,} prompts hold OCR tokens"]
+    note = f"{with_ocr:,} of {len(predictions):,} prompts hold OCR tokens"
+    return vqa_scores(config, rows, texts, "question_id"), [note]
 
 
 def score_vizwiz(config, labels):
     """VizWiz: with human answers in the labels the accuracy, else a file for the server.
 
-    A question_id is the place in the official annotations, or as --questions has it.
+    A question_id is the place in the official annotations; without them, as --questions has it.
     """
-    rows = all_rows(labels)
-    asked = [(i, row["question"], row["image"]) for i, row in enumerate(rows)]
-    if config.questions:
-        asked = [(row["question_id"], row["text"], row["image"])
-                 for row in read_rows(config.questions)]
-    texts = texts_by_question(config, [(name, question) for name, question, _ in asked])
-    images = [image for _, _, image in asked]
-    write_upload(config, [{"image": image, "answer": normalise(text)}
-                          for image, text in zip(images, texts, strict=True)])
-    if not rows or "answers" not in rows[0]:
-        return {}, ["there are no human answers: the server scores"]
-    wanted = [row["image"] for row in rows]
-    texts = match_answers(wanted, list(zip(images, texts, strict=True)), "--labels")
-    pairs = []
-    for row, text in zip(rows, texts, strict=True):
-        right = vqa_accuracy(text, row, config.official)
-        pairs.append(("accuracy", right))
-        if row.get("answer_type") == "unanswerable":
-            pairs.append(("unanswerable", right))
-    return tally(pairs), []
+    rows = [row for rows in labels.values() for row in rows]
+    questions = {}
+    for i, row in enumerate(rows):
+        typed_fields(row, f"--labels[{i}]", image=str, question=str)
+        questions[str(i)] = row | {"text": row["question"]}
+    if not labels:
+        questions = read_by_id(config.questions, "image", "text")
+    answers = read_answers(config.answers, questions)
+    texts = [answers[name]["text"] for name in questions]
+    return vqa_scores(config, questions.values(), texts, "image"), []
 
 
 def score_gqa(config, labels):
@@ -708,30 +706,21 @@ def score_gqa(config, labels):
 
     Only the balanced questions count; others may be answered.
     """
-    questions = {name: question for data in all_rows(labels) for name, question in data.items()}
-    predictions = read_predictions(config.answers)
-    others = {name for name, question in questions.items() if not question["isBalanced"]}
-    found = [(name, text) for name, _, text in predictions if name not in others]
-    asked = [name for name in questions if name not in others]
-    texts = match_answers(asked, found, config.answers)
+    questions = read_label_records(labels, key=None, answer=str, isBalanced=bool, types=dict)
+    answers = [(name, text.rstrip(".").lower())
+               for name, _, text in read_predictions(config.answers)]
+    balanced = {name: label for name, label in questions.items() if label["isBalanced"]}
+    counted = [pair for pair in answers if pair[0] not in questions or pair[0] in balanced]
+    texts = match_answers(list(balanced), counted, config.answers)
     pairs = []
-    for name, text in zip(asked, texts, strict=True):
-        right = gqa_answer(text) == questions[name]["answer"]
-        is_open = questions[name]["types"]["structural"] == "query"
-        pairs += [("accuracy", right), ("open" if is_open else "binary", right)]
-    write_upload(config, [{"questionId": name, "prediction": gqa_answer(text)}
-                          for name, _, text in predictions])         # its server wants all of them
+    for label, text in zip(balanced.values(), texts, strict=True):
+        right = text == label["answer"]
+        kind = "open" if label["types"].get("structural") == "query" else "binary"
+        pairs += [("accuracy", right), (kind, right)]
+    if config.upload:                            # its server wants the others, too
+        upload = [{"questionId": name, "prediction": text} for name, text in answers]
+        write_json(config.upload, upload, indent=None)
     return tally(pairs), []
-
-
-def gqa_answer(text):
-    return text.rstrip(".").lower()
-
-
-def write_upload(config, rows):
-    """Write what a benchmark's server takes, if --upload asks for it."""
-    if config.upload:
-        write_json(config.upload, rows, indent=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -749,42 +738,38 @@ SCORERS = {                              # the scorer, and what its label files 
     "mmmu": (score_mmmu, "*.json"),
     "mathvista": (score_mathvista, "*.json")}
 WITHOUT_LABELS = ("vqav2", "vizwiz")     # only their servers can score the test splits
+OFFICIALS = ("pope", "mme", "seed_bench")
 UPLOADS = (*WITHOUT_LABELS, "mmbench", "seed_bench", "textvqa", "gqa")
-
-
-def run_scorer(name, config):
-    """Score one benchmark: print the table, write --json and --upload."""
-    scorer, pattern = SCORERS[name]
-    if config.upload and name not in UPLOADS:
-        raise ValueError(f"--upload: {name} has no server; {', '.join(UPLOADS)} have one")
-    for_server = name in WITHOUT_LABELS and config.upload and config.questions
-    if not config.labels and not for_server:
-        raise ValueError(f"--labels: {name} needs {pattern}, or the folder with it; with "
-                         f"--questions and --upload, {' and '.join(WITHOUT_LABELS)} do without")
-    labels = read_labels(config.labels, pattern)
-    try:
-        scores, notes = scorer(config, labels)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{name}: {' '.join(labels)} or --questions is not in the official form "
-                         f"({type(error).__name__}: {error})") from error
-    if scores:
-        keys, published = PUBLISHED[name]
-        rows = score_rows(name, scores, keys.split(), published)
-        print(layout(list(zip(*rows, strict=True))))         # one score a line
-        print("low, high: 95% interval (Wilson); behind them, as published")
-    for note in notes:
-        print(f"note: {note}")
-    if config.official:
-        print("note: --official: the published arithmetic")
-    if config.json:
-        write_json(config.json, {key: percent(value) for key, value in scores.items()})
 
 
 def scorer_command(name):
     """What `score NAME` runs; its help is the benchmark's rules."""
+    scorer, pattern = SCORERS[name]
+
     def score_benchmark(config):
-        run_scorer(name, config)
-    score_benchmark.__doc__ = SCORERS[name][0].__doc__
+        for flag, names in (("official", OFFICIALS), ("upload", UPLOADS)):
+            if getattr(config, flag) and name not in names:
+                raise ValueError(f"--{flag} is for {', '.join(names)}; it does nothing here")
+        for_server = name in WITHOUT_LABELS and config.upload and config.questions
+        if not config.labels and not for_server:
+            raise ValueError(f"--labels: {name} needs {pattern}, or the folder with it; with "
+                             f"--questions and --upload, {' and '.join(WITHOUT_LABELS)} do without")
+        scores, notes = scorer(config, read_labels(config.labels, pattern))
+        if scores:
+            keys, published = PUBLISHED[name]
+            rows = score_rows(name, scores, keys.split(), published)
+            print(layout(list(zip(*rows, strict=True))))     # one score a line
+            print("low, high: 95% interval (Wilson); behind them, as published")
+        else:
+            print("there are no labels to score by: the server scores")
+        if config.official:
+            notes.append("--official: the published arithmetic")
+        for note in notes:
+            print(f"note: {note}")
+        if config.json:
+            write_json(config.json, {key: percent(value) for key, value in scores.items()})
+
+    score_benchmark.__doc__ = scorer.__doc__
     return score_benchmark
 
 

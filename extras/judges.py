@@ -7,12 +7,13 @@ More of judges: MM-Vet, one judge beside another, both orders of the answers, an
     python -m extras.judges swap --reviews r.jsonl --swapped s.jsonl --questions q.jsonl ...
     python -m extras.judges html --reviews r.jsonl --page r.html --questions q.jsonl ...
 
-MM-Vet has 218 questions, graded from 0 to 1 (Diss. Sec. 4.5). OURS is all else: the paper's judge
+MM-Vet has 218 questions, graded from 0 to 1 (Diss. Sec. 4.4). OURS is all else: the paper's judge
 is gone, so a new one should first be held against its reviews.
 """
 import base64
 import html
 import io
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from parts.client import Endpoint, Request, content_of, print_requests, request_
 from parts.files import (
     PROMPTS,
     check_least,
-    read_json,
+    read_text,
+    read_value,
     run_command,
     run_main,
+    typed,
     write_json,
     write_lines,
     write_text,
@@ -37,8 +40,8 @@ from parts.scoring import (
     judges_of,
     layout,
     read_by_id,
-    read_object,
     read_runs,
+    typed_fields,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -71,33 +74,50 @@ class GradeMMVet(Endpoint):
 
 
 def parse_grade(content):
-    """What stands before the first space, as a number from 0 to 1, or None."""
-    try:
-        grade = float(content.split(" ")[0].strip())
-    except ValueError:
-        return None
-    return grade if 0 <= grade <= 1 else None
+    """A grade from 0 to 1, or None: the first word, or the only number of the first line (OURS)."""
+    line = content.strip().split("\n")[0]
+    numbers = re.findall(r"-?\d*\.?\d+%?", line)
+    for text in (line.split(" ")[0], numbers[0] if len(numbers) == 1 else ""):
+        try:
+            grade = float(text)
+        except ValueError:
+            continue
+        return grade if 0 <= grade <= 1 else None
+    return None
 
 
-def read_texts(path):
-    """{id: text} of an answers file."""
-    if not path.endswith(".jsonl"):
-        answers = read_object(path)
-        odd = [name for name, text in answers.items() if not isinstance(text, str)]
-        if odd:
-            raise ValueError(f"{path}: {len(odd)} of {len(answers)} answers are no text"
-                             f"{examples(odd)}; {{id: text}} is needed")
-        return answers
-    answers = {}
-    for name, row in read_by_id(path, "text").items():
-        answers[f"v1_{name}" if name.isdigit() else name] = row["text"]
-    return answers
+def is_no_grade(reply):
+    """Whether to ask again; not for what --max_tokens cut off, which would be cut off again."""
+    was_cut = reply["choices"][0].get("finish_reason") == "length"
+    return parse_grade(content_of(reply)) is None and not was_cut
+
+
+def read_mm_vet(path):
+    """{id: label} of mm-vet.json, or of its folder."""
+    if Path(path).is_dir():
+        path = Path(path, "mm-vet.json")
+    labels = read_value(path)
+    for name, label in labels.items():
+        typed_fields(label, f"{path}: {name}", question=str, answer=str, capability=list)
+    return labels
+
+
+def read_mm_vet_answers(path, labels):
+    """{id: text} of an answers file, one to each label."""
+    if path.endswith(".jsonl"):
+        rows = read_by_id(path, "text")
+        answers = {f"v1_{name}" if name.isdigit() else name: row["text"]
+                   for name, row in rows.items()}
+    else:
+        answers = read_value(path)
+    check_ids(path, answers, labels)
+    return {name: typed(text, str, f"{path}: {name}") for name, text in answers.items()}
 
 
 def grade_request(config, label, answer, name, attempt):
     """One grading; a later attempt asks for a digit, and is hotter."""
     truth = label["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    prompt = Path(config.prompt).read_text().strip()
+    prompt = read_text(config.prompt).strip()
     text = f"{prompt}\n{label['question']} | {truth} | {answer} | "
     if attempt > 0:
         text += PLEASE
@@ -108,9 +128,8 @@ def grade_request(config, label, answer, name, attempt):
 
 def grade_mm_vet(config):
     """A judge's grades of MM-Vet answers. Started again, it goes on."""
-    labels = read_object(config.labels)
-    answers = read_texts(config.answers)
-    check_ids(config.answers, answers, labels)
+    labels = read_mm_vet(config.labels)
+    answers = read_mm_vet_answers(config.answers, labels)
     left = [(name, run) for name in labels for run in range(config.runs)]
 
     def request_of(name, run, attempt):
@@ -123,9 +142,7 @@ def grade_mm_vet(config):
         requests = {pair: request_of(*pair, attempt) for pair in left}
         found = ask_judge(list(requests.values()), config.grades, config)
         replies |= {pair: found[request.key] for pair, request in requests.items()}
-        left = [pair for pair in left if parse_grade(content_of(replies[pair])) is None]
-        if not left:
-            break
+        left = [pair for pair in left if is_no_grade(replies[pair])]
     grades = {}
     for name in labels:
         given = [replies[name, run] for run in range(config.runs)]
@@ -146,16 +163,30 @@ class MMVet:
 
 
 def read_grades(path):
-    """(runs, questions) numbers from 0 to 1, and the records that they are from."""
-    grades = read_object(path)
-    n_runs = len(next(iter(grades.values()))["score"])
+    """((runs, questions) numbers from 0 to 1, {id: record} that they are from, failed gradings).
+
+    Raises ValueError if that is not so, or if more than a share of MOST_FAILED failed.
+    """
+    grades = read_value(path)
+    rows = []
+    failed = []
     for name, row in grades.items():
-        scores = row.get("score")
-        is_good = isinstance(scores, list) and len(scores) == n_runs > 0
-        if not is_good or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in scores):
-            raise ValueError(f"{path}: the score of {name} is not {n_runs} numbers from 0 to 1, "
-                             f"but {scores}; grade it again")
-    return np.array([row["score"] for row in grades.values()], float).T, grades
+        where = f"{path}: {name}"
+        scores = typed_fields(row, where, score=list)["score"]
+        rows.append([typed(score, float, where) for score in scores])
+        if not scores or len(scores) != len(rows[0]) or not all(0 <= x <= 1 for x in scores):
+            raise ValueError(f"{where}: a score from 0 to 1 is needed for each of "
+                             f"{len(rows[0])} runs, found {scores}; grade it again")
+        for text in typed(row.get("content", []), list, where):
+            if parse_grade(typed(text, str, where)) is None:
+                failed.append(name)
+    scores = np.array(rows, float).T
+    if not rows or len(failed) > MOST_FAILED * scores.size:
+        raise ValueError(f"{path}: {len(failed)} of {scores.size} gradings have no number"
+                         f"{examples(failed)}. Above {MOST_FAILED:.0%}, or without any grade, "
+                         "there is no score: raise --max_tokens if they were cut off, or take "
+                         "another judge")
+    return scores, grades, len(failed)
 
 
 def mm_vet_scores(path, labels=None):
@@ -164,15 +195,16 @@ def mm_vet_scores(path, labels=None):
     A run's score is 100 x the mean grade, of all questions or of those that need a capability; over
     runs the mean and the population standard deviation. No number counts as 0.0, as published.
     """
-    scores, grades = read_grades(path)                       # (runs, questions)
+    scores, grades, failed = read_grades(path)               # (runs, questions)
     groups = {}
     if labels:
-        needs = read_object(labels)
+        needs = read_mm_vet(labels)
         check_ids(path, grades, needs)
         for capability in CAPABILITIES:
             groups[capability] = [capability in needs[name]["capability"] for name in grades]
     groups["total"] = [True] * len(grades)
-    numbers, columns = {}, [["", "score", "  questions"]]
+    numbers = {"failed": failed}
+    columns = [["", "score", "  questions"]]
     for name, is_part in groups.items():
         if any(is_part):
             runs = 100 * scores[:, is_part].mean(1)
@@ -180,21 +212,16 @@ def mm_vet_scores(path, labels=None):
             spread = f" ± {runs.std():.1f}" if len(runs) > 1 else ""
             columns.append([name, f"{runs.mean():.1f}{spread}", str(sum(is_part))])
             numbers["total_std"] = runs.std()
-    contents = [text for row in grades.values() for text in row.get("content") or ()]
-    numbers["failed"] = sum(parse_grade(text) is None for text in contents)
     published = ", ".join(f"{model} {total}" for model, total in MM_VET.items())
     text = (f"MM-Vet, {len(grades)} questions (the benchmark has 218), runs: {len(scores)}\n"
             f"{layout(list(zip(*columns, strict=True)))}\npublished totals: {published}\n"
-            f"graded 0.0 because no number came in {TRIES} tries: {numbers['failed']}")
+            f"graded 0.0 because no number came: {failed}")
     return numbers, text
 
 
 def score_mm_vet(config):
     """Scores of a grades file."""
-    labels = config.labels
-    if labels and Path(labels).is_dir():
-        labels = str(Path(labels, "mm-vet.json"))
-    print_numbers(*mm_vet_scores(config.grades, labels), config.json)
+    print_numbers(*mm_vet_scores(config.grades, config.labels), config.json)
 
 
 def print_numbers(numbers, text, path):
@@ -214,41 +241,42 @@ class Calibrate:
     json: str = None                     # a file for the unrounded numbers
 
 
-def average_ranks(x):
-    """1 for the smallest; equal values share the mean of their ranks."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
-
-
 def spearman(x, y):
-    """Rank correlation; nan where one side is constant."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return float("nan")
-    return float(np.corrcoef(average_ranks(x), average_ranks(y))[0, 1])
+    """Rank correlation: equal values share the mean of their ranks; nan if one side is constant."""
+    ranks = []
+    for values in (x, y):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks)[0, 1])
+
+
+def paired_scores(first, second):
+    """(m, 2) scores each of two runs, {id: review}, where neither failed; how many are left out."""
+    pairs = np.array([[first[name]["tuple"], second[name]["tuple"]] for name in first])
+    good = (pairs >= 0).all((1, 2))                          # pairs (n, 2, 2)
+    return pairs[good, 0], pairs[good, 1], int((~good).sum())
 
 
 def calibrate(config):
     """How far one judge agrees with another about the same answers."""
-    runs = [read_runs([path], MOST_FAILED)[0] for path in (config.reviews, config.against)]
-    check_ids(config.against, runs[1], runs[0])
-    for name, review in runs[0].items():
+    first, second = (read_runs([path], MOST_FAILED)[0] for path in (config.reviews, config.against))
+    check_ids(config.against, second, first)
+    for name, review in first.items():
         for field in ("category", "answer1_id", "answer2_id"):
-            if review.get(field) != runs[1][name].get(field):
+            if review.get(field) != second[name].get(field):
                 raise ValueError(f"{config.against}: {name} has another {field} than in "
                                  f"{config.reviews}; both must be about the same answers")
-    A, B = (np.array([run[name]["tuple"] for name in runs[0]]) for run in runs)      # (n, 2)
-    both = (A >= 0).all(1) & (B >= 0).all(1)
-    A, B = A[both], B[both]
-    numbers = {"n": len(A), "failed": int((~both).sum()),
-               "relative": relative_score(A)[0], "relative_against": relative_score(B)[0],
-               "reference_difference": (A - B).mean(0)[0], "mean_difference": (A - B).mean(0)[1],
-               "spearman": spearman(A[:, 1], B[:, 1])}
-    text = (f"A: {judges_of(runs[0])} ({config.reviews})\nB: {judges_of(runs[1])} "
-            f"({config.against})\nquestions {len(A)}, left out as failed {numbers['failed']}\n"
+    A, B, failed = paired_scores(first, second)
+    reference, answers = (A - B).mean(0)
+    numbers = {"n": len(A), "failed": failed, "relative": relative_score(A)[0],
+               "relative_against": relative_score(B)[0], "reference_difference": reference,
+               "mean_difference": answers, "spearman": spearman(A[:, 1], B[:, 1])}
+    text = (f"A: {judges_of(first)} ({config.reviews})\nB: {judges_of(second)} "
+            f"({config.against})\nquestions {len(A)}, left out as failed {failed}\n"
             f"relative score: A {numbers['relative']:.1f}, B {numbers['relative_against']:.1f}\n"
-            f"mean of A's scores less B's: reference {numbers['reference_difference']:+.2f}, "
-            f"answers {numbers['mean_difference']:+.2f}, of 10\n"
-            f"Spearman's correlation of the answers' scores: {numbers['spearman']:.3f}")
+            f"mean of A's scores less B's: reference {reference:+.2f}, answers {answers:+.2f}, "
+            f"of 10\nSpearman's correlation of the answers' scores: {numbers['spearman']:.3f}")
     print_numbers(numbers, text, config.json)
 
 
@@ -267,26 +295,25 @@ def swap(config):
     requests = [review_request(config, case, swapped=True) for case in cases]
     if config.show:
         return print_requests(requests[:config.show])
-    first = read_by_id(config.reviews, "category", "content")
-    check_ids(config.reviews, first, [str(case.question["question_id"]) for case in cases])
+    first = read_runs([config.reviews], MOST_FAILED)[0]
+    names = [str(case.question["question_id"]) for case in cases]
+    check_ids(config.reviews, first, names)
     replies = ask_judge(requests, config.swapped, config)
     rows = []
-    for case, request in zip(cases, requests, strict=True):
+    for name, request in zip(names, requests, strict=True):
         content = content_of(replies[request.key])
-        review = first[str(case.question["question_id"])]
-        rows.append({**review, "content": content, "tuple": parse_scores(content)[::-1]})
+        scores = parse_scores(content)[::-1]
+        rows.append(first[name] | {"content": content, "tuple": scores})
     write_lines(config.swapped, rows)
-    before = np.array([first[str(row["question_id"])]["tuple"] for row in rows])     # (n, 2)
-    after = np.array([row["tuple"] for row in rows])
-    good = (before >= 0).all(1) & (after >= 0).all(1)
-    before, after = before[good], after[good]
+    second = read_runs([config.swapped], MOST_FAILED)[0]
+    before, after, failed = paired_scores(first, second)
     gain = ((before - after) * (1, -1)).mean()
     turned = np.sign(before[:, 0] - before[:, 1]) != np.sign(after[:, 0] - after[:, 1])
     print(f"relative score: {relative_score(before)[0]:.1f} with the reference first, "
           f"{relative_score(after)[0]:.1f} with it last, "
           f"{relative_score((before + after) / 2)[0]:.1f} averaged over both orders\n"
           f"standing first is worth {gain:+.2f} points of 10; {100 * turned.mean():.1f}% of the "
-          f"verdicts depend on the order; {int((~good).sum())} failed and are left out")
+          f"verdicts depend on the order; {failed} failed and are left out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,17 +335,18 @@ def picture_tag(folder, name):
 
 def write_page(config):
     """Reviews as one page without anything outside of it."""
-    reviews = {str(row["question_id"]): row for row in read_json(config.reviews)}
+    reviews = read_runs([config.reviews], most_failed=1)[0]
+    cases = read_cases(config)
+    check_ids(config.reviews, reviews, [str(case.question["question_id"]) for case in cases])
     names = ("picture", "question", "reference", "answer", "scores", "the judge's words")
     rows = ["".join(f"<th>{name}</th>" for name in names)]
-    for case in read_cases(config):
-        review = reviews[str(case.question["question_id"])]
-        picture = ""
-        if config.images:
-            picture = picture_tag(config.images, case.question["image"])
+    for case in cases:
+        question = case.question
+        review = reviews[str(question["question_id"])]
+        picture = picture_tag(config.images, question["image"]) if config.images else ""
         scores = " ".join(f"{score:g}" for score in review["tuple"])
-        texts = (case.question["text"], case.reference["text"], case.answer["text"], scores,
-                 review["content"])
+        texts = (question["text"], case.reference["text"], case.answer["text"], scores,
+                 str(review.get("content")))
         cells = "".join(f"<td>{html.escape(text)}</td>" for text in texts)
         rows.append(f"<td>{picture}</td>{cells}")
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)

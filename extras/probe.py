@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 
 import sample
 from data import collate, sample_of
@@ -134,29 +134,31 @@ def words_and_attention(talker, turns, pictures, answer, layers=None, heads=None
     heads = parse_numbers(heads, config.num_attention_heads, "heads")
     answered = with_answer(talker, turns, pictures, answer)
     weights = attention_of(talker, answered, layers, heads)      # (A, visual tokens)
-    counts = [talker.view.tokens(*picture.size) for picture in pictures]
     ids = [label for label in answered["labels"] if label != IGNORE]
     text = ""
-    tokens = {}                          # {number of a word: its tokens}
+    tokens = {}                          # {number of a word: the attention of its tokens}
     for k in range(len(ids)):
         longer = talker.model.to_text(ids[:k + 1], [talker.template.STOP])
         if longer != text:               # else it is a blank, or STOP
             text = longer
-            tokens.setdefault(len(text.split()) - 1, []).append(k)
+            tokens.setdefault(len(text.split()) - 1, []).append(weights[k])
+    sizes = [picture.size for picture in pictures]
+    counts = [talker.view.tokens(*size) for size in sizes]
     words = []
     for number, word in enumerate(text.split()):
-        parts = weights[tokens[number]].mean(0).split(counts)
-        seen = zip(pictures, parts, strict=True)
-        words.append((word, [map_of(talker.view, picture.size, part) for picture, part in seen]))
+        parts = torch.stack(tokens[number]).mean(0).split(counts)
+        seen = zip(sizes, parts, strict=True)
+        words.append((word, [map_of(talker.view, size, part) for size, part in seen]))
     return words
 
 
 def parse_numbers(text, n, what):
     """"0,5,-1" to [0, 5, n - 1]; None to all n numbers."""
+    numbers = range(n)
     if text is None:
-        return list(range(n))
+        return list(numbers)
     try:
-        return [range(n)[int(part)] for part in text.split(",")]
+        return [numbers[int(part)] for part in text.split(",")]
     except (ValueError, IndexError):
         raise ValueError(f"--{what} {text!r}: numbers with commas between them, from 0 to {n - 1}, "
                          f"or -{n} to -1 from the end") from None
@@ -197,11 +199,9 @@ def map_of(view, size, weights):
     total = np.zeros(size_of_map[::-1], np.float32)
     for box, numbers in grids_of(view, *size):
         left, top, right, bottom = (round(edge * scale) for edge in box)
-        if right <= left or bottom <= top:
-            continue                     # a strip too thin for the map
         grid = weights[torch.from_numpy(numbers)].float().cpu().numpy()      # (rows, columns)
-        large = Image.fromarray(grid)
-        large = large.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        stretched = (max(1, right - left), max(1, bottom - top))
+        large = Image.fromarray(grid).resize(stretched, Image.Resampling.BILINEAR)
         share = grid.sum() / max(np.asarray(large).sum(), 1e-12)
         layer = Image.new("F", size_of_map)
         layer.paste(large, (left, top))  # what hangs over the edge falls off
@@ -211,31 +211,25 @@ def map_of(view, size, weights):
 
 def grids_of(view, width, height):
     """Where a picture's visual tokens lie: [(box in its pixels, their numbers (rows, columns))]."""
-    side = view.size // view.patch
-    square = np.arange(view.N).reshape(side, side)
-    if view.aspect == "crop":
-        return [(centred(width, height, min(width, height)), square)]
-    if view.aspect == "pad":
-        return [(centred(width, height, max(width, height)), square)]
+    square = np.arange(view.N).reshape(view.size // view.patch, -1)
+    edge = min(width, height) if view.aspect == "crop" else max(width, height)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    centred = (left, top, left + edge, top + edge)
+    if view.tiling is None:
+        return [(centred, square)]
     grids = []
     if view.tiling.global_picture == "stretched":
-        grids.append(((0, 0, width, height), square))
+        grids = [((0, 0, width, height), square)]
     elif view.tiling.global_picture:
-        grids.append((centred(width, height, max(width, height)), square))
+        grids = [(centred, square)]
     plan = view.tiling.plan(width, height)
-    shape = len(plan.rows), len(plan.columns) + 1
-    numbers = np.arange(plan.tokens)[-shape[0] * shape[1]:].reshape(shape)
+    n_rows, n_columns = len(plan.rows), len(plan.columns) + 1            # with the row's end
+    numbers = np.arange(plan.tokens)[-n_rows * n_columns:].reshape(n_rows, n_columns)
     pixels = view.patch * width / plan.scaled[0]     # of the picture, in a patch of its canvas
     left, top = (offset / view.patch for offset in plan.offset)
-    edges = (plan.columns.start - left, plan.rows.start - top,
-             plan.columns.stop - left, plan.rows.stop - top)
-    return [*grids, ([edge * pixels for edge in edges], numbers[:, :-1])]    # without row ends
-
-
-def centred(width, height, edge):
-    """The box of a square in the middle of a picture."""
-    left, top = (width - edge) / 2, (height - edge) / 2
-    return left, top, left + edge, top + edge
+    box = (plan.columns.start - left, plan.rows.start - top,
+           plan.columns.stop - left, plan.rows.stop - top)
+    return [*grids, ([edge * pixels for edge in box], numbers[:, :-1])]
 
 
 def overlay(picture, heat):
@@ -270,15 +264,12 @@ def draw_attention(config):
     talker, turns, pictures = open_question(config)
     answer = sample.print_answer(talker, turns, pictures)
     words = words_and_attention(talker, turns, pictures, answer, config.layers, config.heads)
-    across = max(1, min(len(words), 8))
-    down = max(1, -(-len(words) // across))
-    figure, axes = plt.subplots(down, across, squeeze=False, layout="constrained",
-                                figsize=(1.6 * across, 1.8 * down))
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, (word, maps) in zip(axes.flat, words, strict=False):
-        ax.imshow(overlay(pictures[0], maps[0]))
-        ax.set_title(word, fontsize=10)
+    n_rows = max(1, -(-len(words) // 8))
+    figure = plt.figure(figsize=(12.8, 1.8 * n_rows), layout="constrained")
+    for number, (word, maps) in enumerate(words, 1):
+        axes = figure.add_subplot(n_rows, 8, number, title=word)
+        axes.imshow(overlay(pictures[0], maps[0]))
+        axes.axis("off")
     figure.savefig(config.out, format="png", dpi=200)
     print(f"wrote {config.out}")
 
@@ -298,7 +289,7 @@ class TilesConfig:
 
 
 def draw_tiles(config):
-    """Draw how a picture is seen: numbered tiles, what is cut off (grey), row ends (orange)."""
+    """Draw how a picture is seen: numbered tiles, what is cut off (dark), row ends (orange)."""
     view = view_of(config.aspect, 224 if config.aspect.startswith("hd") else 336, 14)
     if config.model:
         settings, meta = checkpoints.load_settings(config.model)
@@ -310,36 +301,31 @@ def draw_tiles(config):
     plan = view.tiling.plan(*picture.size)
     print(f"{picture.width} x {picture.height} pixels, scaled to {plan.scaled[0]} x "
           f"{plan.scaled[1]} on {plan.grid[0]} x {plan.grid[1]} tiles of {view.size}")
-    total = f"{len(plan.rows)} rows x ({len(plan.columns)} + 1 row end) = {plan.tokens:,} tokens"
-    if view.tiling.global_picture:
-        total = f"{view.N} (global picture) + {total}"
-    print(total)
-    print(f"wrote {config.out}")
+    print(f"{len(plan.rows)} rows x ({len(plan.columns)} + 1 row end), in all "
+          f"{view.tokens(*picture.size):,} tokens; wrote {config.out}")
 
 
 def plot_tiles(picture, view):
-    """A drawing (PIL) of the global picture and, to its right, the canvas."""
+    """A drawing (PIL) of the canvas and, to its left, of the global picture, if there is one."""
     plan = view.tiling.plan(*picture.size)
     tile, patch = view.size, view.patch
     wide, high = plan.canvas
     left = tile + patch if view.tiling.global_picture else 0
-    image = Image.new("RGB", (left + wide + patch, high), "white")
-    pen = ImageDraw.Draw(image, "RGBA")
     places = [(left + x, y) for y in range(0, high, tile) for x in range(0, wide, tile)]
     if left:
         places.insert(0, (0, (high - tile) // 2))
+    image = Image.new("RGB", (left + wide + patch, high), "white")
     for square, place in zip(view.squares(picture), places, strict=True):
         image.paste(square, place)
-    x0, x1 = left + plan.columns.start * patch, left + plan.columns.stop * patch
-    y0, y1 = plan.rows.start * patch, plan.rows.stop * patch
-    right = left + wide
-    above = (left, 0, right, y0)
-    below = (left, y1, right, high)
-    beside = [(left, 0, x0, high), (x1, 0, right, high)]
-    for box in (above, below, *beside):
-        pen.rectangle(box, fill=(230, 230, 230, 200))
-    for y in range(y0, y1, patch):
-        pen.rectangle((x1, y, x1 + patch, y + patch), fill="orange", outline="white")
+    columns = range(left + plan.columns.start * patch, left + plan.columns.stop * patch)
+    rows = range(plan.rows.start * patch, plan.rows.stop * patch, patch)
+    canvas = (left, 0, left + wide, high)
+    kept = image.crop((columns.start, rows.start, columns.stop, rows.stop))
+    image.paste(ImageEnhance.Brightness(image.crop(canvas)).enhance(0.3), canvas)
+    image.paste(kept, (columns.start, rows.start))
+    pen = ImageDraw.Draw(image)
+    for y in rows:
+        pen.rectangle((columns.stop, y, columns.stop + patch, y + patch), "orange", "white")
     for number, (x, y) in enumerate(places):
         pen.rectangle((x, y, x + tile, y + tile), outline="crimson", width=3)
         pen.text((x + 12, y + 8), str(number), fill="crimson", font_size=24)

@@ -12,27 +12,22 @@ import functools
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from eval import (
-    TABLE_7,
-    LLaVABench,
-    ScienceQA,
-    methods_of,
-    relative_scores,
-    scienceqa_scores,
-)
+from eval import TABLE_7, LLaVABench, relative_scores, scienceqa_scores
 from parts import scienceqa
-from parts.files import run_command, run_main, write_json
-from parts.scoring import check_ids, percent, read_by_id, read_object
+from parts.files import read_text, read_value, run_command, run_main, typed, write_json
+from parts.scoring import check_ids, percent, read_by_id
 
 # --------------------------------------------------------------------------------------------------
 # ScienceQA and LLaVA-Bench
 
 
 @dataclass(frozen=True)
-class PublishedScienceQA(ScienceQA):
+class PublishedScienceQA:
+    labels: str                          # folder with the official problems.json, pid_splits.json
+    answers: str                         # the released result file, or JSON lines
     seed: int = 0                        # of the random choices
+    json: str = None                     # a file for the unrounded numbers
 
 
 def read_results(path):
@@ -40,30 +35,16 @@ def read_results(path):
 
     A result file is {"outputs": {id: text}, "results": {id: index}}.
     """
-    is_lines = '"question_id"' in Path(path).read_text(encoding="utf-8-sig")[:1000]
-    if is_lines:
+    if '"question_id"' in read_text(path)[:1000]:
         return {pid: row["text"] for pid, row in read_by_id(path, "text").items()}, {}
-    file = read_object(path)
-    if not isinstance(file.get("outputs"), dict):
-        raise ValueError(f"{path}: outputs: {{id: text}} are needed, found {', '.join(file)}")
-    return file["outputs"], file.get("results", {})
-
-
-def choices_in(outputs, problems):
-    """{id: choice} of texts {id: text}, see scienceqa.choice_of; some problems may have none."""
-    letters = {pid: scienceqa.letter_of(text) for pid, text in outputs.items()}
-    return {pid: scienceqa.choice_of(problems[pid], letters[pid])
-            for pid in problems if pid in letters}
-
-
-def draw_choices(choices, problems, rng, unread=False):
-    """Choices at random where a letter is none of the problem's, and where none is read, too."""
-    drawn = {}
-    for pid, choice in choices.items():
-        if choice == -1 or (choice is None and unread):
-            choice = rng.randrange(len(problems[pid]["choices"]))
-        drawn[pid] = choice
-    return drawn
+    file = read_value(path)
+    outputs = typed(file.get("outputs"), dict, f"{path}: outputs")
+    results = typed(file.get("results", {}), dict, f"{path}: results")
+    for pid, text in outputs.items():
+        typed(text, str, f"{path}: outputs of {pid}")
+    for pid, index in results.items():
+        typed(index, int, f"{path}: results of {pid}")
+    return outputs, results
 
 
 def published_scienceqa(config):
@@ -73,30 +54,26 @@ def published_scienceqa(config):
     `results`, of which the paper's table is made: where they are stored, they count. A problem
     without an answer is wrong. The released 13B run has 90.92 by them and 90.90 by what it says.
     """
-    problems = scienceqa.read_problems(config.labels, config.split)
+    problems = scienceqa.read_problems(config.labels, "test")
+    outputs, stored = read_results(config.answers)
+    check_ids(config.answers, outputs, problems, partial=True)
     rng = random.Random(config.seed)
-    choices = []
-    stored = {}
-    for path in (config.answers, config.second, config.requery):
-        outputs = {}
-        if path:
-            outputs, results = read_results(path)
-            check_ids(path, outputs, problems, partial=True)
-            if path == config.answers:
-                stored = results
-        choices.append(choices_in(outputs, problems))
-    ours, second, verdicts = choices
-    wrong = dict.fromkeys(problems)
-    undrawn = scienceqa_scores(problems, {"ours": [wrong | ours]})["ours"]
-    unparsed = (sum(ours.get(pid) is None for pid in problems), len(problems))
-    ours = wrong | draw_choices(ours, problems, rng, unread=True)
+    undrawn = {}
+    drawn = {}
+    for pid, problem in problems.items():
+        letter = scienceqa.letter_of(outputs.get(pid, ""))
+        choice = scienceqa.choice_of(problem, letter)
+        undrawn[pid] = choice
+        if pid in outputs and choice in (None, -1):
+            choice = rng.randrange(len(problem["choices"]))
+        drawn[pid] = choice
     if stored:
-        ours = {pid: int(stored.get(pid, -1)) for pid in problems}
-    second = draw_choices(second, problems, rng)
-    verdicts = draw_choices(verdicts, problems, rng)
-    scores = scienceqa_scores(problems, methods_of(ours, second, verdicts))
+        drawn = {pid: stored.get(pid, -1) for pid in problems}
+    said = scienceqa_scores(problems, {"ours": [undrawn]})["ours"]
+    unparsed = (list(undrawn.values()).count(None), len(problems))
+    scores = scienceqa_scores(problems, {"ours": [drawn]})
     scienceqa.print_methods(scores, unparsed, TABLE_7, config.json)
-    print(f"AVG of what the answers say, with nothing drawn: {percent(undrawn['AVG']):.2f}")
+    print(f"AVG of what the answers say, with nothing drawn: {percent(said['AVG']):.2f}")
 
 
 def published_relative_score(scores):
@@ -121,23 +98,9 @@ def published_llava_bench(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# POPE
-
-
-def texts_by_position(predictions, questions, split):
-    """The answers of one split, in their own order: the n-th belongs to the n-th label.
-
-    predictions    [(id, prompt, text), ...]
-    """
-    split_of = {str(question["question_id"]): question["category"] for question in questions}
-    return [text for name, _, text in predictions if split_of[name] == split]
-
-
-# --------------------------------------------------------------------------------------------------
-# Short answers: the official answer processor, and what VQAv2's and VizWiz's servers do instead
+# Short answers: the official answer processor of VQAv2, TextVQA and VizWiz
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-SERVER_MARKS = ";:/'[]\"()=+\\_><@`,?"
 DIGITS = dict(none="0", zero="0", one="1", two="2", three="3", four="4", five="5", six="6",
               seven="7", eight="8", nine="9", ten="10")
 CONTRACTIONS = """
@@ -154,25 +117,25 @@ CONTRACTIONS = """
 
 def misspellings():
     """{word without one of its apostrophes: word}; somebody'd stands there like this."""
-    corrected = {}
+    corrected = {"somebody'd": "somebodyd"}
     for word in CONTRACTIONS:
         for i, sign in enumerate(word):
             if sign == "'":
                 corrected[word[:i] + word[i + 1:]] = word
-    return corrected | {"somebody'd": "somebodyd"}
+    return corrected
 
 
 MISSPELT = misspellings()
 
 
-def punctuate(text, marks=MARKS):
+def punctuate(text):
     """A mark goes where one of its kind has a blank beside it, or where a comma stands between
     digits; else it becomes a blank. A mistyped look-behind saves a full stop only from what follows
     it, a digit, and at most 32 of them go.
     """
     gone = re.search(r"\d,+\d", text)
     new = {}
-    for mark in marks:
+    for mark in MARKS:
         if gone or f"{mark} " in text or f" {mark}" in text:
             new[mark] = ""
         else:
@@ -180,29 +143,16 @@ def punctuate(text, marks=MARKS):
     return re.sub(r"\.(?!\d)", "", text.translate(str.maketrans(new)), count=32)
 
 
-def plain_words(text):
-    """Number words as digits, no articles, contractions with their apostrophes, single blanks."""
-    words = [DIGITS.get(word, word) for word in text.lower().split()]
-    return " ".join(MISSPELT.get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
 @functools.cache
 def normalise(text):
-    """A short answer as the VQA benchmarks compare it: "Two dogs." -> "2 dogs"."""
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return plain_words(punctuate(text.replace("\n", " ").replace("\t", " ").strip()))
+    """A short answer as the VQA benchmarks compare it: "Two dogs." -> "2 dogs".
 
-
-def server_matches(text, humans):
-    """How many human answers a text equals on the servers.
-
-    Human answers stay as they are if all ten agree, and only lose punctuation otherwise; the
-    normalised prediction goes through the servers' own steps, with marks of their own.
+    Number words become digits, articles go, contractions get their apostrophes.
     """
-    said = plain_words(punctuate(normalise(text), SERVER_MARKS))
-    if len(set(humans)) > 1:
-        humans = [punctuate(human, SERVER_MARKS) for human in humans]
-    return humans.count(said)
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = punctuate(text.replace("\n", " ").replace("\t", " ").strip())
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    return " ".join(MISSPELT.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 COMMANDS = {

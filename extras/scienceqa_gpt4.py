@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from parts import client, scienceqa
 from parts.client import Endpoint, Request
 from parts.files import PROMPTS, check_least, lock_folder, run_command, run_main, write_lines
-from parts.scoring import read_by_id
 
 FOLDER = PROMPTS / "scienceqa"
 
@@ -102,14 +101,14 @@ def ask_again(config):
     """
     problems = scienceqa.read_problems(config.labels, config.split)
     prompt = (FOLDER / "requery.txt").read_text().strip()
-    paths = (config.answers, config.second)
-    ours, theirs = (read_by_id(path, "text") for path in paths)
-    our_letters, their_letters = (scienceqa.read_letters(path, problems) for path in paths)
+    ours = scienceqa.read_texts(config.answers, problems)
+    theirs = scienceqa.read_texts(config.second, problems)
     questions = {}
     for pid, question in questions_of(problems, config).items():
-        if our_letters[pid] != their_letters[pid]:
-            questions[pid] = prompt.format(question=question, first=ours[pid]["text"],
-                                           second=theirs[pid]["text"])
+        first = ours[pid]
+        second = theirs[pid]
+        if scienceqa.letter_of(first) != scienceqa.letter_of(second):
+            questions[pid] = prompt.format(question=question, first=first, second=second)
     ask_expert("judge", questions, [], config)
 
 

@@ -4,10 +4,10 @@ f_phi as it answers: some tokens at a time, behind a cache of keys and values (f
     prompt --extend--> logits of the next word --extend--> ...         the cache grows in place
 
 `Plain` is any language model of transformers with transformers' own cache. `Fast` is the Llama
-family (Llama, Mistral, Qwen2) written out: what several projections make of one input is a single
-product, and keys and values have their place from the start, so that a second question about a
-picture finds the first one's there. On x86 processors, weights are packed for oneDNN, whose
-products of a few rows take as little as half the time of torch's.
+family (Llama, Mistral, Qwen2) written out: projections of one input are a single product, and keys
+and values have their place from the start, where a second question about a picture finds them. On
+x86 processors weights are packed for oneDNN, whose products of a few rows take down to half the
+time of torch's.
 
 Letters in shape comments:
     B rows   n new tokens   D width of f_phi   V vocabulary   H query heads
@@ -54,8 +54,8 @@ class Plain:
 class Fast:
     """The Llama family, for answers alone: it reads the weights once, so train or load first.
 
-    `compiled`: each step behind the prompt is one compiled program with static shapes (CUDA graphs
-    on GPUs), which takes about a minute to start.
+    `compiled`: steps behind the prompt are one program of static shapes (CUDA graphs on GPUs); it
+    takes about a minute to start.
     """
     reuses = True
 
@@ -70,20 +70,21 @@ class Fast:
         self.eps = config.rms_norm_eps
         self.last_norm = base.norm.weight
         self.head = Product([f_phi.get_output_embeddings()], packed)
-        self.layers = [layer_of(layer.self_attn, layer.mlp, layer, packed) for layer in base.layers]
-        self.compiled = compiled
-        self.step = self.blocks
+        self.layers = [layer_of(layer, packed) for layer in base.layers]
+        self.step = None                 # one token's `blocks`, compiled
         if compiled:
             self.step = torch.compile(self.blocks, dynamic=False, mode="reduce-overhead")
 
     def cache(self, B, room):
         """kv: (keys, values) of each layer, (B, G, room, d); `length` of their places are taken."""
-        shape = (2, B, self.G, round_up(room), self.d)
-        kv = [self.last_norm.new_zeros(shape).unbind() for _ in self.layers]
-        if self.compiled:                # without the mark, CUDA graphs would copy it at each step
-            for keys, values in kv:
+        shape = (B, self.G, round_up(room), self.d)
+        kv = []
+        for _ in self.layers:
+            keys, values = self.last_norm.new_zeros(2, *shape)
+            if self.step:                # without the mark, CUDA graphs would copy them each step
                 torch._dynamo.mark_static_address(keys)
                 torch._dynamo.mark_static_address(values)
+            kv.append((keys, values))
         return SimpleNamespace(length=0, kv=kv)
 
     def extend(self, cache, H, position, mask):
@@ -93,15 +94,20 @@ class Fast:
         end = start + n
         room = cache.kv[0][0].shape[2]
         if end > room:                   # the conversation outgrows what its first answer was given
-            more = (0, 0, 0, round_up(end) - room)
-            cache.kv = [(F.pad(keys, more), F.pad(values, more)) for keys, values in cache.kv]
-        static = self.compiled and n == 1
-        window = cache.kv[0][0].shape[2] if static else end
+            more = round_up(end - room)
+            cache.kv = [tuple(F.pad(x, (0, 0, 0, more)) for x in layer) for layer in cache.kv]
+            room += more
+        static = self.step and n == 1
+        window = room if static else end
         slots = torch.arange(start, end, device=H.device)                    # (n,)
         # None lets attention take a faster way: one token sees all, a whole prompt what is before
         sees = None
         if static or mask is not None or (start > 0 and n > 1):
-            sees = visible(slots, window, mask).expand(len(H), 1, n, window)
+            sees = torch.arange(window, device=H.device) <= slots[:, None]   # (n, window)
+            if mask is not None:
+                padded = F.pad(mask, (0, window - mask.shape[1]))            # (B, window)
+                sees = sees & padded.bool()[:, None]                         # (B, n, window)
+            sees = sees.expand(len(H), n, window)[:, None]
         cos, sin = self.rotary(H, position)                                  # (B, n, d)
         sin[..., :self.d // 2].neg_()    # of halves that change places, one changes its sign
         step = self.step if static else self.blocks
@@ -116,10 +122,9 @@ class Fast:
         `window` places each token attends to; None: in a prompt those before it, else all.
         """
         B, n, _ = h.shape
-        heads = [self.H + self.G, self.G]
         for layer, (keys, values) in zip(self.layers, kv, strict=True):
             qkv = layer.qkv(self.norm(h, layer.norm_1))  # (B, n, (H + 2 G) d)
-            qk, v = qkv.view(B, n, -1, self.d).split(heads, 2)
+            qk, v = qkv.view(B, n, -1, self.d).split([self.H + self.G, self.G], 2)
             qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)  # rotary positions
             q, k = qk.split([self.H, self.G], 2)         # (B, n, H, d), (B, n, G, d)
             keys.index_copy_(2, slots, k.transpose(1, 2))
@@ -139,10 +144,13 @@ class Fast:
         cache.kv = [(keys[rows], values[rows]) for keys, values in cache.kv]
 
 
-def layer_of(attention, mlp, norms, packed):
+def layer_of(layer, packed):
+    """A decoder layer of transformers: two norms, and four products for its seven nn.Linear."""
+    attention = layer.self_attn
+    mlp = layer.mlp
     return SimpleNamespace(
-        norm_1=norms.input_layernorm.weight,
-        norm_2=norms.post_attention_layernorm.weight,
+        norm_1=layer.input_layernorm.weight,
+        norm_2=layer.post_attention_layernorm.weight,
         qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], packed),
         o=Product([attention.o_proj], packed),
         gate_up=Product([mlp.gate_proj, mlp.up_proj], packed),
@@ -164,12 +172,10 @@ class Product:
         kinds = {(type(linear), type(linear.weight)) for linear in linears}
         if kinds != {(nn.Linear, nn.Parameter)}:
             return
-        self.weight = linears[0].weight.data
-        self.bias = linears[0].bias
-        if len(linears) > 1:
-            self.weight = torch.cat([linear.weight.data for linear in linears])
-            if self.bias is not None:
-                self.bias = torch.cat([linear.bias.data for linear in linears])
+        self.weight = torch.cat([linear.weight.data for linear in linears])
+        self.bias = None
+        if linears[0].bias is not None:
+            self.bias = torch.cat([linear.bias.data for linear in linears])
         if packed and self.weight.numel() >= MIN_PACKED:
             self.packed = True           # laid out for products of 8 rows, and as good for one
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
@@ -187,23 +193,15 @@ class Product:
 
 
 def can_be_packed(f_phi):
-    weight = f_phi.base_model.norm.weight
-    x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return x86 and fp32_on_cpu and sum(p.numel() for p in f_phi.parameters()) < MAX_PACKED
+    """Whether oneDNN is at hand for these weights: fp32 on an x86 processor."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False
+    kinds = {(p.device.type, p.dtype) for p in f_phi.parameters()}
+    return kinds == {("cpu", torch.float32)} and f_phi.num_parameters() < MAX_PACKED
 
 
 def round_up(length):
     return -(-length // ROOM) * ROOM
-
-
-def visible(slots, window, mask):
-    """Which of the first `window` places the token of each slot sees, (B or 1, 1, n, window)."""
-    sees = torch.arange(window, device=slots.device) <= slots[:, None]       # (n, window)
-    if mask is None:
-        return sees[None, None]
-    no_padding = F.pad(mask, (0, window - mask.shape[1])).bool()             # (B, window)
-    return (sees & no_padding[:, None])[:, None]
 
 
 def decoder_for(f_phi, compiled=False):

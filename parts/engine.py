@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.decoders import decoder_for, quantise
+from parts.ranks import ANSWERING
 
 MAX_PREFIXES = 4         # conversations whose keys and values are remembered
 MIN_SHARED = 64          # tokens; fewer are soon computed anew, and no conversation is cut for them
@@ -70,13 +71,12 @@ class Engine:
         batch       of data.collate, padded on the left.
         stop        strings that end a row, as an end-of-sequence id does; what ends it is yielded.
         prefix      of `recall`: the batch is one row, and what lies behind the prefix.
-        sampling    temperature, top_p, generator: see `draw_ids`; the default is greedy
+        sampling    temperature, top_p, generator: see `model.sample_id`; the default is greedy
         Once half of the rows have ended, the others go on without them.
         Raises ValueError if the prompt leaves no room in the model's context.
         """
         model, decoder = self.model, self.decoder
-        inputs = ("input_ids", "attention_mask", "X_v", "visual_index")
-        batch = {name: batch[name].to(model.device) for name in inputs}
+        batch = {name: batch[name].to(model.device) for name in ANSWERING}
         prefix = prefix or Prefix()
         start = prefix.cache.length if prefix.cache else 0
         B, n = batch["input_ids"].shape
@@ -96,9 +96,8 @@ class Engine:
         new = [[] for _ in rows]
         ended = set()
         for _ in range(steps):
-            logits = decoder.extend(prefix.cache, H, position, mask).float()     # (rows, V)
-            logits[:, model.image_id] = -torch.inf
-            next_id = draw_ids(logits, **sampling)                           # (rows,)
+            logits = decoder.extend(prefix.cache, H, position, mask)         # (rows, V)
+            next_id = model.next_id(logits, **sampling)                      # (rows,)
             step = [None] * B
             for row, i in zip(rows, next_id.tolist(), strict=True):
                 if row not in ended:
@@ -181,14 +180,3 @@ def begun_stop(text, stop):
     """How many characters at the end of a text are the beginning of a stop string."""
     beginnings = [end[:n] for end in stop for n in range(len(end))]
     return max((len(start) for start in beginnings if text.endswith(start)), default=0)
-
-
-def draw_ids(logits, temperature=0.0, top_p=1.0, generator=None):
-    """One id for each row of logits (B, V); the same draws as those of model.sample_id."""
-    if temperature == 0:
-        return logits.argmax(-1)                                             # (B,)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V), (B, V)
-    beyond = p.cumsum(-1) - p >= top_p   # ids that those before them make superfluous
-    beyond[:, 0] = False
-    choice = torch.multinomial(p.masked_fill(beyond, 0), 1, generator=generator)     # (B, 1)
-    return order.gather(-1, choice)[:, 0]                                    # (B,)

@@ -5,37 +5,43 @@ ScienceQA's files: problems as its authors publish them, as turns to train on, a
                              "lecture", "solution"}}
     pid_splits.json    {"train": [id, ...], "val": ..., "test": ...}
 """
-import json
 import re
 from pathlib import Path
 
-from parts.files import IMAGE, write_json
-from parts.scoring import check_ids, layout, percent, read_by_id, score_rows
+from parts.files import IMAGE, read_value, typed, write_json
+from parts.scoring import check_ids, layout, percent, read_by_id, score_rows, typed_fields
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 LETTERS = ["A", "B", "C", "D", "E"]
 BY_LETTER = "Answer with the option's letter from the given choices directly."
-# What an answer may be, in this order: A the answer, L the lecture, E the solution.
-ANSWERS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")
+FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "subject": str,
+          "grade": str, "lecture": str, "solution": str}
+# Question, Context and options are asked; Answer, Lecture and Explanation are told, in this order.
+FORMATS = ("QCM-A", "QCM-ALE", "QCM-LEA", "QCM-LEPA", "letter")
 
 
 def read_problems(folder, split):
-    """{id: problem} of one split. Raises FileNotFoundError, ValueError."""
-    found = []
-    for name in ("problems.json", "pid_splits.json"):
-        path = Path(folder, name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; --labels is the folder with the "
-                                    "official problems.json and pid_splits.json")
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-    problems, splits = found
+    """{id: problem} of one split. Raises FileNotFoundError; ValueError that names what is wrong.
+
+    folder    that of --labels, with the official problems.json and pid_splits.json
+    """
+    problems_path = Path(folder, "problems.json")
+    splits_path = Path(folder, "pid_splits.json")
+    problems = read_value(problems_path)
+    splits = read_value(splits_path)
     if split not in splits:
-        raise ValueError(f"{path}: no split {split!r}; there are {', '.join(splits)}")
-    missing = [pid for pid in splits[split] if pid not in problems]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {len(splits[split])} problems of {split} "
-                         f"are not in problems.json, e.g. {missing[0]}")
-    return {pid: problems[pid] for pid in splits[split]}
+        raise ValueError(f"{splits_path}: no split {split!r}; there are {', '.join(splits)}")
+    found = {}
+    for pid in map(str, typed(splits[split], list, splits_path)):
+        where = f"{problems_path}: problem {pid}"
+        problem = typed_fields(problems.get(pid), where, **FIELDS)
+        answer = problem["answer"]
+        n_choices = len(problem["choices"])
+        if not 0 <= answer < n_choices <= len(LETTERS):
+            raise ValueError(f"{where}: answer {answer} of {n_choices} choices, which are counted "
+                             f"from 0; there are {len(LETTERS)} at most")
+        found[pid] = {"image": None} | problem
+    return found
 
 
 def columns_of(problem):
@@ -81,19 +87,19 @@ def choice_of(problem, letter):
     return choices.index(letter) if letter in choices else -1
 
 
-def read_letters(path, problems, partial=False):
-    """{id: letter or None} of an answers file; `partial`: to some of the problems only."""
+def read_texts(path, problems, partial=False):
+    """{id: text} of an answers file, in the problems' order; `partial`: to some of them only."""
     answers = read_by_id(path, "text")
     check_ids(path, answers, problems, partial)
-    return {pid: letter_of(answers[pid]["text"]) for pid in problems if pid in answers}
+    return {pid: answers[pid]["text"] for pid in problems if pid in answers}
 
 
 def read_choices(path, problems, partial=False):
     """{id: index of a choice, see `choice_of`} of an answers file; {} without a path."""
     if not path:
         return {}
-    letters = read_letters(path, problems, partial)
-    return {pid: choice_of(problems[pid], letter) for pid, letter in letters.items()}
+    texts = read_texts(path, problems, partial)
+    return {pid: choice_of(problems[pid], letter_of(text)) for pid, text in texts.items()}
 
 
 def print_methods(scores, unparsed, published, path):
@@ -108,7 +114,7 @@ def print_methods(scores, unparsed, published, path):
         prefix = ""
         if method != "ours":
             prefix = f"{method}."
-            rows.append([method, *score_rows(method, row)[1][1:]])
+            rows.append([method, *score_rows(method, row, (), {})[1][1:]])
         numbers |= {prefix + column: percent(score) for column, score in row.items()}
     print(layout(rows + table[4:]))
     print("low, high: 95% interval of ours (Wilson); below the ensembles, as published")
@@ -122,67 +128,53 @@ def print_methods(scores, unparsed, published, path):
 
 
 def science_turn(problem, form):
-    """One problem as (question, answer), in a format of the released converter.
+    """One problem as (question, answer), in a format of the released converter: INPUT-OUTPUT.
 
-    Formats are INPUT-OUTPUT, as QCM-LEA: the question Q, its context C and the options M are asked;
-    lecture L, solution E and then the answer A are the reply. `letter` is LLaVA-1.5's format. Here
-    is QCM-A:
+    `letter` is LLaVA-1.5's format, LEPA the first release's. Here is QCM-A:
 
         Which one is dark?          The answer is B.
         Context: N/A
         Options: (A) red (B) blue
 
-    OFFICIAL, quirks that are kept: AL gives the solution and AE the lecture; each pair of blanks
-    becomes one, once; the converter deletes every "Question: " of an input that begins with it, and
-    every "Answer: " of such an output.
+    OFFICIAL, quirks that are kept: each pair of blanks becomes one, once; the converter deletes
+    every "Question: " of an input, and every "Answer: " of an output but LEPA's.
     Raises ValueError for another format.
     """
-    asked, _, told = form.partition("-")
     if form == "letter":
         return letter_question(problem), LETTERS[problem["answer"]]
-    if asked not in ("QCM", "CQM") or told not in ANSWERS:
-        raise ValueError(f"--format {form}: QCM or CQM, a dash, and one of {', '.join(ANSWERS)}; "
-                         "or letter")
-    choices = enumerate(problem["choices"])
-    options = [f"({LETTERS[i]}) {choice}" for i, choice in choices]
-    parts = {"Q": f"Question: {problem['question']}\n",
-             "C": f"Context: {problem['hint'].strip() or 'N/A'}\n",
-             "M": "Options: " + " ".join(options)}
-    question = "".join(parts[part] for part in asked)
-    answer = halve_blanks(science_answer(problem, told))
-    if answer.endswith("BECAUSE:"):      # neither lecture nor solution
-        answer = answer.replace("BECAUSE:", "").strip()
-    return without_head(halve_blanks(question), "Question: "), without_head(answer, "Answer: ")
+    if form not in FORMATS:
+        raise ValueError(f"--format {form}: one of {', '.join(FORMATS)} is needed")
+    hint = problem["hint"].strip() or "N/A"
+    options = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"])]
+    question = f"Question: {problem['question']}\nContext: {hint}\nOptions: {' '.join(options)}"
+    answer = science_answer(problem, form.removeprefix("QCM-"))
+    return halve_blanks(question).replace("Question: ", ""), answer
 
 
 def science_answer(problem, order):
     """The reply to a problem: lecture, solution and answer in the order of these letters."""
-    letter = LETTERS[problem["answer"]]
+    answer = f"The answer is {LETTERS[problem['answer']]}."
     lecture = problem["lecture"].replace("\\n", "\n")
     solution = problem["solution"].replace("\\n", "\n")
-    if order == "LEPA":                  # the first release's
-        lines = [f"###\nANSWER: {letter}."]
+    if order == "LEPA":
+        lines = ["###", answer.replace("The answer is", "ANSWER:")]
         if solution.strip():
             lines.insert(0, f"SOLUTION: {solution}")
         if lecture.strip():
             lines.insert(0, f"LECTURE: {lecture}")
-        return "\n".join(lines)
-    parts = {"A": f"The answer is {letter}.", "L": lecture, "E": solution}
-    if order[0] != "A" or order == "A":
-        return "Answer: " + " ".join(parts[part] for part in order)
-    reasons = {"AL": "E", "AE": "L"}.get(order, order[1:])
-    because = " ".join(parts[part] for part in reasons)
-    return f"Answer: {parts['A']} BECAUSE: {because}"
+        return halve_blanks("\n".join(lines))
+    reply = {"A": f"Answer: {answer}",
+             "ALE": f"Answer: {answer} BECAUSE: {lecture} {solution}",
+             "LEA": f"Answer: {lecture} {solution} {answer}"}
+    text = halve_blanks(reply[order])
+    if text.endswith("BECAUSE:"):        # neither lecture nor solution
+        text = text.replace("BECAUSE:", "").strip()
+    return text.replace("Answer: ", "")
 
 
 def halve_blanks(text):
     """A text as the converter leaves it: each pair of blanks is one, once."""
     return text.replace("  ", " ").strip()
-
-
-def without_head(text, head):
-    """A text without "Question: " or "Answer: ", if it begins with it."""
-    return text.replace(head, "") if text.startswith(head) else text
 
 
 def letter_question(problem):

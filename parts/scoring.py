@@ -7,18 +7,32 @@ The files of an evaluation, joined by id, and tables of scores with their interv
 
 What does not belong together is a ValueError that counts and shows it, never a number.
 """
-import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 
 from parts.client import ask_everything
-from parts.files import PROMPTS, lock_folder, read_json
+from parts.files import PROMPTS, lock_folder, read_json, read_value, typed
 
 # --------------------------------------------------------------------------------------------------
 # Records found by id
+
+
+def typed_fields(record, where, **kinds):
+    """A record that was read, which must have these fields, each of its type of JSON."""
+    typed(record, dict, where)
+    for field, kind in kinds.items():
+        typed(record.get(field), kind, f"{where}: {field}")
+    return record
+
+
+def id_of(record, key, where):
+    """An id as text: 7 and "7" are the same. Raises ValueError for what can be none."""
+    name = typed(record, dict, where).get(key)
+    if type(name) not in (int, str):
+        raise ValueError(f"{where}: {key}, a whole number or text, is needed; found {name!r:.80}")
+    return str(name)
 
 
 def read_by_id(path, *fields, key="question_id"):
@@ -28,53 +42,48 @@ def read_by_id(path, *fields, key="question_id"):
     """
     records = {}
     for number, record in enumerate(read_json(path)):
-        found = record if isinstance(record, dict) else {}
-        texts = [found.get(field) for field in fields]
-        if key not in found or not all(isinstance(text, str) for text in texts):
-            needed = " and ".join((key, *fields))
-            raise ValueError(f"{path}[{number}]: {needed} are needed, found {str(record)[:100]}")
-        name = str(found[key])           # 7 and "7" are the same id
+        where = f"{path}[{number}]"
+        name = id_of(record, key, where)
         if name in records:
-            raise ValueError(f"{path}[{number}]: the id {name} occurs more than once")
-        records[name] = found
+            raise ValueError(f"{where}: the id {name} occurs more than once")
+        records[name] = typed_fields(record, where, **dict.fromkeys(fields, str))
     if not records:
         raise ValueError(f"{path}: it is empty")
     return records
 
 
-def read_object(path):
-    """One JSON object; ValueError for a name that occurs twice in it, where the last would win."""
-    def distinct(pairs):
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = [name for name in names if names.count(name) > 1]
-            raise ValueError(f"the name {twice[0]!r} occurs more than once in one object")
-        return dict(pairs)
-
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=distinct)
-    except ValueError as error:
-        raise ValueError(f"{path}: not one JSON object: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not one JSON object, but a {type(value).__name__}")
-    return value
-
-
 def examples(items):
     """', e.g. 3, 4, 5', or nothing if there are none."""
-    shown = ", ".join(str(item) for item in items[:3])
+    shown = ", ".join(map(str, items[:3]))
     return f", e.g. {shown}" if shown else ""
 
 
 def check_ids(path, found, wanted, partial=False):
     """Raises ValueError unless a file has exactly the ids that are wanted, or `partial` ones."""
-    missing = [i for i in wanted if i not in found and not partial]
+    missing = [] if partial else [i for i in wanted if i not in found]
     foreign = [i for i in found if i not in wanted]
     if missing or foreign:
         raise ValueError(
             f"{path}: of {len(wanted):,} questions {len(missing):,} have no answer"
             f"{examples(missing)}; {len(foreign):,} are answered but not asked{examples(foreign)}. "
             "Are these the answers to these questions, all of them?")
+
+
+def read_answers(path, questions):
+    """{id: answer} of an answers file, exactly one to each of {id: question}.
+
+    Raises ValueError for missing, doubled and foreign answers, and for answers to other questions
+    under the same ids: two benches may use the same numbers.
+    """
+    answers = read_by_id(path, "text")
+    check_ids(path, answers, questions)
+    for i, answer in answers.items():
+        asked = " ".join(questions[i]["text"].split())
+        prompt = typed(answer.get("prompt", asked), str, f"{path}: prompt of {i}")
+        if asked not in " ".join(prompt.split()):
+            raise ValueError(f"{path}: {i} answers another question than {asked!r:.80}, which is "
+                             "asked under this id; take the files of one bench")
+    return answers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,21 +97,15 @@ def read_bench(config):
     """
     questions = read_by_id(config.questions, "image", "text", "category")
     contexts = read_by_id(config.context, key="image")
-    reference = read_by_id(config.reference, "text")
-    answers = read_by_id(config.answers, "text")
-    for path, records in ((config.reference, reference), (config.answers, answers)):
-        check_ids(path, records, questions)
-        for i, record in records.items():      # two benches may use the same numbers
-            asked = " ".join(questions[i]["text"].split())
-            if asked not in " ".join(record.get("prompt", asked).split()):
-                raise ValueError(f"{path}: {i} answers another question than {config.questions} "
-                                 "asks under this id; take the files of one bench")
+    reference = read_answers(config.reference, questions)
+    answers = read_answers(config.answers, questions)
+    cases = []
     for i, question in questions.items():
         if question["image"] not in contexts:
             raise ValueError(f"{config.context}: nothing about {question['image']}, the picture of "
                              f"question {i}; the names must be equal")
-    return [(question, reference[i], answers[i], contexts[question["image"]])
-            for i, question in questions.items()]
+        cases.append((question, reference[i], answers[i], contexts[question["image"]]))
+    return cases
 
 
 def read_rules(path, kinds, wild):
@@ -110,13 +113,12 @@ def read_rules(path, kinds, wild):
 
     kinds, wild    the kinds of questions, and what In-the-Wild's files write before them
     """
-    if path:
-        rules = read_object(path)
-        for category, rule in rules.items():
-            if not isinstance(rule, dict) or not rule.keys() >= {"role", "prompt"}:
-                raise ValueError(f"{path}: {category} needs role and prompt, found {rule}")
-        return rules
     rules = {}
+    if path:
+        for category, rule in read_value(path).items():
+            typed_fields(rule, f"{path}: {category}", role=str, prompt=str)
+            rules[category] = {"role": rule["role"], "prompt": rule["prompt"]}
+        return rules
     for bench, name in (("", "captions_boxes.txt"), (wild, "caption.txt")):
         prompt = (PROMPTS / "judge" / name).read_text().strip()
         for kind in kinds:
@@ -152,43 +154,44 @@ def read_runs(files, most_failed):
 
 
 def check_tuples(path, run, most_failed):
-    """Raises ValueError if a review has no two numbers, or if too many judgements failed."""
+    """Raises ValueError if a review has no two numbers, or if too many judgements failed.
+
+    A score that was not asked for is a failure, too: its tuple becomes -1, -1. With a `most_failed`
+    of 1, as in the published arithmetic, it stays as it is.
+    """
     failed = []
     for name, review in run.items():
-        scores = review.get("tuple")
-        if not is_pair(scores):
-            raise ValueError(f"{path}: {name}: tuple is not two numbers but {scores}")
-        if min(scores) < 0:
+        where = f"{path}: tuple of {name}"
+        scores = [typed(score, float, where) for score in typed(review.get("tuple"), list, where)]
+        if len(scores) != 2 or not math.isfinite(sum(scores)):
+            raise ValueError(f"{where}: two numbers are needed, found {scores}")
+        if min(scores) < 1 or max(scores) > 10:
             failed.append(name)
-    if not failed:
-        return
+            if most_failed < 1:
+                review["tuple"] = [-1, -1]
     told = f"{path}: {len(failed)} of {len(run)} judgements failed: {', '.join(failed)}"
     if len(failed) > most_failed * len(run):
         raise ValueError(
             f"{told}. Above {most_failed:.0%} there is no score. Their first line is not two "
-            "numbers with one space between: read it, then take another judge or another --rule")
-    print(told)
-
-
-def is_pair(value):
-    """Whether a value is two finite numbers."""
-    if not isinstance(value, list) or len(value) != 2:
-        return False
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in value)
-
-
-def ask_judge(requests, path, config):
-    """The replies to all requests, {key: reply}; each is kept in PATH.raw and never paid twice."""
-    if os.path.exists(path) and not os.path.exists(f"{path}.raw"):
-        raise ValueError(f"{path} was not written here and would be lost; name another file")
-    with lock_folder(f"{path}.raw") as folder:
-        return ask_everything(requests, folder / "raw.jsonl", config)
+            "numbers from 1 to 10 with one space between: read it, then take another judge or "
+            "another --rule")
+    if failed:
+        print(told)
 
 
 def judges_of(run):
     """The names of the judges of {id: review}, as text."""
-    names = {review.get("judge") for review in run.values()} - {None}
+    names = {str(review["judge"]) for review in run.values() if review.get("judge")}
     return " and ".join(sorted(names)) or "not recorded"
+
+
+def ask_judge(requests, path, config):
+    """The replies to all requests, {key: reply}; each is kept in PATH.raw and never paid twice."""
+    raw = f"{path}.raw"
+    if os.path.exists(path) and not os.path.exists(raw):
+        raise ValueError(f"{path} was not written here and would be lost; name another file")
+    with lock_folder(raw) as folder:
+        return ask_everything(requests, folder / "raw.jsonl", config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,12 +205,13 @@ def percent(score):
     return score
 
 
-def wilson(right, n, z=1.96):
+def wilson(right, n):
     """The 95% interval of an accuracy, in percent (Wilson's)."""
-    p = right / n
-    centre = (right + z * z / 2) / (n + z * z)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    z2 = 1.96 ** 2
+    total = n + z2
+    centre = right + z2 / 2
+    half = math.sqrt(z2 * (right - right ** 2 / n + z2 / 4))
+    return 100 * max(0.0, centre - half) / total, 100 * min(total, centre + half) / total
 
 
 def bootstrap(scores, draws=10_000):
@@ -217,18 +221,18 @@ def bootstrap(scores, draws=10_000):
     """
     n = scores.shape[1]
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)        # (draws, n)
-    sums = counts @ scores                                           # (runs, draws, 2)
+    reference, answers = np.moveaxis(counts @ scores, 2, 0)          # (runs, draws) each
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (sums[..., 1] / sums[..., 0]).mean(0)               # (draws,)
+        ratios = (answers / reference).mean(0)                       # (draws,)
     low, high = np.nanpercentile(ratios, (2.5, 97.5))
     return 100 * low, 100 * high
 
 
-def score_rows(name, scores, keys=(), published=None):
+def score_rows(name, scores, keys, published):
     """Rows of cells: our scores, their intervals, and the published ones under the same keys."""
-    ours = []
-    low = []
-    high = []
+    ours = ["ours"]
+    low = ["low"]
+    high = ["high"]
     for score in scores.values():
         ours.append("undefined" if score is None else f"{percent(score):.2f}")
         bounds = ["-", "-"]
@@ -236,11 +240,8 @@ def score_rows(name, scores, keys=(), published=None):
             bounds = [f"{bound:.2f}" for bound in wilson(*score)]
         low.append(bounds[0])
         high.append(bounds[1])
-    rows = [[name, *scores],
-            ["ours", *ours],
-            ["low", *low],
-            ["high", *high]]
-    for model, values in (published or {}).items():
+    rows = [[name, *scores], ours, low, high]
+    for model, values in published.items():
         known = dict(zip(keys, values.split(), strict=True))
         rows.append([model, *[known.get(key, "-") for key in scores]])
     return rows
@@ -250,7 +251,8 @@ def layout(rows):
     """Rows of cells as text; the first column is flush left, all others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How it is scored (Sec. 5): LLaVA-Bench by a judge, ScienceQA, and the benchmarks of LLaVA-1.5."""
+"""How it is scored (Sec. 5): LLaVA-Bench by a judge, MM-Vet, ScienceQA."""
 import json
 
 import numpy as np
@@ -6,8 +6,9 @@ import pytest
 from conftest import lines
 
 import eval as eval_py
-from extras import benchmarks, judges, published
+from extras import judges, published
 from parts.files import read_lines, write_json, write_lines
+from parts.scienceqa import science_turn
 
 KINDS = ("conv", "detail", "complex")
 
@@ -135,44 +136,49 @@ def test_scienceqa_data_writes_what_training_and_sampling_read(tmp_path):
     assert record["conversations"][0]["value"].startswith("Which is 1?\nContext: A hint.\nOptions:")
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks
+@pytest.mark.parametrize("form, answer", [
+    ("QCM-A", "The answer is B."), ("QCM-ALE", "The answer is B. BECAUSE: L. S."),
+    ("QCM-LEPA", "LECTURE: L.\nSOLUTION: S.\n###\nANSWER: B."), ("letter", "B")])
+def test_scienceqa_has_the_formats_of_the_released_converter(form, answer):
+    """Table 8 has two of them; the first release and LLaVA-1.5 have their own."""
+    problem = {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "hint": "",
+               "lecture": "L.", "solution": "S."}
+    question, told = science_turn(problem, form)
+    assert told == answer
+    if form == "letter":
+        assert question == ("Which?\nA. red\nB. blue\n"
+                            "Answer with the option's letter from the given choices directly.")
+    else:
+        assert question == "Which?\nContext: N/A\nOptions: (A) red (B) blue"
 
 
-def test_pope_reads_no_in_the_first_sentence_and_averages_three_splits(tmp_path):
-    """F1 of "yes" in each split."""
-    (tmp_path / "coco").mkdir()
-    questions, answers = [], []
-    for split in ("random", "popular", "adversarial"):
-        rows = [{"question_id": i, "image": f"{split}{i}.jpg", "text": f"Is there a dog {i}?",
-                 "label": "yes" if i < 2 else "no"} for i in range(4)]
-        write_lines(tmp_path / "coco" / f"coco_pope_{split}.json", rows)
-        for row in rows:
-            name = f"{split}-{row['question_id']}"
-            questions.append({**row, "question_id": name, "category": split})
-            text = "Yes" if row["question_id"] in (0, 2) else "No, there is not."
-            answers.append({"question_id": name, "prompt": row["text"], "text": text})
-    write_lines(tmp_path / "q.jsonl", questions)
-    write_lines(tmp_path / "a.jsonl", answers)
-    run(benchmarks, "score", "pope", "--answers", tmp_path / "a.jsonl",
-        "--questions", tmp_path / "q.jsonl", "--labels", tmp_path / "coco",
+def test_published_scienceqa_counts_what_the_result_file_stores(tmp_path, capsys):
+    """The released run's 90.92 beside 90.90: a letter that a problem lacks was drawn, and stored."""
+    write_scienceqa(tmp_path)                                    # truth: A B C A B C
+    outputs = {str(i): f"The answer is {letter}." for i, letter in enumerate("ABCABE")}
+    stored = {str(i): i % 3 for i in range(6)}
+    write_json(tmp_path / "results.json", {"outputs": outputs, "results": stored})
+    run(published, "scienceqa", "--labels", tmp_path, "--answers", tmp_path / "results.json",
         "--json", tmp_path / "s.json")
-    scores = json.loads((tmp_path / "s.json").read_text())
-    assert scores["f1"] == 50 and scores["random.accuracy"] == 50
+    assert json.loads((tmp_path / "s.json").read_text())["AVG"] == 100
+    assert "with nothing drawn: 83.33" in capsys.readouterr().out
 
 
-def test_gqa_and_vqa_compare_short_answers_as_published(tmp_path):
-    """GQA: lower case without a full stop; VQA: min(1, matches / 3) over ten humans."""
-    write_json(tmp_path / "l.json", {
-        str(i): {"answer": "dog", "isBalanced": True, "types": {"structural": "query"}}
-        for i in range(2)})
-    write_lines(tmp_path / "a.jsonl", [{"question_id": "0", "text": "Dog."},
-                                       {"question_id": "1", "text": "a dog"}])
-    run(benchmarks, "score", "gqa", "--answers", tmp_path / "a.jsonl", "--labels",
-        tmp_path / "l.json", "--json", tmp_path / "s.json")
-    assert json.loads((tmp_path / "s.json").read_text())["accuracy"] == 50
-    humans = ["2 dogs"] * 2 + ["cats"] * 8
-    assert benchmarks.vqa_accuracy("Two dogs.", {"answers": humans}) == 0.6
+@pytest.mark.parametrize("change, says", [
+    ({"answer": 3}, "problem 0: answer 3 of 3 choices"),
+    ({"choices": "red"}, "problem 0: choices: 'red' where a list belongs"),
+    ({"hint": None}, "problem 0: hint: None where text belongs")])
+def test_a_damaged_problem_of_scienceqa_is_named(tmp_path, change, says):
+    problems = write_scienceqa(tmp_path)
+    problems["0"] |= change
+    write_json(tmp_path / "problems.json", problems)
+    ours = answers_file(tmp_path / "a.jsonl", "ABCAAA")
+    with pytest.raises(ValueError, match=says):
+        run(eval_py, "score", "scienceqa", "--labels", tmp_path, "--answers", ours)
+
+
+# --------------------------------------------------------------------------------------------------
+# MM-Vet, and the published arithmetic of LLaVA-Bench
 
 
 def test_mm_vet_grades_are_means_in_percent(tmp_path, serve, capsys):
@@ -189,26 +195,6 @@ def test_mm_vet_grades_are_means_in_percent(tmp_path, serve, capsys):
     assert np.isfinite(numbers["total_std"])
 
 
-def test_gqas_server_gets_every_answer_and_a_table_the_balanced_ones(tmp_path):
-    """The server of GQA wants all questions; accuracy is over the balanced ones."""
-    write_json(tmp_path / "l.json", {
-        str(i): {"answer": "dog", "isBalanced": i < 2, "types": {"structural": "query"}}
-        for i in range(4)})
-    write_lines(tmp_path / "a.jsonl", [{"question_id": str(i), "text": "Dog."} for i in range(4)])
-    run(benchmarks, "score", "gqa", "--answers", tmp_path / "a.jsonl", "--labels",
-        tmp_path / "l.json", "--upload", tmp_path / "up.json")
-    rows = json.loads((tmp_path / "up.json").read_text())
-    assert rows == [{"questionId": str(i), "prediction": "dog"} for i in range(4)]
-
-
-@pytest.mark.parametrize("text, value", [("red", "red"), ("(B)", "blue"), ("5", None), ("Z", None)])
-def test_a_number_is_no_choice_of_mathvista(text, value):
-    """What is no choice and no letter of one is unparsed, whatever kind the answer has."""
-    problem = {"question_type": "multi_choice", "answer_type": "integer",
-               "choices": ["red", "blue"]}
-    assert benchmarks.value_named(problem, text) == value
-
-
 def test_the_published_relative_score_is_rounded_only_over_several_runs(tmp_path, capsys):
     """One run is a ratio of means with three decimals; of several, each is rounded to one first."""
     reviews = tmp_path / "r.jsonl"
@@ -221,3 +207,13 @@ def test_the_published_relative_score_is_rounded_only_over_several_runs(tmp_path
         "--json", tmp_path / "s.json")
     several = json.loads((tmp_path / "s.json").read_text())["all.relative"]
     assert one == pytest.approx(200 / 3) and several == pytest.approx(66.7)
+
+
+def test_published_failures_count_as_minus_one_for_both_sides(tmp_path):
+    """(8 - 1) / 2 and (6 - 1) / 2, where eval.py would leave the failed one out, and say 75."""
+    write_lines(tmp_path / "r.jsonl", [
+        {"question_id": i, "category": "conv", "tuple": scores}
+        for i, scores in enumerate(([8, 6], [-1, -1]))])
+    run(published, "llava_bench", "--reviews", tmp_path / "r.jsonl", "--json", tmp_path / "s.json")
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["all.relative"] == pytest.approx(100 * 2.5 / 3.5)

@@ -39,21 +39,9 @@ from model import IGNORE
 from parts.files import IMAGE, run_main, typed_flags
 from parts.templates import TEMPLATES
 from parts.views import preprocess
+from toy import world
 from toy.teacher import teach
-from toy.world import (
-    CELL,
-    COLOURS,
-    GRID,
-    KINDS,
-    PAIRS,
-    SEEN,
-    SIDE,
-    caption,
-    draw_scene,
-    questions_about,
-    sample_scene,
-    scene_with,
-)
+from toy.world import GRID, PAIRS, SEEN, sample_scene
 
 TEMPLATE = TEMPLATES["llava_v0"]
 BOS, EOS, PAD = 1, 2, 3                  # of <s>, </s>, <pad>; <unk> is 0 as in LLaMA, never used
@@ -62,11 +50,10 @@ RESPONSES = ("conversation", "brief", "detail_description", "complex_reasoning")
 
 def build_tokenizer(rng):
     """Byte-level BPE, trained until every word of the world is one token."""
-    texts = []
+    texts = [" . 1 2 3 4 in A B C D"] * 100
     for kind in RESPONSES * 2000:
         for question, answer in teach(kind, sample_scene(rng, PAIRS), rng, PAIRS):
             texts.append(f"{TEMPLATE.first}{question}{TEMPLATE.reply} {answer}{TEMPLATE.STOP}")
-    texts += [" . 1 2 3 4 in A B C D"] * 100
     words = Regex(r" ?[A-Za-z]+| ?\d+|#+| ?[^\sA-Za-z\d#]+|\s")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -85,19 +72,29 @@ def build_tokenizer(rng):
         pad_token="<pad>", model_max_length=1024, clean_up_tokenization_spaces=False)
 
 
-def set_rate(optimizer, peak, done):
-    """Linear warm-up over the first 3%, then cosine, by the share of the work that is done."""
-    warm_up = min(1, done / 0.03 + 1e-3)
-    for group in optimizer.param_groups:
-        group["lr"] = peak * warm_up * 0.5 * (1 + math.cos(math.pi * done))
+def descend(model, losses, steps, peak):
+    """AdamW along `losses`, an iterator: 3% warm-up, then cosine, gradients clipped to norm 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+    start = time.time()
+    for step in range(steps):
+        loss = next(losses)
+        done = step / steps
+        warm_up = min(1, done / 0.03 + 1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * warm_up * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            seconds = time.time() - start
+            print(f"step {step + 1:5d}  loss {loss.item():.4f}  {seconds:6.0f} s", flush=True)
+    return model.eval()
 
 
-def descend(loss, model, optimizer):
-    """One step of AdamW, with gradients clipped to norm 1."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+def pad(rows, value):
+    rows = [torch.tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,9 +122,10 @@ def draw_chat(scene, rng, done):
     chat = teach(kind, scene, rng, PAIRS)
     if done >= 0.3:
         return chat
-    questions = questions_about(scene, rng, PAIRS)
-    look_ups = [(question.text, question.answer) for question in questions
-                if question.kind not in KINDS]
+    look_ups = []
+    for question in world.questions_about(scene, rng, PAIRS):
+        if question.kind not in world.KINDS:
+            look_ups.append((question.text, question.answer))
     rng.shuffle(look_ups)
     return look_ups
 
@@ -159,25 +157,15 @@ def sample_chats(tokenizer, rng, done, n=200):
 
 def batch_chats(samples, rng, tokens=2000):
     """Chats as batches of about `tokens` tokens, of similar length, in random order."""
-    samples = sorted(samples, key=count_ids)
+    samples = sorted(samples, key=lambda sample: len(sample[0]))
     batches = []
     while samples:
-        size = max(1, tokens // count_ids(samples[-1]))
+        size = max(1, tokens // len(samples[-1][0]))
         ids, labels, notes = zip(*samples[-size:], strict=True)
         del samples[-size:]
-        notes = [note for scene in notes for note in scene]
-        batches.append((pad(ids, PAD), pad(labels, IGNORE), pad(notes, PAD)))
+        batches.append((pad(ids, PAD), pad(labels, IGNORE), pad(sum(notes, []), PAD)))
     rng.shuffle(batches)
     return batches
-
-
-def count_ids(sample):
-    return len(sample[0])
-
-
-def pad(rows, value):
-    rows = [torch.tensor(row) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def build_llm(vocab_size, layers):
@@ -198,24 +186,19 @@ def build_llm(vocab_size, layers):
     return model
 
 
-def pretrain_llm(tokenizer, rng, steps, layers=4, lr=1.5e-3):
+def pretrain_llm(tokenizer, rng, steps, layers):
     """A language model on text alone, by Eq. (3): it learns to look things up in written scenes."""
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     model = build_llm(image_id, layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    batches = []
-    start = time.time()
-    for step in range(steps):
-        set_rate(optimizer, lr, step / steps)
-        if not batches:
-            batches = batch_chats(sample_chats(tokenizer, rng, step / steps), rng)
-        loss = chat_loss(model, image_id, *batches.pop())
-        descend(loss, model, optimizer)
-        if (step + 1) % 100 == 0:
-            seconds = time.time() - start
-            print(f"llm  step {step + 1:5d}  loss {loss.item():.4f}  {seconds:6.0f} s", flush=True)
-    return model.eval()
+
+    def losses():
+        batches = []
+        for step in range(steps):
+            if not batches:
+                batches = batch_chats(sample_chats(tokenizer, rng, step / steps), rng)
+            yield chat_loss(model, image_id, *batches.pop())
+    return descend(model, losses(), steps, peak=1.5e-3)
 
 
 def chat_loss(model, image_id, ids, labels, notes):
@@ -234,10 +217,6 @@ def chat_loss(model, image_id, ids, labels, notes):
     targets = labels[:, 1:]
     scored = targets != IGNORE
     return cross_entropy(model.lm_head(h[scored]), targets[scored])
-
-
-def pretrain_small_llm(tokenizer, rng, steps):
-    return pretrain_llm(tokenizer, rng, steps, layers=2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,15 +251,15 @@ def siblings(rng, n=4):
             if painted:
                 thing = replace(thing, paint=draw_paint(thing.shape, rng))
             things.append(thing)
-        sibling = scene_with(things, rng.randint(215, 250))
-        yield sibling, caption(sibling, rng, (names_size, not painted, names_place))
+        sibling = world.scene_with(things, rng.randint(215, 250))
+        yield sibling, world.caption(sibling, rng, (names_size, not painted, names_place))
 
 
 def moved(thing, cell):
     row, column = divmod(cell, GRID)
     x, y, width, height = thing.box
-    box = (column * CELL + x % CELL, row * CELL + y % CELL, width, height)
-    return replace(thing, box=box)
+    left, top = column * world.CELL, row * world.CELL
+    return replace(thing, box=(left + x % world.CELL, top + y % world.CELL, width, height))
 
 
 def draw_paint(shape, rng):
@@ -288,7 +267,7 @@ def draw_paint(shape, rng):
     while True:
         paint = tuple(rng.randint(0, 255) for _ in range(3))
         distances = {}
-        for colour, rgb in COLOURS.items():
+        for colour, rgb in world.COLOURS.items():
             distances[colour] = sum(abs(p - q) for p, q in zip(paint, rgb, strict=True))
         nearest = min(distances, key=distances.get)
         if min(paint) < 160 and (nearest, shape) in SEEN:
@@ -299,7 +278,8 @@ def build_clip(vocab_size):
     """A small CLIP, in which a patch cannot easily forget where it lies."""
     size = {"intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2,
             "initializer_factor": 2.5}
-    vision = {**size, "hidden_size": 128, "image_size": SIDE, "patch_size": CELL}
+    vision = {**size, "hidden_size": 128, "image_size": world.SIDE,
+              "patch_size": world.CELL}
     # CLIPTextModel pools at the first eos_token_id; 2 would mean "the largest id" (an old bug that
     # transformers keeps for old folders). So a text ends where its padding starts.
     text = {**size, "hidden_size": 64, "intermediate_size": 256, "vocab_size": vocab_size,
@@ -315,31 +295,24 @@ def build_clip(vocab_size):
     return model
 
 
-def pretrain_clip(tokenizer, rng, steps, lr=1e-3, batch_size=64):
+def pretrain_clip(tokenizer, rng, steps, batch_size=64):
     """A CLIP, contrastive on pictures and captions of SEEN pairs, drawn as it goes."""
     model = build_clip(len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    start = time.time()
-    for step in range(steps):
-        set_rate(optimizer, lr, step / steps)
-        pairs = [pair for _ in range(batch_size // 4) for pair in siblings(rng)]
-        pictures = [preprocess(draw_scene(scene), SIDE) for scene, _ in pairs]
-        ids = caption_ids([text for _, text in pairs], tokenizer)
-        loss = model(input_ids=ids, pixel_values=torch.stack(pictures), return_loss=True).loss
-        descend(loss, model, optimizer)
-        if (step + 1) % 50 == 0:
-            seconds = time.time() - start
-            print(f"clip step {step + 1:5d}  loss {loss.item():.4f}  {seconds:6.0f} s", flush=True)
+
+    def losses():
+        while True:
+            ids = []
+            pictures = []
+            for _ in range(batch_size // 4):
+                for scene, text in siblings(rng):
+                    words = tokenizer.encode(text, add_special_tokens=False)
+                    ids.append([BOS, *words, PAD])           # each text ends in a <pad>
+                    pictures.append(preprocess(world.draw_scene(scene), world.SIDE))
+            yield model(input_ids=pad(ids, PAD), pixel_values=torch.stack(pictures),
+                        return_loss=True).loss
+    descend(model, losses(), steps, peak=1e-3)
     shrink(model.vision_model, 0.045)
-    return model.eval()
-
-
-def caption_ids(texts, tokenizer):
-    """Captions as CLIP reads them, (B, T); each ends in at least one <pad>."""
-    rows = []
-    for text in texts:
-        rows.append([BOS, *tokenizer.encode(text, add_special_tokens=False), PAD])
-    return pad(rows, PAD)
+    return model
 
 
 @torch.no_grad()
@@ -373,17 +346,16 @@ class Config:
 def main(argv=None):
     config = Config(**typed_flags(Config, argv, __doc__))
     torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
     start = time.time()
     out = Path(config.out, config.part)
     tokenizer = build_tokenizer(random.Random(config.seed))
     tokenizer.save_pretrained(out)
-    builders = {
-        "llm": (pretrain_llm, 5000),
-        "clip": (pretrain_clip, 4500),
-        "small_llm": (pretrain_small_llm, 5000),
-    }
-    build, steps = builders[config.part]
-    model = build(tokenizer, random.Random(config.seed), config.steps or steps)
+    if config.part == "clip":
+        model = pretrain_clip(tokenizer, rng, config.steps or 4500)
+    else:
+        layers = {"llm": 4, "small_llm": 2}[config.part]
+        model = pretrain_llm(tokenizer, rng, config.steps or 5000, layers)
     model.save_pretrained(out)
     minutes = (time.time() - start) / 60
     print(f"{out}: {minutes:.1f} minutes on {torch.get_num_threads()} threads")

@@ -53,13 +53,10 @@ def score_answers(questions_file, answers_file, part=str):
     answers = read_lines(answers_file)
     texts = {answer["question_id"]: answer["text"].strip() for answer in answers}
     missing = [row["question_id"] for row in questions if row["question_id"] not in texts]
-    if missing:
-        raise ValueError(f"{answers_file}: {len(missing)} of {len(questions)} questions of "
-                         f"{questions_file} have no answer, e.g. {missing[0]}; run sample.py on "
-                         "that file again")
-    if len(answers) > len(questions):
+    if missing or len(answers) > len(questions):
         raise ValueError(f"{answers_file}: {len(answers)} answers to the {len(questions)} "
-                         f"questions of {questions_file}; each once")
+                         f"questions of {questions_file}, {len(missing)} have none; run sample.py "
+                         "on that file again")
     rows = []
     for question in questions:
         text = texts[question["question_id"]]
@@ -142,20 +139,17 @@ def draw_answer(axes, row, images):
 
 
 @dataclass(frozen=True)
-class Family:
-    out: str                             # folder of runs/toy_family.sh
+class Runs:
+    out: str                             # folder of runs/toy_family.sh or runs/toy_ablations.sh
 
 
 def print_family(config):
     """The systems on larger pictures: accuracies by kind of question."""
     out = Path(config.out)
-    for answers in sorted(out.glob("held_out_*.jsonl"), key=system_of):
-        scores, _ = score_answers(out / "world" / "questions_held_out.jsonl", answers)
-        print(f"{system_of(answers):10s} {in_line(scores)}")
-
-
-def system_of(path):
-    return path.stem.removeprefix("held_out_")
+    answers = {path.stem.removeprefix("held_out_"): path for path in out.glob("held_out_*.jsonl")}
+    for system in sorted(answers):
+        scores, _ = score_answers(out / "world" / "questions_held_out.jsonl", answers[system])
+        print(f"{system:10s} {in_line(scores)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,41 +188,34 @@ def turn_answers(config):
     write_text(config.out, json.dumps(records))
 
 
-@dataclass(frozen=True)
-class Ablations:
-    out: str                             # folder of runs/toy_ablations.sh, with a folder a seed
-
-
 def print_ablations(config):
     """Tables 4 and 8 in miniature, mean and standard deviation over seeds, beside the paper's."""
     seeds = sorted(Path(config.out).glob("seed*/"))
     if len(seeds) < 2:
         raise ValueError(f"{config.out}: a spread needs at least two folders seedN, found "
                          f"{len(seeds)}; runs/toy_ablations.sh makes them")
-    scores = {}
-    for row in TABLE_4:
-        reviews = [bench_scores(seed / f"reviews_{row}.jsonl") for seed in seeds]
-        scores[row] = np.array([list(review.values()) for review in reviews])
     print(f"\nTable 4 (data), relative scores on the toy's bench, {JUDGE}, {len(seeds)} seeds; "
           "paper: LLaVA-Bench (COCO)")
+    ours = {}
+    for row in TABLE_4:
+        reviews = [bench_scores(seed / f"reviews_{row}.jsonl") for seed in seeds]
+        ours[row] = np.array([list(review.values()) for review in reviews])
     columns = ("conversation", "detailed description", "complex reasoning", "all")
     for k, column in enumerate(columns):
         paper = {row: (name, values[k]) for row, (name, *values) in TABLE_4.items()}
-        print_column(column, paper, {row: scores[row][:, k] for row in TABLE_4}, 1)
+        print_column(column, paper, {row: ours[row][:, k] for row in TABLE_4}, 1)
 
-    right = {}
+    print(f"\nTable 8 (design), accuracy on held-out toy questions, {len(seeds)} seeds; "
+          "paper: ScienceQA")
+    right = {row: [] for row in TABLE_8}
     for row in TABLE_8:                  # conclusions alone count, as in ScienceQA
-        right[row] = []
         for seed in seeds:
             questions = seed / "world" / "questions_held_out.jsonl"
             answers = seed / f"held_out_{row}.jsonl"
-            right[row].append(score_answers(questions, answers, conclusion)[0])
-    print(f"\nTable 8 (design), accuracy on held-out toy questions, {len(seeds)} seeds; "
-          "paper: ScienceQA")
-    columns = {"all": "all questions", "relation": "relations, the kind that reasons"}
-    for kind, column in columns.items():
-        ours = {row: np.array([scores[kind] for scores in right[row]]) for row in TABLE_8}
-        print_column(column, TABLE_8, ours, 2)
+            scores, _ = score_answers(questions, answers, conclusion)
+            right[row].append([scores["all"], scores["relation"]])
+    for k, column in enumerate(("all questions", "relations, the kind that reasons")):
+        print_column(column, TABLE_8, {row: np.array(right[row])[:, k] for row in TABLE_8}, 2)
 
 
 def print_column(column, paper, ours, digits):
@@ -245,9 +232,8 @@ def print_column(column, paper, ours, digits):
             continue
         change = ours[row] - ours["full"]
         theirs = score - paper["full"][1]
-        line += (f"   {change.mean():+6.1f} ± {change.std():4.1f}   {score:6.{digits}f}  "
-                 f"{theirs:+6.{digits}f}  {verdict_on(change, theirs)}")
-        print(line.rstrip())
+        print(f"{line}   {change.mean():+6.1f} ± {change.std():4.1f}   {score:6.{digits}f}  "
+              f"{theirs:+6.{digits}f}  {verdict_on(change, theirs)}".rstrip())
 
 
 def verdict_on(change, theirs):
@@ -267,8 +253,8 @@ def verdict_on(change, theirs):
 
 COMMANDS = {
     "report": (write_report, Report),
-    "ablations": (print_ablations, Ablations),
-    "family": (print_family, Family),
+    "ablations": (print_ablations, Runs),
+    "family": (print_family, Runs),
     "answer_first": (turn_answers, AnswerFirst),
 }
 
