@@ -5,12 +5,12 @@ garbage. `python data.py check` prints what is found; train.py refuses to start 
 import argparse
 import functools
 import os
-import sys
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from parts.files import IMAGE
 from parts.pictures import absence, image_path, image_problem
 from parts.records import image_names, record_problem
 from parts.templates import TEMPLATES
@@ -20,29 +20,16 @@ from parts.views import ASPECTS
 TOKENS, SCORED, IMAGES, TURNS, DROPPED, MISSING, RENAMED = range(7)
 
 
-class Inspection(Dataset):
-    """function(item) for every item, so that a DataLoader's workers can share the work."""
+def map_items(function, items, workers, title):
+    """[function(item), ...], shared among worker processes, with a progress bar on a terminal."""
+    apply = functools.partial(map_batch, function)       # to 64 items at once, in a worker
+    loader = DataLoader(items, batch_size=64, num_workers=workers, collate_fn=apply)
+    bar = tqdm(loader, desc=title, unit_scale=64, disable=None)
+    return [result for batch in bar for result in batch]
 
-    def __init__(self, function, items):
-        self.function = function
-        self.items = items
 
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.function(self.items[i])
-
-    def results(self, workers, title):
-        """{item: function(item)}, with a progress bar on a terminal."""
-        loader = DataLoader(self, batch_size=64, num_workers=workers, collate_fn=list)
-        bar = tqdm(total=len(self), desc=title, disable=not sys.stderr.isatty())
-        found = []
-        for batch in loader:
-            found += batch
-            bar.update(len(batch))
-        bar.close()
-        return dict(zip(self.items, found, strict=True))
+def map_batch(function, items):
+    return [function(item) for item in items]
 
 
 def inspect_data(data, workers=0):
@@ -60,22 +47,23 @@ def inspect_data(data, workers=0):
         else:
             names |= dict.fromkeys(image_names(record))
 
+    names = list(names)
     look_up = functools.partial(inspect_picture, data.folder)
-    pictures = Inspection(look_up, list(names)).results(workers, "pictures")
+    pictures = dict(zip(names, map_items(look_up, names, workers, "pictures"), strict=True))
     table = np.zeros((len(data), 7), np.int32)
     good = [i for i in range(len(data)) if i not in problems]
     for i in good:
         for name in image_names(data.records[i]):
-            problem, is_missing, is_renamed = pictures[name]
-            table[i, MISSING] += is_missing
-            table[i, RENAMED] += is_renamed
+            problem, column = pictures[name]
+            if column:
+                table[i, column] += 1
             if problem:
                 problems.setdefault(i, problem)
 
     good = [i for i in good if i not in problems]
-    measure = functools.partial(measure_sample, data)
-    samples = Inspection(measure, good).results(workers, "samples")
-    for i, (problem, row) in samples.items():
+    measure = functools.partial(measure_sample, data, reserved_words(data))
+    measured = map_items(measure, good, workers, "samples")
+    for i, (problem, row) in zip(good, measured, strict=True):
         table[i, :MISSING] = row
         if problem:
             problems[i] = problem
@@ -83,24 +71,50 @@ def inspect_data(data, workers=0):
 
 
 def inspect_picture(folder, name):
-    """(problem or None, is it missing?, is it there under another extension?)"""
+    """(problem or None, the column that counts such a picture or None)"""
     problem = image_problem(folder, name)
-    is_missing = problem == absence(folder, name)
-    is_renamed = not problem and image_path(folder, name) != os.path.join(folder, name)
-    return problem, is_missing, is_renamed
+    if problem == absence(folder, name):
+        return problem, MISSING
+    if not problem and image_path(folder, name) != os.path.join(folder, name):
+        return None, RENAMED
+    return problem, None
 
 
-def measure_sample(data, i):
+def reserved_words(data):
+    """What a text must not hold, as far as template and tokenizer are known: STOP, special tokens.
+
+    Who reads an answer back would end it there, and a model that is trained on it would, too.
+    """
+    words = {data.template.STOP.strip()} if data.template else set()
+    if data.tokenizer:
+        words.update(data.tokenizer.all_special_tokens)
+        added = data.tokenizer.added_tokens_decoder.values()
+        words.update(token.content for token in added if token.special)
+    return words - {"", IMAGE}
+
+
+def measure_sample(data, reserved, i):
     """(problem or None, the first five columns) of a sample whose form and pictures are good."""
     record = data.records[i]
-    turns = len(record["conversations"])
-    if data.tokenizer is None:
-        return None, (0, 0, len(image_names(record)), turns, 0)
+    turns = record["conversations"]
     try:
+        check_texts(turns, reserved, data.template)
+        if data.tokenizer is None:
+            return None, (0, 0, len(image_names(record)), len(turns), 0)
         tokens, scored, images, fitting = data.measure(i)
     except ValueError as error:
         return str(error), (0, 0, 0, 0, 0)
-    return None, (tokens, scored, images, fitting, turns - fitting)
+    return None, (tokens, scored, images, fitting, len(turns) - fitting)
+
+
+def check_texts(turns, reserved, template):
+    """Raises ValueError for a text that holds one of `reserved_words`."""
+    for n, turn in enumerate(turns):
+        found = [word for word in reserved if word in turn["value"]]
+        if found:
+            raise ValueError(f"turn {n} ({turn['from']}) holds {min(found)!r}, a mark of the "
+                             f"tokenizer or of template {template.name}; take it out, or train "
+                             "with another --template")
 
 
 def refuse(data, problems, table, skip_bad, context):
@@ -136,18 +150,16 @@ def hold_out(records, problems, n, seed):
 # What is found, as lines
 
 
-def samples_of_sources(data):
+def samples_of_sources(records):
     """[(file, its records, the indices of its samples), ...]"""
-    records = data.records
-    starts = np.cumsum([0, *records.counts])
-    return [(file, total, np.arange(starts[k], starts[k + 1]))
-            for k, (file, total) in enumerate(zip(records.files, records.totals, strict=True))]
+    samples = np.split(np.arange(len(records)), np.cumsum(records.counts)[:-1])
+    return list(zip(records.files, records.totals, samples, strict=True))
 
 
 def report_sources(data, problems, table):
     """A line for each source: its samples, what is bad, what is missing."""
     lines = []
-    for file, total, samples in samples_of_sources(data):
+    for file, total, samples in samples_of_sources(data.records):
         good = [i for i in samples if i not in problems]
         drawn = "" if len(samples) == total else f" drawn from {total}"
         line = (f"{file}: {len(samples)} samples{drawn}, {len(samples) - len(good)} bad, "
@@ -156,24 +168,24 @@ def report_sources(data, problems, table):
         renamed = table[samples, RENAMED]
         if renamed.any():
             name, found = first_renamed(data, samples[renamed > 0][0])
-            line += f"; {renamed.sum()} found under another extension, e.g. {name} as {found}"
+            line += f"; {renamed.sum()} found under another name, e.g. {name} as {found}"
         lines.append(line)
     return lines
 
 
 def first_renamed(data, i):
-    """A sample's first picture that has another extension than its name, and the file's name."""
+    """A sample's first picture that is there under another name, and that name."""
     for name in image_names(data.records[i]):
         path = image_path(data.folder, name)
         if path != os.path.join(data.folder, name):
-            return name, os.path.basename(path)
+            return name, os.path.relpath(path, data.folder)
 
 
 def report_stats(data, problems, table):
     """For each source: turns, images, token lengths, and what is trimmed."""
     lines = []
-    headlines = report_sources(data, problems, table)
-    for headline, (_, _, samples) in zip(headlines, samples_of_sources(data), strict=True):
+    sources = samples_of_sources(data.records)
+    for (*_, samples), headline in zip(sources, report_sources(data, problems, table), strict=True):
         lines.append(headline)
         rows = table[[i for i in samples if i not in problems]]
         if not len(rows):

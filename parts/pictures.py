@@ -8,46 +8,93 @@ import functools
 import io
 import os
 import struct
+import unicodedata
 import warnings
+from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")       # all that Pillow is let to read
 # Extensions that may stand for each other, see `image_path`.
 PICTURE_EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
-# All that Pillow's decoders raise; the last four come with damaged EXIF, AVIF, DDS and JPEG 2000.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-              struct.error, TypeError, RuntimeError, MemoryError)
+# All that Pillow's decoders raise; the last three come with damaged EXIF and TIFF.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError,
+              struct.error, TypeError, KeyError)
+ANY_EXTENSION = ".*"
 EXIF_ORIENTATION = 0x0112
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 MAX_RATIO = 500                          # sides; 1 x 2000 pixels would be resized to 224 x 448,000
 
 # Twice Pillow's own limit, 179 megapixels, is still an error.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def load_image(source, name=None):
-    """A picture (path or file object, called `name` in errors) as RGB, upright.
+@contextmanager
+def opened(source, name=None):
+    """A picture (path or file object, called `name` in errors) whose header is read.
 
-    OURS: the EXIF orientation is applied; the official code shows such pictures to the model lying
-    on their side. Grey, palette, RGBA and CMYK go through Pillow's convert("RGB"), as there.
-    Raises FileNotFoundError, and ValueError for what is no picture, is cut off, or is far too large
-    or too thin.
+    Raises FileNotFoundError, and ValueError for what is no picture of FORMATS, is cut off, or is
+    far too large or too thin: of a thin strip, a square crop would show almost nothing.
     """
     try:
-        with Image.open(source) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(source, formats=FORMATS) as image:
+            width, height = image.size
+            if max(width, height) > MAX_RATIO * min(width, height):
+                raise ValueError(f"{width} x {height} pixels are too thin; one side may be at "
+                                 f"most {MAX_RATIO} times the other")
+            yield image
     except FileNotFoundError:
         raise
     except UNREADABLE as error:
-        why = reason_of(error)
+        why = error                      # but for an unknown format, where Pillow prints an object
+        if isinstance(error, UnidentifiedImageError):
+            why = f"its format is none of {', '.join(FORMATS)}"
         raise ValueError(f"{name or source}: not a readable picture ({why})") from error
-    check_shape(*image.size, name or source)
-    return image
+
+
+def load_image(source, name=None):
+    """A picture as RGB, upright, in 8 bits. Raises as `opened` does."""
+    with opened(source, name) as image:
+        return upright_rgb(image)
+
+
+def upright_rgb(image):
+    """An open picture as a viewer shows it on white paper.
+
+    OURS: the EXIF orientation is applied; the official code shows such pictures to the model lying
+    on their side. Grey, palette and CMYK go through Pillow's convert("RGB"), as there.
+    """
+    if image.mode in ("I", "F") and image.format != "PNG":
+        raise ValueError("its pixels are 32-bit numbers, of which nobody knows what is white; "
+                         "save it with 8 or 16 bits")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        return high_bytes(image).convert("RGB")
+    # OFFICIAL: alpha is dropped, so that what was hidden is seen, or black letters on nothing are
+    # black on black. We put white behind each picture of which some pixel is transparent.
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def high_bytes(image):
+    """Grey of 16 bits in 8, where Pillow's convert would cut all values above 255 to white."""
+    tags = getattr(image, "tag_v2", {})
+    values = np.array(image, np.uint16) >> (tags.get(TIFF_BITS, [16])[0] - 8)
+    if tags.get(TIFF_PHOTOMETRIC) == 0:              # 0 is white
+        values = 255 - values
+    if "transparency" in image.info:
+        values[np.array(image) == image.info["transparency"]] = 255
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def open_image(source):
     """A picture from a path or from an http(s) address. Raises as `load_image` does."""
     if not source.startswith(("http://", "https://")):
-        if not os.path.isfile(source):
+        if not os.path.exists(source):
             raise FileNotFoundError(f"image {source}: no such file")
         return load_image(source)
     import requests  # only here: training reads no addresses
@@ -60,57 +107,40 @@ def open_image(source):
     return load_image(io.BytesIO(reply.content), source)
 
 
-def reason_of(error):
-    """Pillow's words, but for an unknown format, where it would print the address of an object."""
-    if isinstance(error, UnidentifiedImageError):
-        return "its format is not known"
-    return error
+@functools.lru_cache(2 ** 20)
+def image_size(path):
+    """(width, height) of a picture as `load_image` shows it; only its header is read.
 
-
-def check_shape(width, height, name):
-    """Raises ValueError for a strip of which a square crop would show almost nothing."""
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{name}: a picture of {width} x {height} pixels is too thin; one side "
-                         f"may be at most {MAX_RATIO} times the other")
+    Raises as `opened` does.
+    """
+    with opened(path) as image:
+        if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:     # it is stored lying on its side
+            return image.size[::-1]
+        return image.size
 
 
 def image_problem(folder, name):
     """What is wrong with a picture, or None. It is decoded to its end, as small as possible."""
     try:
-        path = image_path(folder, name)
-        with Image.open(path) as image:
-            check_shape(*image.size, name)
+        with opened(image_path(folder, name), f"image {name!r}") as image:
             image.draft(image.mode, (1, 1))
-            ImageOps.exif_transpose(image).convert("RGB")
+            upright_rgb(image)
     except FileNotFoundError:
         return absence(folder, name)
-    except UNREADABLE as error:
-        return f"image {name!r}: {reason_of(error)}"
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def absence(folder, name):
     """What `image_problem` says of a picture that is not there."""
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        return f"image {name!r} is a link to {os.readlink(path)}, which is not there"
+    base = os.path.basename(name.replace("\\", "/"))
+    if base != name and os.path.isfile(os.path.join(folder, base)):
+        return f"image {name!r} is not in {folder}, but {base} is; names are relative to --images"
     return f"image {name!r} is not in {folder}"
-
-
-@functools.lru_cache(2 ** 20)
-def image_size(path):
-    """(width, height) of a picture as `load_image` shows it; only its header is read.
-
-    Raises ValueError for what is no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except FileNotFoundError:
-        raise
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: not a readable picture ({reason_of(error)})") from error
-    if orientation >= 5:                 # it is stored lying on its side
-        return height, width
-    return width, height
 
 
 # -----------------------------------------------------------------------------
@@ -118,35 +148,59 @@ def image_size(path):
 
 
 def image_path(folder, name):
-    """folder/name. If that is no file: the one picture there that differs in its extension alone.
+    """folder/name. If that is no file: the one file there that is meant beyond doubt.
 
-    OURS: LLaVA-1.5's lists call every picture of OCR-VQA .jpg, which not all of them are. Raises
-    ValueError if the name leaves the folder, or if several pictures could be meant.
+    It may differ in its extension alone, in the Unicode form of its letters, or have slashes for
+    backslashes; an absolute path may lead into the folder. OURS: LLaVA-1.5's lists call every
+    picture of OCR-VQA .jpg, which not all of them are. Raises ValueError if the name leaves the
+    folder, or if several files could be meant.
     """
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+    wanted = name
+    if not os.path.lexists(os.path.join(folder, name)):
+        wanted = name.replace("\\", "/")
+    if os.path.isabs(wanted):
+        wanted = os.path.relpath(wanted, folder)
+    *parents, base = os.path.normpath(wanted).split(os.sep)
+    if ".." in (*parents, base):         # normpath leaves it at the head alone
         raise ValueError(f"image {name!r} leaves the image folder {folder}; "
                          "names are relative to --images")
-    path = os.path.join(folder, name)
-    stem, extension = os.path.splitext(os.path.basename(path))
-    parent = os.path.dirname(path)
-    is_picture = extension.lower() in PICTURE_EXTENSIONS | {""}
-    if os.path.exists(path) or not is_picture or not os.path.isdir(parent):
+    path = os.path.join(folder, wanted)
+    if os.path.lexists(path):
         return path
-    found = pictures_in(parent, os.stat(parent).st_mtime_ns).get(stem, [])
+    found = folder
+    for parent in parents:
+        found = os.path.join(found, entry_of(found, parent) or parent)
+    entry = entry_of(found, base)
+    stem, extension = os.path.splitext(base)
+    if not entry and extension.lower() in PICTURE_EXTENSIONS | {""}:
+        entry = entry_of(found, stem + ANY_EXTENSION)
+    return os.path.join(found, entry) if entry else path
+
+
+def entry_of(folder, name):
+    """The one entry of a folder that is called so in any Unicode form, or None."""
+    if not os.path.isdir(folder):
+        return None
+    entries = entries_of(folder, os.stat(folder).st_mtime_ns)
+    found = entries.get(unicodedata.normalize("NFC", name), [])
     if len(found) > 1:
         raise ValueError(f"image {name!r} is not in {folder}, but {' and '.join(sorted(found))} "
                          "are; one of them must go")
-    if not found:
-        return path
-    return os.path.join(parent, found[0])
+    return found[0] if found else None
 
 
 @functools.lru_cache(maxsize=1024)
-def pictures_in(folder, modified):
-    """{name without extension: [name, ...]}, read again only after the folder was modified."""
-    found = {}
-    for name in os.listdir(folder):
+def entries_of(folder, modified):
+    """{name: [entries]} of a folder, read again only after it was modified.
+
+    Names are in composed Unicode form (macOS writes the other one); pictures are in it a second
+    time, as stem + ANY_EXTENSION.
+    """
+    entries = {}
+    for entry in os.listdir(folder):
+        name = unicodedata.normalize("NFC", entry)
         stem, extension = os.path.splitext(name)
+        entries.setdefault(name, []).append(entry)
         if extension.lower() in PICTURE_EXTENSIONS:
-            found.setdefault(stem, []).append(name)
-    return found
+            entries.setdefault(stem + ANY_EXTENSION, []).append(entry)
+    return entries

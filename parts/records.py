@@ -13,6 +13,10 @@ import numpy as np
 
 from parts.files import IMAGE, read_json
 
+# What other programs' records hold that would be lost here; see `unread_keys`.
+MEDIA_AND_ROLES = {"image", "images", "img", "picture", "pictures", "video", "videos", "audio",
+                   "audios", "speech", "system", "messages", "tools"}
+
 
 def amount_of(source):
     """A source of --data as (file, amount).
@@ -102,9 +106,14 @@ class Records:
 
 
 def image_names(record):
-    """The names of a sample's pictures: none, one, or several."""
-    images = record.get("image") or []
-    return [images] if isinstance(images, str) else images
+    """The names of a sample's pictures: none, one, or several. ValueError for anything else."""
+    images = record.get("image")
+    if images is None or images == "":
+        return []
+    names = [images] if isinstance(images, str) else images
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"image is {images!r:.80}, neither a file name nor a list of file names")
+    return names
 
 
 def record_problem(record, folder):
@@ -112,8 +121,10 @@ def record_problem(record, folder):
     if not isinstance(record, dict):
         kind = type(record).__name__
         return f"a {kind} where an object with id, image and conversations belongs"
+    unread = unread_keys(record, "image")
+    if unread:
+        return f"{unread[0]!r} is not read; file names of pictures, and nothing else, go in 'image'"
     turns = record.get("conversations")
-    names = image_names(record)
     if not isinstance(turns, list) or not turns:
         return "no conversations; a list of {from, value} turns is needed"
     for i, turn in enumerate(turns):
@@ -122,8 +133,10 @@ def record_problem(record, folder):
             return f"turn {i} {problem}"
     if len(turns) % 2:
         return f"{len(turns)} turns: the last question has no answer"
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        return "image is neither a file name nor a list of file names"
+    try:
+        names = image_names(record)
+    except ValueError as error:
+        return str(error)
     tags = sum(turn["value"].count(IMAGE) for turn in turns)
     if tags != len(names):
         images = "1 image" if len(names) == 1 else f"{len(names)} images"
@@ -133,10 +146,18 @@ def record_problem(record, folder):
     return None
 
 
+def unread_keys(value, read=None):
+    """The keys of a record or a turn that hold media or a role, but not where we read them."""
+    return [key for key in value if key.lower() in MEDIA_AND_ROLES and key != read and value[key]]
+
+
 def turn_problem(turn, speaker):
     """The first thing that is wrong with one turn of a conversation, or None."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         return "is not {from, value} with text in value"
+    unread = unread_keys(turn)
+    if unread:
+        return f"has {unread[0]!r}, which is not read; pictures go in the record's 'image'"
     if turn.get("from") != speaker:
         return f"is from {turn.get('from')!r} where {speaker!r} belongs; turns alternate human, gpt"
     if re.search("[\ud800-\udfff]", turn["value"]):

@@ -1,0 +1,241 @@
+"""What a picture shows, where it is found, and what `python data.py check` says of samples."""
+import gzip
+import io
+import json
+import unicodedata
+
+import numpy as np
+import pytest
+from conftest import byte_tokenizer
+from PIL import Image
+
+import data as data_module
+from data import Conversations
+from parts.check import inspect_data
+from parts.pictures import image_path, image_problem, image_size, load_image
+from parts.records import Records
+from parts.templates import TEMPLATES
+from parts.views import view_of
+
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 4), np.uint8)
+
+
+def saved(image, form="PNG", **options):
+    """A picture as a file in memory."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    file.seek(0)
+    return file
+
+
+def pixels(*args, **options):
+    return np.asarray(load_image(saved(*args, **options))).tolist()
+
+
+# -----------------------------------------------------------------------------
+# What a picture shows
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_grey_of_16_bits_is_shown_in_8(form):
+    """Pillow's own convert makes all above 255 white; a viewer shows the high byte."""
+    grey = Image.fromarray(np.array([[0, 30000, 60000]], np.uint16))
+    assert pixels(grey, form) == [[[0] * 3, [117] * 3, [234] * 3]]
+
+
+def test_a_tiff_of_16_bits_may_be_big_endian_or_count_from_white():
+    """The two ways in which TIFF differs from PNG."""
+    grey = Image.fromarray(np.array([[0, 30000, 60000]], np.uint16))
+    big = Image.frombytes("I;16B", (3, 1), np.array([[0, 30000, 60000]], ">u2").tobytes())
+    assert pixels(big, "TIFF") == pixels(grey)
+    from_white = pixels(grey, "TIFF", tiffinfo={262: 0})
+    assert from_white == [[[255] * 3, [138] * 3, [21] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_of_32_bits_are_refused_by_name(mode, tmp_path):
+    """Nobody can say which of them is white; the check and the loader agree."""
+    Image.new(mode, (4, 4), 7).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif.*32-bit numbers.*8 or 16 bits"):
+        load_image(tmp_path / "a.tif")
+    assert "32-bit numbers" in image_problem(tmp_path, "a.tif")
+
+
+def test_what_is_transparent_is_white():
+    """Black letters on nothing are not black on black, and what was hidden stays hidden."""
+    disc = Image.fromarray(NOISE.copy())
+    disc.putalpha(Image.new("L", disc.size, 0))
+    disc.putpixel((2, 3), (0, 0, 0, 255))
+    disc.putpixel((3, 3), (0, 0, 0, 127))
+    want = np.full((6, 8, 3), 255)
+    want[3, 2] = 0
+    want[3, 3] = 128
+    for form in ("PNG", "TIFF"):
+        assert pixels(disc, form) == want.tolist()
+    grey = Image.new("L", (2, 1), 0)
+    grey.putpixel((1, 0), 9)
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putpixel((1, 0), 1)
+    half = Image.new("LA", (2, 1), (0, 0))
+    half.putpixel((1, 0), (9, 255))
+    deep = Image.fromarray(np.array([[5, 9 << 8]], np.uint16))
+    for image, options in ((half, {}), (grey, {"transparency": 0}), (palette, {"transparency": 0}),
+                           (palette, {"transparency": b"\0\xff"}), (deep, {"transparency": 5})):
+        assert pixels(image, **options) == [[[255] * 3, [9] * 3]], image.mode
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_an_opaque_picture_has_the_pixels_that_convert_gives(mode):
+    """Whoever has no transparency trains on the released code's pixels."""
+    image = Image.fromarray(NOISE[..., :3]).convert("LA" if mode == "PA" else mode).convert(mode)
+    file = saved(image, "TIFF")
+    assert pixels(image, "TIFF") == np.asarray(Image.open(file).convert("RGB")).tolist()
+
+
+def test_a_picture_stands_upright_whatever_its_bits():
+    """EXIF's orientation; `image_size` says the same from the header alone."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for mode in ("RGB", "I;16", "RGBA"):
+        file = saved(Image.new(mode, (30, 20)), exif=exif)
+        assert load_image(file).size == image_size(file) == (20, 30), mode
+
+
+@pytest.mark.parametrize("content, says", [
+    (saved(Image.new("RGB", (4, 4)), "PPM").getvalue(), "none of JPEG, PNG, GIF, BMP, WEBP, TIFF"),
+    (b"<html>", "none of JPEG"), (saved(Image.fromarray(NOISE)).getvalue()[:70], "truncated"),
+    (saved(Image.new("RGB", (1, 600))).getvalue(), "too thin"), (None, "Is a directory")])
+def test_what_is_no_picture_is_named(content, says, tmp_path):
+    """By the check, before step 0, and by the loader."""
+    if content is None:
+        (tmp_path / "a.png").mkdir()
+    else:
+        (tmp_path / "a.png").write_bytes(content)
+    assert says in image_problem(tmp_path, "a.png")
+    with pytest.raises(ValueError, match=f"a.png: not a readable picture .*{says}"):
+        load_image(tmp_path / "a.png")
+
+
+# -----------------------------------------------------------------------------
+# Where a picture is
+
+
+def test_a_name_is_found_where_it_can_mean_one_file_only(tmp_path):
+    """Windows' slashes, absolute paths into the folder, and the Unicode form that macOS writes."""
+    composed, decomposed = (unicodedata.normalize(form, "Bücher") for form in ("NFC", "NFD"))
+    (tmp_path / decomposed).mkdir()
+    there = str(tmp_path / decomposed / f"{decomposed}.png")
+    Image.new("RGB", (4, 4)).save(there)
+    for name in (f"{decomposed}\\{decomposed}.png", there, f"{composed}/{composed}.png",
+                 f"{composed}\\{composed}.jpg", f"./{composed}//{decomposed}"):
+        assert image_path(tmp_path, name) == there, name
+        assert image_problem(tmp_path, name) is None
+    Image.new("RGB", (4, 4)).save(tmp_path / decomposed / f"{composed}.jpg")
+    with pytest.raises(ValueError, match="one of them must go"):
+        image_path(tmp_path, f"{composed}/{composed}.webp")
+
+
+def test_what_is_not_found_is_said_with_what_is_there(tmp_path):
+    """A name that leaves the folder is never followed."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.jpg")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "2.jpg")
+    (tmp_path / "images" / "3.jpg").symlink_to("gone.jpg")
+    for name, says in (("../1.jpg", "leaves the image folder"), ("..\\1.jpg", "leaves"),
+                       (str(tmp_path / "1.jpg"), "leaves"), ("C:\\data\\2.jpg", "but 2.jpg is"),
+                       ("coco/2.jpg", "but 2.jpg is"), ("3.jpg", "a link to gone.jpg"),
+                       ("4.jpg", "is not in"), ("a\0b.jpg", "null"), ("x" * 300, "too long")):
+        assert says in image_problem(tmp_path / "images", name), name
+
+
+# -----------------------------------------------------------------------------
+# What the check says of samples
+
+
+def chat(*texts, **more):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns, **more}
+
+
+def problems_of(records, folder, template="vicuna_v1"):
+    (folder / "chat.json").write_text(json.dumps(records))
+    data = Conversations(Records([folder / "chat.json"]), folder, byte_tokenizer(),
+                         TEMPLATES[template], view_of("crop", 28, 14))
+    return inspect_data(data)[0]
+
+
+@pytest.mark.parametrize("template, bad", [
+    ("llava_v0", {0: "###", 1: "</s>", 2: "<unk>"}), ("vicuna_v1", {1: "</s>", 2: "<unk>"}),
+    ("plain", {1: "</s>", 2: "<unk>"})])
+def test_texts_that_hold_STOP_or_a_special_token_are_bad(template, bad, tmp_path):
+    """Or the answers of the trained model end at their first heading."""
+    records = [chat("Tell me.", "### Cats\nThey purr."), chat("Tell me.", "It is </s>."),
+               chat("What is <unk>?", "A token."), chat("Tell me.", "# Cats\n\n* They purr.")]
+    found = problems_of(records, tmp_path, template)
+    assert found.keys() == bad.keys()
+    for i, word in bad.items():
+        assert f"holds {word!r}" in found[i] and template in found[i], found[i]
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"video": "clip.mp4"}, "'video' is not read"), ({"images": ["1.jpg"]}, "'images' is not read"),
+    ({"Image": "1.jpg"}, "'Image' is not read"), ({"audio": "a.wav"}, "'audio' is not read"),
+    ({"system": "You are a cat."}, "'system' is not read"), ({"image": 0}, "image is 0"),
+    ({"image": {"path": "1.jpg"}}, "image is {"), ({"image": [None]}, "image is [None]")])
+def test_a_key_that_nobody_reads_is_a_problem(more, says, tmp_path):
+    """A clip is not trained on as text alone, whatever its key."""
+    assert says in problems_of([chat("What is it?", "A cat.", **more)], tmp_path)[0]
+    fine = chat("What is it?", "A cat.", video=None, images=[], image="", source="web", id=[7])
+    assert not problems_of([fine], tmp_path)
+
+
+def test_roles_and_media_of_turns_are_problems(tmp_path):
+    """Those of other programs' records would be lost, or asked in the wrong voice."""
+    user, medium = chat("What is it?", "A cat."), chat("What is it?", "A cat.")
+    user["conversations"][0]["from"] = "user"
+    medium["conversations"][0]["image"] = "1.jpg"
+    found = problems_of([user, medium], tmp_path)
+    assert "turn 0 is from 'user' where 'human' belongs" in found[0]
+    assert "turn 0 has 'image', which is not read" in found[1]
+
+
+@pytest.mark.parametrize("content, says", [
+    (gzip.compress(b"[]"), "this is gzip"), ("[]".encode("utf-16"), "this is UTF-16"),
+    (b"PAR1\0\0", "this is Parquet"), (b"[" * 100000, "nested too deeply"),
+    (b"[]", "no records"), (b'[{"id": 1', "bad JSON")])
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_what_is_no_json_is_said(command, content, says, tmp_path):
+    """Whatever the name of the file promises."""
+    (tmp_path / "chat.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"chat.json.*{says}"):
+        data_module.main([command, str(tmp_path / "chat.json"), "--workers", "0"])
+
+
+WRONG = [None, 7, True, "", "text", [], [[]], {}, {"from": "gpt"}, 1e999, "\ud800", "a\0b"]
+
+
+def test_no_value_of_a_wrong_type_is_a_traceback(parts, tmp_path, capsys):
+    """Every part of a record is exchanged for everything else that JSON can hold."""
+    records = []
+    for wrong in WRONG:
+        turn = {"from": "human", "value": "<image>\nWhat?"}
+        answer = {"from": "gpt", "value": "A cat."}
+        records += [wrong, {"conversations": wrong}, {"conversations": [wrong, answer]}]
+        for key in ("id", "image"):
+            records.append({"image": "1.jpg", "conversations": [turn, answer]} | {key: wrong})
+        records.append({"image": ["1.jpg", wrong], "conversations": [turn, answer]})
+        for key in ("from", "value"):
+            records.append({"conversations": [turn | {key: wrong}, answer | {key: wrong}]})
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.jpg")
+    where = [str(tmp_path / "chat.json"), "--images", str(tmp_path), "--workers", "0",
+             "--llm", str(parts / "llm")]
+    for command in ("check", "stats"):
+        assert data_module.main([command, *where]) == 1
+        assert f"{len(records)} samples, {len(records) - 14} bad" in capsys.readouterr().out
+    for i in range(len(records)):
+        try:
+            data_module.main(["show", *where, "--index", str(i)])
+        except ValueError as error:
+            assert f"chat.json[{i}]" in str(error)
