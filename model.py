@@ -138,6 +138,7 @@ class LLaVA(nn.Module):
         """log p(X_a | X_v, X_instruct) of each row's answer, (B,); it ranks answers."""
         h, targets = self.answer_states(input_ids, labels, X_v, visual_index)
         log_p = -self.answer_nll(h, targets)                              # (A,)
+        checkpoints.check_finite({"log p": log_p}, "these answers have no score")
         row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]                   # (A,)  a token's sample
         return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)     # (B,)
 

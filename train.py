@@ -22,7 +22,7 @@ from parts.files import brief_instructions, check_least, run_main, typed_flags
 from parts.ranks import ANSWERING, DTYPES, Machine, Optimizer, groups_of, micro_batching
 from parts.records import Records
 from parts.run import Run, config_table, dry_run, theta_table
-from parts.templates import TEMPLATES, choose_template
+from parts.templates import TEMPLATES, chat_template, choose_template
 from parts.views import ASPECTS, set_view
 
 # -----------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def build_model(config, machine):
         lora.adapt(model, config.lora_rank, had_newline)
     theta = machine.place(model, config.checkpoint_activations, config.compile)
     template = choose_template(config.template, model)
-    model.tokenizer.chat_template = checkpoints.chat_template(template)
+    model.tokenizer.chat_template = chat_template(template)
     model.meta |= {"template": template.name, **view.meta}
     model.meta |= {name: getattr(config, name) for name in ("stage", "recipe", "init", "seed")}
     model.meta["data"] = list(config.data)

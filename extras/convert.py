@@ -16,29 +16,38 @@ small made-up folders of these layouts, never on a released one.
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
 
 from parts import checkpoints
-from parts.checkpoints import COMPUTED, LINEAR_1, LINEAR_2, check_weights, has_file, hf_keys
-from parts.files import IMAGE, run_main, typed_flags, write_json
+from parts.checkpoints import (
+    COMPUTED,
+    LINEAR_1,
+    LINEAR_2,
+    check_finite,
+    check_new,
+    check_weights,
+    has_file,
+    hf_keys,
+    load_tensors,
+    named_errors,
+    weight_files,
+)
+from parts.files import IMAGE, read_value, run_main, typed, typed_flags, write_json
 from parts.gated import VisionTower
-from parts.templates import TEMPLATES, check_template, template_for
+from parts.templates import TEMPLATES, chat_template, check_template, template_for
 from parts.tiles import NEXT
 
 
@@ -89,42 +98,20 @@ class Weight(NamedTuple):
     read: Callable               # () -> the tensor
 
 
-def load_tensors(path, only=None):
-    """{name: tensor} of a weight file, or of one weight of it; mapped, so reading costs nothing."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:             # load_file would touch every weight
-                return {name: f.get_tensor(name) for name in ([only] if only else f.keys())}
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a whole file of weights ({first_line(error)})") from error
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{path}: holds other things than named weights")
-    return state
-
-
-def first_line(error):
-    return str(error).splitlines()[0][:200]
-
-
-def read_tensor(path, name):
-    return load_tensors(path, name)[name].detach()
+def in_file(path, name, value):
+    """A weight of a file. Each read maps the file anew, so that its pages go with the tensor."""
+    def read():
+        return load_tensors(path, name)[name].detach()
+    return Weight(value.to("meta"), read)
 
 
 def table_of(files):
-    """The table of some files. Each read maps its file anew, so its pages go with the tensor."""
+    """The table of some files."""
     table = {}
     for path in files:
-        new = {}
-        for name, value in load_tensors(path).items():
-            if not COMPUTED.search(name):
-                new[name] = Weight(value.to("meta"), partial(read_tensor, path, name))
-        twice = sorted(new.keys() & table.keys())
-        if twice:
-            raise ValueError(f"{path}: {len(twice)} weights that another file has too, "
-                             f"e.g. {twice[:5]}")
+        tensors = load_tensors(path).items()
+        new = {name: in_file(path, name, v) for name, v in tensors if not COMPUTED.search(name)}
+        check_new(new, table, path)
         table |= new
     return table
 
@@ -136,11 +123,6 @@ def table_in_memory(state):
 
 def shapes_of(table):
     return {name: weight.meta for name, weight in table.items()}
-
-
-def weight_files(folder):
-    """The files of a whole model, .safetensors before .bin; [] if there is none."""
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def weights_of_config(config):
@@ -158,88 +140,84 @@ def write_table(table, folder, shard):
     folder.mkdir(parents=True)
     for file, names in tqdm(split.filename_to_tensors.items(), disable=not sys.stderr.isatty()):
         tensors = {name: table[name].read().contiguous() for name in names}
+        check_finite(tensors, f"{folder / file} is not written")
         save_file(tensors, folder / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def read_resized(weight, rows):
+def resized(weight, rows):
     """A weight with this many rows: cut, or grown by the mean, as by `grow_vocabulary`."""
-    value = weight.read()
-    mean = value.float().mean(0).to(value.dtype)
-    return torch.cat([value[:rows], mean.expand(max(0, rows - len(value)), -1)])
+    def read():
+        value = weight.read()
+        mean = value.float().mean(0).to(value.dtype)
+        return torch.cat([value[:rows], mean.expand(max(0, rows - len(value)), -1)])
+    return Weight(weight.meta.new_empty(rows, weight.meta.shape[1]), read)
 
 
 def resize_vocabulary(table, rows):
     """The table with so many rows, one a token, in embedding and head."""
-    resized = {}
-    for name in table.keys() & {EMBEDDING, HEAD}:
-        weight = table[name]
-        meta = weight.meta.new_empty(rows, weight.meta.shape[1])
-        resized[name] = Weight(meta, partial(read_resized, weight, rows))
-    return table | resized
+    return table | {name: resized(table[name], rows) for name in table.keys() & {EMBEDDING, HEAD}}
 
 
-def read_sum(delta, base):
+def added(delta, base):
     """delta + base; the delta may have rows of added tokens behind the base's."""
-    value = delta.read().clone()
-    old = base.read()
-    value[:len(old)] += old.to(value.dtype)
-    return value
+    def read():
+        value = delta.read().clone()
+        old = base.read()
+        value[:len(old)] += old.to(value.dtype)
+        return value
+    return Weight(delta.meta, read)
 
 
 def add_delta(delta, base, where):
     """v0: delta + LLaMA. What LLaMA lacks (projector, added tokens) is in the delta as it is."""
-    table = {name: weight for name, weight in delta.items() if "mm_projector" in name}
-    differ = sorted((delta.keys() - table.keys()) ^ base.keys())
-    if differ:
-        raise ValueError(f"{where}: {len(differ)} weights are only in the delta or only in --llm, "
-                         f"e.g. {differ[:5]}")
-    for name, old in base.items():
-        new, old_shape = delta[name], old.meta.shape
-        if new.meta.shape[1:] != old_shape[1:] or len(new.meta) < len(old.meta):
-            raise ValueError(f"{where}: {name} is {(*new.meta.shape,)}, in --llm {(*old_shape,)}; "
-                             "pass the LLaMA that it is on")
-        table[name] = Weight(new.meta, partial(read_sum, new, old))
-    return table
+    shapes = {}
+    for name, weight in delta.items():
+        if "mm_projector" not in name:
+            rows = len(base[name].meta) if name in base else None
+            shapes[name] = weight.meta[:rows]
+    check_weights(shapes, shapes_of(base), f"{where}: delta on --llm",
+                  "pass the LLaMA that the delta is for")
+    return delta | {name: added(delta[name], old) for name, old in base.items()}
 
 
-def read_merged(weight, A, B, scale):
+def merged(weight, A, B, scale):
     """W + scale B A, computed in fp32, in W's own format."""
-    W = weight.read()
-    return (W.float() + scale * (B.float() @ A.float())).to(W.dtype)
+    def read():
+        W = weight.read()
+        return (W.float() + scale * (B.float() @ A.float())).to(W.dtype)
+    return Weight(weight.meta, read)
 
 
 def add_lora(table, folder):
     """The table with the LoRA adapter of a folder merged."""
-    lora = checkpoints.read_settings(folder, "adapter_config.json")
+    path = folder / "adapter_config.json"
+    lora = read_value(path)
     for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
                 "layer_replication", "bias"):
         if lora.get(key) not in (None, False, {}, [], "none"):
-            raise ValueError(f"{folder}/adapter_config.json: {key} is {lora[key]!r}; only plain "
-                             "LoRA can be merged")
-    r = lora["r"]
-    scale = lora["lora_alpha"] / (math.sqrt(r) if lora.get("use_rslora") else r)
+            raise ValueError(f"{path}: {key} is {lora[key]!r}; only plain LoRA can be merged")
+    r = typed(lora.get("r"), int, f"{path}: r")
+    alpha = typed(lora.get("lora_alpha"), float, f"{path}: lora_alpha")
+    scale = alpha / (math.sqrt(r) if lora.get("use_rslora") else r)
     path = next(folder.glob("adapter_model.*"), folder / "adapter_model.safetensors")
-    advice = "pass the language model that it was trained on"
-    pairs = {}
-    for key, value in load_tensors(path).items():
-        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", PEFT_PREFIX.sub("", key))
-        if not found or f"{found[1]}.weight" not in table:
-            raise ValueError(f"{path}: {key} belongs to no weight of --llm; {advice}")
-        pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = value
-    for name, pair in pairs.items():
-        weight = table[name]
-        rows, columns = weight.meta.shape
-        shapes = {matrix: (*value.shape,) for matrix, value in pair.items()}
-        needed = {"A": (r, columns), "B": (rows, r)}
-        if shapes != needed:
-            raise ValueError(f"{path}: {name} has {shapes}, but rank {r} and --llm need {needed}; "
-                             + advice)
-        read = partial(read_merged, weight, pair["A"], pair["B"], scale)
-        table[name] = Weight(weight.meta, read)
-    return table
+    found = {PEFT_PREFIX.sub("", key): value for key, value in load_tensors(path).items()}
+    layers = {key.split(".lora_")[0] for key in found}
+    layers &= {name.removesuffix(".weight") for name in table}
+    wanted = {}
+    for layer in layers:
+        rows, columns = table[f"{layer}.weight"].meta.shape
+        wanted[f"{layer}.lora_A.weight"] = torch.empty(r, columns, device="meta")
+        wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, r, device="meta")
+    check_weights(found, wanted, f"{path}: rank {r}, on --llm",
+                  "pass the language model that it was trained on")
+    new = {}
+    for layer in layers:
+        A, B = found[f"{layer}.lora_A.weight"], found[f"{layer}.lora_B.weight"]
+        new[f"{layer}.weight"] = merged(table[f"{layer}.weight"], A, B, scale)
+    return table | new
 
 
 # -----------------------------------------------------------------------------
@@ -255,12 +233,9 @@ def local_folder(name, flag):
     """A folder as it is; a hub id's files, downloaded."""
     if os.path.isdir(name):
         return Path(name)
-    try:
+    with named_errors(f"--{flag} {name}: neither a folder nor a hub id that can be downloaded"):
         files = ["*.json", *TOKENIZER_FILES, *WEIGHT_FILES]
         return Path(snapshot_download(name, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"--{flag} {name}: neither a folder nor a hub id that can be "
-                                f"downloaded ({first_line(error)})") from error
 
 
 def load_original_tokenizer(folder):
@@ -292,40 +267,33 @@ def find_source(args, folder):
     files = weight_files(folder)
     is_lora = has_file(folder, "adapter_config.json")
     rest = folder / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    if not files and not rest.is_file():
+        raise FileNotFoundError(f"{folder}: no LLaVA folder; it has neither model*.safetensors or "
+                                f"pytorch_model*.bin nor {rest.name}")
     if is_lora:
         part = "a LoRA adapter"
     elif not files:
         part = "a projector"
     else:
-        part = "a delta" if args.delta else None
-    if not files and not rest.is_file():
-        raise FileNotFoundError(f"{folder}: no LLaVA folder; it has neither model*.safetensors or "
-                                f"pytorch_model*.bin nor {rest.name}")
+        part = "a delta" if args.delta else "a whole model"
     if args.delta and part != "a delta":
         raise ValueError(f"{folder} is {part}: leave out --delta")
-    if args.llm and not part:
-        raise ValueError(f"{folder} is a whole model, or a delta that --delta must call one: "
-                         "leave out --llm")
-    if not part:
+    if part == "a whole model":
+        if args.llm:
+            raise ValueError(f"{folder} is {part}: leave out --llm, or say --delta if it is one")
         return Source(table_of(files), folder, folder, 2)
     if not args.llm:
-        named = ", which adapter_config.json names" if is_lora else ""
         raise ValueError(f"{folder} is {part} without its base: pass --llm, the language model "
-                         f"that it was trained on{named}")
+                         "that it was trained on")
 
     base = local_folder(args.llm, "llm")
-    if not weight_files(base):
-        raise FileNotFoundError(f"--llm {base}: neither model*.safetensors nor pytorch_model*.bin")
     table = table_of(weight_files(base))
     if part == "a delta":
         table = add_delta(table_of(files), table, folder)
     else:
-        more = {PEFT_PREFIX.sub("", name): weight for name, weight in table_of([rest]).items()}
-        twice = sorted(more.keys() & table.keys())
-        if twice:
-            raise ValueError(f"{rest} and --llm {base} both have {twice[:5]}; pass the language "
-                             "model as it was before LLaVA")
-        table |= more
+        new = {PEFT_PREFIX.sub("", name): weight for name, weight in table_of([rest]).items()}
+        check_new(new, table, f"{rest} and --llm {base}")
+        table |= new
     if is_lora:
         table = add_lora(table, folder)
     config_folder = folder if has_file(folder, "config.json") else base
@@ -346,24 +314,21 @@ OUR_ASPECT = {"square": "crop", "pad": "pad", "anyres": "anyres"}    # of image_
 ORIGINAL_ASPECT = {"crop": "square", "pad": "pad", "anyres": "anyres", "anyres_hf": "anyres"}
 
 
-def check_settings(folder, settings):
-    """Raises ValueError if a (name, value found, values allowed) of `settings` is wrong."""
-    for name, found, allowed in settings:
-        if found not in allowed:
-            raise ValueError(f"{folder}: {name} in config.json is {found!r}; what can be converted "
-                             f"has one of {list(allowed)}")
+def check_setting(folder, name, found, allowed):
+    """Raises ValueError if a value in config.json would be another model than ours."""
+    if found not in list(allowed):
+        raise ValueError(f"{folder}: {name} in config.json is {found!r}; what can be converted "
+                         f"has one of {list(allowed)}")
 
 
 def original_view(raw, vision_config, folder):
     """aspect and tiling as an original's config.json says them."""
     ratio = raw.get("image_aspect_ratio") or "square"
-    check_settings(folder, [
-        ("image_aspect_ratio", ratio, OUR_ASPECT),
-        ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ["patch"])])
+    check_setting(folder, "image_aspect_ratio", ratio, OUR_ASPECT)
     if ratio != "anyres":
         return {"aspect": OUR_ASPECT[ratio], "tiling": None}
     merge_type = raw.get("mm_patch_merge_type", "flat")
-    check_settings(folder, [("mm_patch_merge_type", merge_type, ["spatial_unpad"])])
+    check_setting(folder, "mm_patch_merge_type", merge_type, ["spatial_unpad"])
     size = vision_config.image_size
     pinpoints = raw.get("image_grid_pinpoints")          # [[336, 672], ...], or that as text
     sides = [int(side) for side in re.findall(r"\d+", json.dumps(pinpoints))]
@@ -372,10 +337,8 @@ def original_view(raw, vision_config, folder):
                          f"of multiples of {size}, the pixels of the vision tower, are needed")
     pairs = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]   # (width, height)
     tiling = NEXT._replace(pinpoints=pairs, tile=size, patch=vision_config.patch_size)
-    old = (raw.get("minllava") or {}).get("tiling") or {}
-    if old.get("rule") == "hf":                          # of a model that was ours
-        pairs = [pair[::-1] for pair in pairs]
-        tiling = tiling._replace(pinpoints=pairs, rule="hf")
+    if raw["minllava"].get("aspect") == "anyres_hf":     # of a model that was ours
+        tiling = tiling._replace(pinpoints=[pair[::-1] for pair in pairs], rule="hf")
         return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
     return {"aspect": "anyres", "tiling": tiling._asdict()}
 
@@ -385,30 +348,27 @@ def our_config(raw, vision_config, mlp, dtype, folder):
     model_type = raw.get("model_type")
     if "text_config" in raw:
         model_type = "llava-hf's, which is ours already"
-    check_settings(folder, [("model_type", model_type, KIND_OF)])
+    check_setting(folder, "model_type", model_type, KIND_OF)
+    feature = raw.get("mm_vision_select_feature", "patch")
+    check_setting(folder, "mm_vision_select_feature", feature, ["patch"])
+    layer = raw.get("mm_vision_select_layer", -2)
+    typed(layer, int, f"{folder}: mm_vision_select_layer in config.json")
     view = original_view(raw, vision_config, folder)
     kind = KIND_OF[model_type]
     known = AutoConfig.for_model(kind).to_dict().keys() | {"rope_theta", "rope_scaling"}
     known -= {"model_type", "architectures", "transformers_version", "dtype"}
-    text_config = AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k in known})
-    layer = raw.get("mm_vision_select_layer", -2)
     projector = "mlp2x_gelu" if mlp else "linear"
-    return checkpoints.llava_config(vision_config, text_config, dtype, layer, projector, view)
-
-
-def load_vision_config(vision):
-    try:
-        return CLIPVisionConfig.from_pretrained(vision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--vision {vision}: no CLIP can be loaded from there "
-                         f"({first_line(error)})") from error
+    with named_errors(f"{folder}: config.json"):
+        text_config = AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k in known})
+        config = checkpoints.llava_config(vision_config, text_config, dtype, layer, projector, view)
+        checkpoints.check_supported(config)
+    return config
 
 
 def our_meta(args, raw, config, tokenizer, stage):
     """What we add to config.json: template, stage, and where the model came from."""
-    old = {}
-    if args.template == "auto":                          # what convert_to_original left
-        old = dict(raw.get("minllava") or {})
+    # what convert_to_original left; --template wins
+    old = dict(raw["minllava"]) if args.template == "auto" else {}
     chat = old.get("chat", args.template)
     if chat == "auto":                                   # OURS: by the vocabulary
         chat = template_for(config.text_config, tokenizer).name
@@ -433,12 +393,14 @@ def convert_to_ours(args):
     """Convert a folder of the original's."""
     folder = local_folder(args.model, "model")
     table, config_folder, tokenizer_folder, stage = find_source(args, folder)
-    raw = checkpoints.read_settings(config_folder, "config.json")
+    raw = read_value(config_folder / "config.json")
+    raw["minllava"] = typed(raw.get("minllava") or {}, dict, f"{folder}: minllava in config.json")
     vision = args.vision or raw.get("mm_vision_tower")
     if not vision:
         raise ValueError(f"{folder}: no config.json names its CLIP (mm_vision_tower); pass "
                          "--vision")
-    vision_config = load_vision_config(vision)
+    with named_errors(f"--vision {vision}: no CLIP can be loaded from there"):
+        vision_config = CLIPVisionConfig.from_pretrained(vision)
     mlp = "model.mm_projector.0.weight" in table
     inside = any(name.startswith(TOWER["vision_tower."]) for name in table)
     weight = table.get("model.embed_tokens.weight") or next(iter(table.values()))
@@ -469,10 +431,10 @@ def convert_to_ours(args):
     llm = args.model if tokenizer_folder == folder else args.llm
     config.minllava = our_meta(args, raw, config, tokenizer, stage) | {
         "vision": vision, "vision_inside": inside, "llm": llm, "vocab_size": rows}
+    checkpoints.check_meta(config.minllava, vision_config, bool(config.minllava["tiling"]), folder)
     template = TEMPLATES[config.minllava["template"]]
     check_template(template, tokenizer)
-    tokenizer.chat_template = checkpoints.chat_template(template)
-    checkpoints.check_view(config.minllava, vision_config, folder)
+    tokenizer.chat_template = chat_template(template)
 
     write_table(ours, Path(args.out), args.shard)
     ends = config.text_config.eos_token_id
@@ -486,11 +448,11 @@ def convert_to_original(args):
     """Convert a folder of ours, or any llava-hf folder, to the original's layout."""
     folder = local_folder(args.model, "model")
     config, meta = checkpoints.load_settings(folder)
-    text, ours = config.text_config, getattr(config, "minllava", None) or {}
-    check_settings(folder, [
-        ("text_config.model_type", text.model_type, KINDS),
-        ("minllava.aspect", meta["aspect"], ORIGINAL_ASPECT),
-        ("vision_config.gated_layers", getattr(config.vision_config, "gated_layers", 0), [0])])
+    ours = getattr(config, "minllava", None) or {}
+    gated_layers = getattr(config.vision_config, "gated_layers", 0)
+    check_setting(folder, "text_config.model_type", config.text_config.model_type, KINDS)
+    check_setting(folder, "minllava.aspect", meta["aspect"], ORIGINAL_ASPECT)
+    check_setting(folder, "vision_config.gated_layers", gated_layers, [0])
     vision, llm = args.vision or meta.get("vision"), args.llm or meta.get("llm")
     if not vision or not llm:
         raise ValueError(f"{folder}: config.json does not say what it was made of: pass --vision, "
@@ -504,7 +466,7 @@ def convert_to_original(args):
         names = [LINEAR_2 + "weight", LINEAR_2 + "bias"]
         checkpoints.check_identity({name: table[name].read() for name in names}, folder)
 
-    image_id, rows = config.image_token_index, text.vocab_size
+    image_id, rows = config.image_token_index, config.text_config.vocab_size
     if rows == -(-(image_id + 1) // 64) * 64:            # it was grown for <image>
         rows = image_id
     rows = meta.get("vocab_size", rows)
@@ -513,7 +475,7 @@ def convert_to_original(args):
     names = original_names(table, mlp, inside)
     llm = local_folder(llm, "llm")
     vocabularies = []
-    for tokenizer in (AutoTokenizer.from_pretrained(folder), load_original_tokenizer(llm)):
+    for tokenizer in (checkpoints.read_tokenizer(folder), load_original_tokenizer(llm)):
         ids = tokenizer.get_vocab().items()
         vocabularies.append({token: i for token, i in ids if i < rows})
     if vocabularies[0] != vocabularies[1]:

@@ -11,24 +11,25 @@ llama.cpp's converter read:
 An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors stand in place of
 the first two. Behaviour never depends on a folder's name, loading is strict and asks no network.
 """
+import contextlib
 import dataclasses
-import json
 import os
 import re
-import string
 import sys
+from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaNextConfig
 from transformers.initialization import no_init_weights
 
-from parts.files import IMAGE, PROMPTS, write_json
+from parts.files import IMAGE, read_value, typed, write_json
 from parts.gated import VisionTower
 from parts.lora import adapters, add_adapters, merge_adapters, merged_state
+from parts.templates import TEMPLATES
 from parts.tiles import NEXT, Tiling
 from parts.views import ASPECTS
 
@@ -37,13 +38,27 @@ transformers.logging.set_verbosity_error()
 if not sys.stderr.isatty():
     transformers.logging.disable_progress_bar()
 
+
+@contextlib.contextmanager
+def named_errors(where):
+    """Turn what a library finds wrong with a person's file into a ValueError that says where.
+
+    There it is of any class: of torch, of safetensors, a plain Exception of tokenizers.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+
+
 # -----------------------------------------------------------------------------
 # Keys: what a weight is called here, and in the files of llava-hf
 
-PREFIXES = {"g.": "vision_tower.vision_model.", "f_phi.": "language_model.",
-            "newline": "image_newline"}
 LINEAR_1 = "multi_modal_projector.linear_1."
 LINEAR_2 = "multi_modal_projector.linear_2."
+PREFIXES = {"g.": "vision_tower.vision_model.", "f_phi.": "language_model.",
+            "newline": "image_newline"}
+PROJECTORS = {"linear": {"W.": LINEAR_1}, "mlp2x_gelu": {"W.0.": LINEAR_1, "W.2.": LINEAR_2}}
 HIDDEN_ACT = {"linear": "linear", "mlp2x_gelu": "gelu"}      # projector: projector_hidden_act
 
 # What transformers 5 calls its modules, and what the hub's files call them.
@@ -66,9 +81,8 @@ def hf_keys(state):
     for name, value in state.items():
         if COMPUTED.search(name):
             continue
-        pattern = next((new for new in NEW_NAMES if re.match(new, name)), None)
-        if pattern:
-            name = re.sub(pattern, NEW_NAMES[pattern], name)
+        for pattern, old_name in NEW_NAMES.items():
+            name = re.sub(pattern, old_name, name)
         if name in renamed:
             raise ValueError(f"two weights are {name}: old and new llava-hf names are mixed")
         renamed[name] = value
@@ -77,30 +91,21 @@ def hf_keys(state):
 
 def hf_names(model, names):
     """{our name of a weight: llava-hf's}, without a head that is the input embedding, too."""
-    if model.projector == "linear":
-        prefixes = PREFIXES | {"W.": LINEAR_1}
-    else:
-        prefixes = PREFIXES | {"W.0.": LINEAR_1, "W.2.": LINEAR_2}
+    prefixes = PREFIXES | PROJECTORS[model.projector]
     found = {}
     for name in names:
-        if is_tied(model.f_phi) and name == "f_phi.lm_head.weight":
+        if model.f_phi.config.tie_word_embeddings and name == "f_phi.lm_head.weight":
             continue
         ours = next(prefix for prefix in prefixes if name.startswith(prefix))
         found[name] = prefixes[ours] + name.removeprefix(ours)
     return found
 
 
-def is_tied(f_phi):
-    """Whether input embedding and head are one tensor."""
-    return f_phi.get_input_embeddings().weight is f_phi.get_output_embeddings().weight
-
-
-def to_hf_keys(model, state=None):
-    """The model's state dict, or `state`, under llava-hf's names.
+def to_hf_keys(model, state):
+    """The model's `state` dict under llava-hf's names.
 
     A linear W is linear_1 = W, no activation, linear_2 = identity.
     """
-    state = model.state_dict() if state is None else state
     hf_state = {theirs: state[ours] for ours, theirs in hf_names(model, state).items()}
     if model.projector == "linear":
         hf_state |= identity_layer(model.W.out_features, model.W.weight.dtype)
@@ -109,13 +114,14 @@ def to_hf_keys(model, state=None):
 
 def from_hf_keys(model, hf_state, folder):
     """llava-hf's names to ours. Raises ValueError unless the keys are those that we would write."""
-    check_weights(hf_state, to_hf_keys(model), folder,
+    state = model.state_dict()
+    check_weights(hf_state, to_hf_keys(model, state), folder,
                   "pass a whole checkpoint folder, whose config.json is of the same model")
+    check_finite(hf_state, folder)
     if model.projector == "linear":
         check_identity(hf_state, folder)
-    names = hf_names(model, model.state_dict())
-    state = {ours: hf_state[theirs] for ours, theirs in names.items()}
-    if is_tied(model.f_phi):
+    state = {ours: hf_state[theirs] for ours, theirs in hf_names(model, state).items()}
+    if model.f_phi.config.tie_word_embeddings:
         state["f_phi.lm_head.weight"] = state["f_phi.model.embed_tokens.weight"]
     return state
 
@@ -148,6 +154,18 @@ def check_weights(found, wanted, where, advice):
     for problem, names in problems.items():
         if names:
             raise ValueError(f"{where}: {len(names)} weights {problem}, e.g. {names[:5]}; {advice}")
+
+
+def check_finite(tensors, where):
+    """Raises ValueError that names those of {name: tensor} which hold NaN or infinite numbers."""
+    bad = []
+    for name, tensor in tensors.items():
+        # the least and the largest number take a tenth of the time of isfinite on all
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            bad.append(name)
+    if bad:
+        raise ValueError(f"{where}: NaN or infinite numbers in {len(bad)} of {len(tensors)}, "
+                         f"e.g. {bad[:5]}; nothing can be computed with them")
 
 
 # -----------------------------------------------------------------------------
@@ -225,44 +243,83 @@ def has_file(folder, name):
     return os.path.isfile(os.path.join(folder, name))
 
 
-def read_settings(folder, name):
-    """A JSON file of a folder. Raises ValueError if it was torn."""
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {name} is no whole JSON file; copy it again") from error
-
-
 def load_settings(folder):
     """(transformers' config, meta) of a checkpoint folder; meta always has aspect and tiling.
 
     Raises FileNotFoundError if the folder holds no checkpoint, ValueError if it holds a model that
     this project does not compute.
     """
-    if is_adapter(folder):
-        raise FileNotFoundError(f"{folder}: no config.json; this folder holds an adapter, which "
-                                "belongs to the merged checkpoint beside it")
+    path = os.path.join(folder, "config.json")
     if not has_file(folder, "config.json"):
         raise FileNotFoundError(f"{folder}: no config.json; a checkpoint is the --out folder of a "
-                                "finished train.py")
-    raw = read_settings(folder, "config.json")
+                                "finished train.py, and an adapter's belongs to one")
+    raw = read_value(path)
     kind = raw.get("model_type")
     if kind not in ("llava", "llava_next") or "text_config" not in raw:
         raise ValueError(f"{folder}: model_type in config.json is {kind!r}; a checkpoint in "
                          "llava-hf's layout has 'llava' or 'llava_next', and a text_config; "
                          "extras.convert makes one of a folder of the original project")
-    config = (LlavaNextConfig if kind == "llava_next" else LlavaConfig).from_dict(raw)
-    check_supported(config, folder)
-    meta = raw.get("minllava") or {}
+    with named_errors(path):
+        config = (LlavaNextConfig if kind == "llava_next" else LlavaConfig).from_dict(raw)
+        check_supported(config)
+        meta = typed(raw.get("minllava") or {}, dict, "minllava")
     if "aspect" not in meta:
         meta |= foreign_view(config, folder)
     meta.setdefault("tiling", None)
-    check_view(meta, config.vision_config, folder)
-    if (kind == "llava_next") != bool(meta["tiling"]):
-        raise ValueError(f"{folder}: config.json has model_type {kind!r} and aspect "
-                         f"{meta['aspect']!r}; 'llava_next' belongs to tiles, and only to them")
+    check_meta(meta, config.vision_config, kind == "llava_next", folder)
     return config, meta
+
+
+def check_supported(config):
+    """Raises ValueError for settings of a LlavaConfig that would be another model than ours."""
+    n_layers = config.vision_config.num_hidden_layers
+    supported = {
+        "projector_hidden_act": list(HIDDEN_ACT.values()),
+        "vision_feature_select_strategy": ["default"],
+        "vision_feature_layer": range(-n_layers - 1, 0),
+    }
+    for name, allowed in supported.items():
+        found = getattr(config, name)
+        if found not in allowed:
+            raise ValueError(f"{name} is {found!r}; this model has one of {list(allowed)}")
+
+
+def foreign_view(config, folder):
+    """aspect and tiling of a folder that is not ours: as transformers prepares its pictures."""
+    if config.model_type == "llava_next":
+        tiling = NEXT._replace(
+            pinpoints=config.image_grid_pinpoints, tile=config.vision_config.image_size,
+            patch=config.vision_config.patch_size, rule="hf")
+        return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
+    for name in ("processor_config.json", "preprocessor_config.json"):   # of transformers 5, 4
+        if has_file(folder, name):
+            path = os.path.join(folder, name)
+            processor = read_value(path)
+            processor = typed(processor.get("image_processor", processor), dict, path)
+            if processor.get("do_pad"):
+                return {"aspect": "pad"}
+    return {"aspect": "crop"}
+
+
+def check_meta(meta, vision_config, has_row_ends, folder):
+    """Raises ValueError unless what we add to config.json fits a model: its g, its row ends."""
+    template, aspect, tiling = meta.get("template", "plain"), meta["aspect"], meta["tiling"]
+    if template not in list(TEMPLATES):
+        raise ValueError(f"{folder}: template {template!r} is none of {', '.join(TEMPLATES)}")
+    in_tiles = aspect not in ("crop", "pad")
+    if aspect not in ASPECTS or {bool(tiling), has_row_ends} != {in_tiles}:
+        raise ValueError(f"{folder}: aspect {aspect!r} with tiling {tiling} and row ends "
+                         f"(model_type llava_next) {has_row_ends}; of {ASPECTS}, crop and pad have "
+                         "neither, and all others have both")
+    if not tiling:
+        return
+    size, patch = vision_config.image_size, vision_config.patch_size
+    with named_errors(f"{folder}: its tiling cannot be used"):
+        tiling = Tiling(**tiling)
+        tiling.plan(size, size)                          # what does not fit is found here, once
+        if (tiling.tile, tiling.patch) != (size, patch):
+            raise ValueError(f"tiles of {tiling.tile} pixels in patches of {tiling.patch}, for a "
+                             f"vision tower of {size} and {patch}")
 
 
 def inherit(config, origin):
@@ -282,55 +339,6 @@ def inherit(config, origin):
     inherited = {flag: value for flag, value in inherited.items() if origin[flag] != "command line"}
     config = dataclasses.replace(config, **inherited)
     return config, origin | dict.fromkeys(inherited, "checkpoint")
-
-
-def check_supported(config, folder):
-    """Raises ValueError for settings of a LlavaConfig that would be another model than ours."""
-    n_layers = config.vision_config.num_hidden_layers
-    supported = {
-        "projector_hidden_act": list(HIDDEN_ACT.values()),
-        "vision_feature_select_strategy": ["default"],
-        "vision_feature_layer": range(-n_layers - 1, 0),
-    }
-    for name, allowed in supported.items():
-        found = getattr(config, name)
-        if found not in allowed:
-            raise ValueError(f"{folder}: {name} in config.json is {found!r}; "
-                             f"this model has {allowed}")
-
-
-def foreign_view(config, folder):
-    """aspect and tiling of a folder that is not ours: as transformers prepares its pictures."""
-    if config.model_type == "llava_next":
-        tiling = NEXT._replace(
-            pinpoints=config.image_grid_pinpoints, tile=config.vision_config.image_size,
-            patch=config.vision_config.patch_size, rule="hf")
-        return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
-    for name in ("processor_config.json", "preprocessor_config.json"):   # of transformers 5, 4
-        if has_file(folder, name):
-            processor = read_settings(folder, name)
-            if processor.get("image_processor", processor).get("do_pad"):
-                return {"aspect": "pad"}
-    return {"aspect": "crop"}
-
-
-def check_view(meta, vision_config, folder):
-    """Raises ValueError if a g of that size cannot see pictures as `meta` says."""
-    aspect, tiling = meta["aspect"], meta["tiling"]
-    if aspect not in ASPECTS or (aspect in ("crop", "pad")) == bool(tiling):
-        raise ValueError(f"{folder}: aspect {aspect!r} {'with' if tiling else 'without'} tiling; "
-                         f"of {ASPECTS}, crop and pad have none, and all others have one")
-    if not tiling:
-        return
-    size, patch = vision_config.image_size, vision_config.patch_size
-    try:
-        tiling = Tiling(**tiling)
-        tiling.plan(size, size)                          # what does not fit is found here, once
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: its tiling cannot be used: {error}") from error
-    if (tiling.tile, tiling.patch) != (size, patch):
-        raise ValueError(f"{folder}: tiles of {tiling.tile} pixels in patches of {tiling.patch}, "
-                         f"for a vision tower of {size} and {patch}")
 
 
 # -----------------------------------------------------------------------------
@@ -356,7 +364,10 @@ def save(model, folder, dtype=None, state=None):
     if adapters(model.f_phi) and "init" in model.meta:       # also alone, for PEFT
         save_adapter(model, os.path.join(folder, "adapter"), model.meta["init"], state)
     state = to_hf_keys(model, merged_state(model, state))
-    state = {name: value.to(dtype) for name, value in state.items()}
+    for name, value in state.items():
+        # parts/decoders.py lays several weights side by side; safetensors takes no part of a whole
+        is_part = value.untyped_storage().nbytes() > value.nbytes
+        state[name] = value.to(dtype, copy=is_part)
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     save_settings(folder, model.tokenizer, model.eos_ids, model.g.config, model.meta)
     config.save_pretrained(folder)
@@ -368,18 +379,19 @@ def load(cls, folder, dtype=torch.float32):
     An adapter's folder is loaded as its base with the adapter merged. Raises FileNotFoundError if
     the folder holds no checkpoint, ValueError for keys that are missing or left over.
     """
-    if is_adapter(folder):
+    if has_file(folder, "adapter_config.json") and not has_file(folder, "config.json"):
         model = load(cls, base_of(folder), dtype)
         load_adapter(model, folder)
         merge_adapters(model.f_phi)
         return model
     config, meta = load_settings(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = read_tokenizer(folder)
     found, image_id = config.image_token_index, tokenizer.convert_tokens_to_ids(IMAGE)
     if found != image_id:
         raise ValueError(f"{folder}: image_token_index in config.json is {found}; in its tokenizer "
                          f"{IMAGE} is {image_id}")
-    with no_init_weights():                              # every weight is about to be overwritten
+    # every weight is about to be overwritten
+    with named_errors(f"{folder}: config.json describes no model"), no_init_weights():
         g = VisionTower(config.vision_config)
         f_phi = transformers.AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         f_phi.tie_weights()
@@ -390,21 +402,58 @@ def load(cls, folder, dtype=torch.float32):
         p.data = p.data.to(dtype)        # frequencies, too
     model.load_state_dict(from_hf_keys(model, read_weights(folder), folder))
     if has_file(folder, "generation_config.json"):
-        f_phi.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        f_phi.generation_config.eos_token_id = read_ends(folder)
     return model.eval()
 
 
+def read_ends(folder):
+    """The ids that end an answer, by a folder's generation_config.json."""
+    path = os.path.join(folder, "generation_config.json")
+    ends = read_value(path).get("eos_token_id")
+    if not isinstance(ends, list):
+        ends = [ends]
+    return [typed(i, int, f"{path}: eos_token_id") for i in ends if i is not None]
+
+
+def read_tokenizer(name):
+    with named_errors(f"{name}: its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def weight_files(folder):
+    """The files of a whole model, .safetensors before .bin; [] if there is none."""
+    folder = Path(folder)
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def load_tensors(path, only=None):
+    """{name: tensor} of a weight file, or of one weight of it; mapped, so reading costs nothing."""
+    with named_errors(f"{path}: not a whole file of weights; copy it again"):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:             # load_file would touch every weight
+                return {name: f.get_tensor(name) for name in ([only] if only else f.keys())}
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path}: holds other things than named weights")
+    return state
+
+
 def read_weights(folder):
-    """{llava-hf's name: tensor} of all .safetensors files of a folder."""
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    """{llava-hf's name: tensor} of all weight files of a folder."""
     state = {}
-    try:
-        for name in files:
-            state |= load_file(os.path.join(folder, name))
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: not all of {', '.join(files)} are whole files ({error}); "
-                         "copy them again") from error
+    for path in weight_files(folder):
+        new = load_tensors(path)
+        check_new(new, state, path)
+        state |= new
     return hf_keys(state)
+
+
+def check_new(new, old, path):
+    """Raises ValueError if a file brings weights that another one has brought already."""
+    twice = sorted(new.keys() & old.keys())
+    if twice:
+        raise ValueError(f"{path}: {len(twice)} weights that another file has too, e.g. "
+                         f"{twice[:5]}; take the older files away")
 
 
 # -----------------------------------------------------------------------------
@@ -416,18 +465,14 @@ def load_part(cls, name, dtype, flag):
 
     `flag` is the command's flag, without dashes, which errors name.
     """
-    if os.path.isdir(name) and not has_file(name, "config.json"):
-        raise FileNotFoundError(f"--{flag} {name}: the folder has no config.json")
-    try:
+    with named_errors(f"--{flag} {name}: cannot be loaded as {cls.__name__}"):
         part, info = cls.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError) as error:               # nothing there, or a model of another kind
-        raise ValueError(f"--{flag} {name}: cannot be loaded as {cls.__name__}: "
-                         f"{str(error)[:300]}") from error
     bad = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if bad:
         raise ValueError(f"--{flag} {name}: {len(bad)} weights of {cls.__name__} are not in its "
                          f"files, or of another shape, e.g. {bad[:5]}; is it another model?")
+    check_finite(part.state_dict(), f"--{flag} {name}")
     return part
 
 
@@ -436,7 +481,7 @@ def load_tokenizer(llm):
     if os.path.isdir(llm) and not has_file(llm, "tokenizer_config.json"):
         raise ValueError(f"--llm {llm}: no tokenizer_config.json; without it <s> and blanks would "
                          "be guessed")
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer = read_tokenizer(llm)
     if IMAGE not in tokenizer.get_vocab():
         token = transformers.AddedToken(IMAGE, special=True, normalized=False)
         tokenizer.add_tokens([token])
@@ -483,7 +528,7 @@ def peft_state(model, state):
     return found
 
 
-def save_adapter(model, folder, base, state=None):
+def save_adapter(model, folder, base, state):
     """Write adapters and W as a folder for PEFT: on AutoModelForImageTextToText of `base`.
 
     Processor, tokenizer and template lie in it, too: `base`, the checkpoint folder that training
@@ -503,27 +548,30 @@ def save_adapter(model, folder, base, state=None):
         "target_modules": rf"model\.language_model\..*\.({'|'.join(names)})",
     }
     os.makedirs(folder, exist_ok=True)
-    save_file(peft_state(model, state or model.state_dict()),
-              os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_file(peft_state(model, state), os.path.join(folder, "adapter_model.safetensors"),
+              metadata={"format": "pt"})
     save_settings(folder, model.tokenizer, model.eos_ids, model.g.config, model.meta)
     write_json(os.path.join(folder, "minllava.json"), model.meta)
     write_json(os.path.join(folder, "adapter_config.json"), config)      # last: with it, complete
 
 
-def is_adapter(folder):
-    """Whether a folder holds an adapter alone."""
-    return has_file(folder, "adapter_config.json") and not has_file(folder, "config.json")
+def adapter_settings(folder):
+    """An adapter's adapter_config.json. Raises ValueError if PEFT would compute another thing."""
+    path = os.path.join(folder, "adapter_config.json")
+    config = read_value(path)
+    kinds = {"r": int, "lora_alpha": float, "lora_dropout": float, "base_model_name_or_path": str}
+    for key, kind in kinds.items():
+        typed(config.get(key), kind, f"{path}: {key}")
+    for key, value in ADAPTER_KIND.items():
+        if config.get(key) not in (value, None):         # None: PEFT's default, and no W in it
+            raise ValueError(f"{path}: an adapter of another kind: {key} {config[key]!r}, not "
+                             f"{value!r}; merge it by PEFT, pass that folder")
+    return config
 
 
 def base_of(folder):
-    """The checkpoint folder that an adapter's folder belongs to.
-
-    Raises FileNotFoundError if either of them is not there.
-    """
-    if not has_file(folder, "adapter_config.json"):
-        raise FileNotFoundError(f"{folder}: no adapter_config.json; pass an adapter's folder, as "
-                                "train.py --lora_rank writes it")
-    base = read_settings(folder, "adapter_config.json").get("base_model_name_or_path") or ""
+    """The checkpoint folder of an adapter's folder. Raises FileNotFoundError if it is not there."""
+    base = adapter_settings(folder)["base_model_name_or_path"]
     if not has_file(base, "config.json"):
         raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no checkpoint "
                                 "folder here; put its place into base_model_name_or_path of "
@@ -534,51 +582,26 @@ def base_of(folder):
 def load_adapter(model, folder):
     """Put a saved adapter on `model`, its base; W, tokenizer and meta become the adapter's.
 
-    Raises ValueError for an adapter of another kind or of another model, FileNotFoundError if its
-    weights are not there.
+    PEFT alone may have made it of a few layers, without W and without our meta: what it lacks stays
+    as it is. Raises ValueError for an adapter of another kind or of another model.
     """
-    config = read_settings(folder, "adapter_config.json")
-    for key, value in ADAPTER_KIND.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder}/adapter_config.json: an adapter of another kind: {key} "
-                             f"{config[key]!r}, not {value!r}; merge it by PEFT, pass that folder")
-    file = os.path.join(folder, "adapter_model.safetensors")
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such file; copy the adapter's folder again, or pass a "
-                                "merged checkpoint")
-    add_adapters(model.f_phi, config["r"], config["lora_alpha"], config["lora_dropout"])
-    found = load_file(file)
-    parameters = peft_state(model, model.state_dict())   # of A and B the parameters' own storage
+    config = adapter_settings(folder)
+    found = load_tensors(Path(folder, "adapter_model.safetensors"))
+    check_finite(found, folder)
+    layers = {name.removeprefix(PEFT + "language_model.").split(".lora_")[0] for name in found}
+    add_adapters(model.f_phi, config["r"], config["lora_alpha"], config["lora_dropout"], layers)
+    parameters = peft_state(model, model.state_dict())   # their own storage
+    if not config.get("modules_to_save"):
+        parameters = {name: p for name, p in parameters.items() if ".lora_" in name}
     check_weights(found, parameters, folder, "this is an adapter of another model; pass its base, "
                   f"{config['base_model_name_or_path']!r}")
-    W = {}
+    if PEFT + LINEAR_2 + "weight" in found and model.projector == "linear":
+        check_identity({name.removeprefix(PEFT): value for name, value in found.items()}, folder)
     for name, value in found.items():
-        if "multi_modal_projector" in name:
-            W[name.removeprefix(PEFT)] = value
-        else:
-            parameters[name].copy_(value)
-    model.load_state_dict(from_hf_keys(model, to_hf_keys(model) | W, folder))
-    if has_file(folder, "minllava.json"):                # PEFT alone writes none
-        meta = read_settings(folder, "minllava.json")
-        check_view({"aspect": "crop", "tiling": None} | meta, model.g.config, folder)
-        if bool(meta.get("tiling")) != (model.newline is not None):
-            raise ValueError(f"{folder}: of the adapter and its base, one sees pictures in tiles; "
-                             "pass the base that it was trained on")
+        parameters[name].copy_(value)
+    if has_file(folder, "minllava.json"):
+        meta = read_value(os.path.join(folder, "minllava.json"))
+        check_meta({"aspect": "crop", "tiling": None} | meta, model.g.config,
+                   model.newline is not None, folder)
         model.meta = meta
-        model.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-# -----------------------------------------------------------------------------
-# The template, for programs that render conversations by themselves
-
-
-def chat_template(template):
-    """What data.render writes in a Template, as a chat template in Jinja."""
-    question = "text(m.content)"
-    if template.name == "plain":                         # its images alone, as in data.render
-        question = "'<image>' * (text(m.content).split('<image>') | length - 1)"
-    before, after = template.answer.split("{}")
-    strings = template._asdict() | {"before": before, "after": after}
-    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in strings.items()}
-    jinja = (PROMPTS / "chat_template.jinja").read_text()
-    return string.Template(jinja).substitute(quoted, question=question)
+        model.tokenizer = read_tokenizer(folder)

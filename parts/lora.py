@@ -56,8 +56,8 @@ def adapters(module):
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRA)}
 
 
-def add_adapters(f_phi, rank, alpha, dropout=0.0):
-    """Freeze f_phi and put an adapter on every linear layer but the head.
+def add_adapters(f_phi, rank, alpha, dropout=0.0, layers=None):
+    """Freeze f_phi and put an adapter on every linear layer but the head, or on those named.
 
     LLaVA-1.5 has rank 128, alpha 256, dropout 0.05. Raises ValueError for what cannot train.
     """
@@ -68,7 +68,7 @@ def add_adapters(f_phi, rank, alpha, dropout=0.0):
     f_phi.requires_grad_(False)
     body = f_phi.base_model                              # all but the head
     for name, layer in list(body.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and (layers is None or name in layers):
             body.set_submodule(name, LoRA(layer, rank, alpha, dropout).eval())
 
 

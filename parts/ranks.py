@@ -37,7 +37,7 @@ def choose_device(name="auto", index=0):
              "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_found in found.items() if is_found)
-    if not found[name]:
+    if not found.get(name):
         raise ValueError(f"--device {name}: torch finds none on this machine; auto takes what is "
                          "there")
     if name == "cuda":

@@ -3,8 +3,12 @@ Templates: how a conversation becomes text (Table 2), for the paper's Vicuna and
 
 data.render writes a conversation in one of them, for training and for sampling alike.
 """
+import json
 import re
+import string
 from typing import NamedTuple
+
+from parts.files import PROMPTS
 
 
 class Template(NamedTuple):
@@ -98,3 +102,15 @@ def choose_template(name, model):
         template = TEMPLATES[name]
     check_template(template, model.tokenizer)
     return template
+
+
+def chat_template(template):
+    """What data.render writes in a Template, as a chat template in Jinja, for other programs."""
+    question = "text(m.content)"
+    if template.name == "plain":                         # its images alone, as in data.render
+        question = "'<image>' * (text(m.content).split('<image>') | length - 1)"
+    before, after = template.answer.split("{}")
+    strings = template._asdict() | {"before": before, "after": after}
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in strings.items()}
+    jinja = (PROMPTS / "chat_template.jinja").read_text()
+    return string.Template(jinja).substitute(quoted, question=question)

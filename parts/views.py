@@ -97,7 +97,7 @@ def view_of(aspect, size, patch):
         tiling = tiles.HD.at(size, patch)
     if aspect == "anyres_hf":            # as transformers tiles, where it differs
         tiling = tiling._replace(rule="hf")
-    if aspect == "hd_tiles":             # COURSE: without the global picture (Diss. Sec. 4.3)
+    if aspect == "hd_tiles":             # COURSE: without the global picture (Diss. Sec. 4.4)
         tiling = tiling._replace(global_picture=None)
     return View(aspect, size, patch, tiling)
 

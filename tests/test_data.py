@@ -21,9 +21,8 @@ from transformers import (
 
 from data import arrange, encode, encode_within, render, sample_of
 from model import IGNORE
-from parts.checkpoints import chat_template
 from parts.files import IMAGE
-from parts.templates import TEMPLATES, check_template, template_for
+from parts.templates import TEMPLATES, chat_template, check_template, template_for
 from parts.views import view_of
 
 

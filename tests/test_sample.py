@@ -14,10 +14,9 @@ from conftest import byte_tokenizer, run_script, scripted_llm, start_script, tin
 import sample
 from data import Conversations, collate, sample_of
 from model import IGNORE, LLaVA
-from parts.checkpoints import chat_template
 from parts.pictures import load_image
 from parts.records import Records, image_names
-from parts.templates import TEMPLATES
+from parts.templates import TEMPLATES, chat_template
 from parts.views import view_of
 
 QUESTION = "What is 0.0?"
