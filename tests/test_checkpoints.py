@@ -406,7 +406,7 @@ def test_a_config_that_means_another_model_is_refused(saved, change, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"pinpoints": [[30, 28]]}, "pinpoint [30, 28] does not fit"), ({"rule": "HF"}, "rule 'HF'"),
+    ({"pinpoints": [[30, 28]]}, "multiples of tile"), ({"rule": "HF"}, "rule is"),
     ({"tile": 56, "pinpoints": [[56, 112]]}, "tiles of 56 pixels"), ({"colour": 3}, "colour"),
     ({"patch": 0}, "tiling"), ({"pinpoints": 7}, "tiling")])
 def test_a_tiling_that_does_not_fit_the_tower_is_refused(tmp_path, change, words):
