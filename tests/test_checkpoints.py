@@ -458,11 +458,10 @@ def test_logits_that_are_not_finite_end_an_answer_and_a_score(llava):
         llava.score(**batch)
     del batch["labels"]
     batch["attention_mask"] = mask
-    for temperature in (0, 0.2):
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            llava.generate(**batch, temperature=temperature)
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            Engine(llava).generate(batch, temperature=temperature)
+    with pytest.raises(ValueError, match="not finite"):
+        llava.generate(**batch, temperature=0.2)
+    with pytest.raises(ValueError, match="not finite"):
+        Engine(llava).generate(batch)
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps", "gpu"])
