@@ -22,7 +22,6 @@ from parts import checkpoints
 from parts.decoders import decoder_for
 from parts.engine import Engine
 from parts.gated import gate
-from parts.ranks import choose_device
 from parts.templates import TEMPLATES, chat_template
 from parts.views import ASPECTS, view_from, view_of
 
@@ -462,14 +461,6 @@ def test_logits_that_are_not_finite_end_an_answer_and_a_score(llava):
         llava.generate(**batch, temperature=0.2)
     with pytest.raises(ValueError, match="not finite"):
         Engine(llava).generate(batch)
-
-
-@pytest.mark.parametrize("name", ["cuda", "mps", "gpu"])
-def test_a_device_that_is_not_here_is_refused(name):
-    """The message says which there are."""
-    if name == "gpu" or not getattr(torch, name).is_available():
-        with pytest.raises(ValueError, match=f"--device {name}: .*cpu"):
-            choose_device(name)
 
 
 def test_folders_that_are_not_complete_are_refused(saved, tmp_path):
