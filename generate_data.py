@@ -19,10 +19,10 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from parts import client, files
-from parts.annotations import box_line, coco_records, read_amounts, read_caption_pairs
+from parts import annotations, client, files
 from parts.client import Endpoint, Replies, Request
 from parts.files import IMAGE, PROMPTS
+from parts.templates import HOLDS_STOP
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")     # 58K, 23K, 77K
 WRITE_IN = ("\n\nWrite in {}, whatever the language of the sentences. Only the words Question and "
@@ -40,31 +40,32 @@ class Context(NamedTuple):
     boxes: str = ""     # one a line, see `box_line`
 
 
-def from_record(record):
+def from_record(record, counts, skip_bad=False):
     """A JSON line {"id", "image", "captions": [...], "instances": [{"category", "bbox"}, ...]}.
 
     The place to adapt for another domain: all that is known and can be written may stand in
     "captions" or, to keep it apart, in "notes": "text on the sign: CLOSED", "taken at: 14:05".
     """
+    image = files.typed(record["image"], str, "image")
     sentences = record.get("captions", []) + record.get("notes", [])
-    captions = "\n".join(filter(None, (" ".join(sentence.split()) for sentence in sentences)))
-    if not captions:
-        raise ValueError("no captions and no notes; the teacher would have nothing to go by")
-    boxes = [box_line(thing["category"], thing["bbox"]) for thing in record.get("instances", [])]
-    return Context(str(record["id"]), record["image"], captions, "\n".join(boxes))
+    captions = annotations.caption_lines(sentences, counts)
+    boxes = annotations.box_lines(record.get("instances", []), counts, skip_bad)
+    return Context(str(record["id"]), image, "\n".join(captions), "\n".join(boxes))
 
 
-def read_contexts(captions, instances=None):
+def read_contexts(captions, instances=None, skip_bad=False):
     """All Contexts of COCO's captions file, with its instances file if any, or of JSON lines.
 
     Raises ValueError that names file and record, FileNotFoundError.
     """
-    is_coco = instances or b'"annotations"' in Path(captions).read_bytes()
-    records = coco_records(captions, instances) if is_coco else files.read_json(captions)
+    counts = Counter()                              # of what is left out or changed
+    records = files.read_json(captions)
+    if instances or b'"annotations"' in Path(captions).read_bytes():
+        records = annotations.coco_records(captions, instances, counts)
     contexts = {}                                   # by id, which a reply is found by
     for i, record in enumerate(records):
         try:
-            context = from_record(record)
+            context = from_record(record, counts, skip_bad)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{captions}[{i}]: {type(error).__name__} {error}; needed are id, "
                              "image, captions (a list), instances: [{category, bbox}]") from error
@@ -72,6 +73,8 @@ def read_contexts(captions, instances=None):
             raise ValueError(f"{captions}[{i}]: the id {context.id} has come before")
     if not contexts:
         raise ValueError(f"{captions}: no pictures in it")
+    for what, n in (+counts).items():
+        print(f"{captions}: {n:,} {what}")
     return list(contexts.values())
 
 
@@ -118,15 +121,14 @@ def make_request(kind, context, prompts, config):
 def assign_types(contexts, config):
     """[(type, Context), ...]: which picture gets which type, by --mix or --numbers; seeded."""
     rng = random.Random(config.seed)
-    amounts = read_amounts(config.numbers or config.mix, TYPES)
+    amounts = annotations.read_amounts(config.numbers or config.mix, TYPES)
     pairs, edge = [], 0.0                           # edge: where a type's share of `order` ends
     order = [] if config.numbers else rng.sample(contexts, len(contexts))
     for kind, n in amounts.items():
         if config.numbers:      # an order for each type: more of one leaves the others as they are
             if n > len(contexts):
                 raise ValueError(f"--numbers {kind}={n}, but there are {len(contexts)} pictures")
-            order = random.Random(f"{config.seed} {kind}").sample(contexts, len(contexts))
-            chosen = order[:n]
+            chosen = random.Random(f"{config.seed} {kind}").sample(contexts, len(contexts))[:n]
         else:                   # a share of one order: each picture is asked about once
             start, edge = edge, edge + n * len(contexts) / sum(amounts.values())
             chosen = order[round(start):round(edge)]
@@ -157,7 +159,7 @@ SPEAKS_OF = {     # OURS, for English: the paper does not say how bad replies we
     "refuses": re.compile(
         r"\b(as an? (ai|language model|text)|i('m| am) (sorry|unable)|i (cannot|can't|can not) (see"
         r"|view|assist|help|fulfill|provide|answer)|cannot be (determined|answered))\b", re.I),
-    "names the image token": re.compile(re.escape(IMAGE))}
+    "holds a STOP or special token": HOLDS_STOP}
 
 
 def tidy(part):
@@ -186,21 +188,17 @@ def parse(kind, text):
     return turns[:1] if kind == "complex_reasoning" else turns      # one is asked for
 
 
-def reject_words(words):
-    """Raises Reject if a text betrays that its writer saw no picture."""
-    for reason, pattern in SPEAKS_OF.items():
-        if pattern.search(words):
-            raise Reject(reason)
-
-
 def read_reply(kind, reply):
     """A reply -> [(question, answer), ...]. Raises Reject; a reply that was cut off is one."""
-    finish = reply["choices"][0].get("finish_reason")               # "stop", if all is well
-    if finish in ("length", "content_filter"):
-        raise Reject("cut off at max_tokens" if finish == "length" else "content filter")
-    text = client.content_of(reply).strip()
+    finish = client.unfinished(reply)
+    if finish:
+        raise Reject("cut off at max_tokens" if finish == "length" else f"finish_reason {finish}")
+    text = client.content_of(reply)
     turns = parse(kind, text)
-    reject_words("\n".join(part for turn in turns for part in turn if part) or text)
+    words = "\n".join(part for turn in turns for part in turn if part) or text
+    for reason, pattern in SPEAKS_OF.items():       # they betray that the writer saw no picture
+        if pattern.search(words):
+            raise Reject(reason)
     if not turns:                                   # and it does not say why
         raise Reject("no question and answer")
     return turns
@@ -242,6 +240,7 @@ class Instruct(Endpoint):
     seed: int = 0              # of pictures and types; of questions and places in the records
     price_in: float = 0        # money for a million tokens of prompt
     price_out: float = 0       # money for a million tokens of answer
+    skip_bad: bool = False     # leave out boxes that are outside of their picture, or inverted
     keep_duplicates: bool = False  # equal answers stay: for a teacher that speaks in set phrases
     estimate: bool = False     # print requests, tokens, money and hours, send nothing
 
@@ -258,6 +257,8 @@ class Instruct(Endpoint):
 def good_records(plan, replies, config, counts, rejected):
     """Yield the records of good replies; count all replies, and collect the rejected ones."""
     questions = detail_questions(config.prompts)
+    shown = {answer for kind, (_, shots) in read_prompts(config.prompts).items()
+             for _, example in shots for _, answer in parse(kind, example)}
     seen = set()                                    # the answers of earlier records
     for context, request in plan:
         reply = replies[request.key]
@@ -267,12 +268,14 @@ def good_records(plan, replies, config, counts, rejected):
         try:
             record = make_record(context, request, reply, questions, config.seed)
             answers = tuple(turn["value"] for turn in record["conversations"][1::2])
+            if shown.issuperset(answers):
+                raise Reject("repeats an example")
             if answers in seen and not config.keep_duplicates:
                 raise Reject("duplicate")           # OURS: set phrases teach little
         except Reject as reject:
             counts[f"{request.kind}, rejected: {reject}"] += 1
             rejected.append({"id": request.id, "kind": request.kind, "reason": str(reject),
-                             "text": client.content_of(reply)})
+                             "text": client.content_of(reply) or client.refusal_of(reply)})
         else:
             seen.add(answers)
             counts[f"{request.kind}, records"] += 1
@@ -292,7 +295,8 @@ def write_outputs(plan, out, config):
     files.write_lines(out / "rejected.jsonl", rejected)
     counts["money"] = config.money(counts["tokens in"], counts["tokens out"])
     files.write_json(out / "metadata.json", {
-        "counts": counts, "date": str(date.today()), "settings": asdict(config)})
+        "counts": counts, "date": str(date.today()), "settings": asdict(config),
+        "prompts": client.hash_of(read_prompts(config.prompts))})
     for what, n in sorted(counts.items()):
         print(f"{what:<60}{n:>12,}")
     print(f"wrote {out / 'instruct.json'}")
@@ -301,7 +305,7 @@ def write_outputs(plan, out, config):
 def instruct(config):
     """Captions and boxes -> instruction data in LLaVA's format. It goes on after interruptions."""
     prompts = read_prompts(config.prompts)          # what is wrong with files shows before we pay
-    contexts = read_contexts(config.captions, config.instances)
+    contexts = read_contexts(config.captions, config.instances, config.skip_bad)
     pairs = assign_types(contexts, config)[:config.limit]
     plan = [(context, make_request(kind, context, prompts, config)) for kind, context in pairs]
     requests = [request for _, request in plan]
@@ -311,14 +315,11 @@ def instruct(config):
         return client.print_estimate(requests, config, config.money)
     with files.lock_folder(config.out) as out:
         try:
-            failed = client.ask_missing(requests, out / "raw.jsonl", config)
+            client.ask_missing(requests, out / "raw.jsonl", config)
         except (ValueError, KeyboardInterrupt):
             write_outputs(plan, out, config)        # what is paid can be used all the same
             raise
         write_outputs(plan, out, config)
-    if failed:                                      # each a (request, reason)
-        raise ValueError(f"{len(failed)} of {len(plan)} requests have no reply yet "
-                         f"({failed[0][1]}, ...); {client.AGAIN}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,15 +335,14 @@ class Expand:
 
 
 def expanded_pairs(config):
-    """Yield naive expansions: image and caption -> Human: X_q X_v, Assistant: X_c."""
+    """Yield naive expansions: Human: X_q X_v, Assistant: X_c, which is the caption as it is."""
     rng = random.Random(config.seed)
     questions = files.brief_instructions()
-    for image, caption in read_caption_pairs(config.pairs, config.columns):
-        if not caption or IMAGE in caption or "://" in image:       # CC3M's file has addresses
+    for image, caption in annotations.read_caption_pairs(config.pairs, config.columns):
+        if not caption or "://" in image:           # CC3M's file has addresses
             raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; download the "
-                             f"pictures and name the files; a caption has no {IMAGE} in it")
+                             "pictures and name the files; a caption has words")
         turns = conversation([(rng.choice(questions), caption)], rng)
-        # the caption as it is, X_c, is the answer: stage 1 only has to align features
         yield {"id": Path(image).stem, "image": image, "conversations": turns}
 
 

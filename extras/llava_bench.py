@@ -34,6 +34,7 @@ class Config(Endpoint):
     prompts: str = str(PROMPTS)  # folder of prompts, as for generate_data.py
     language: str = None       # language to write in, by its English name
     seed: int = 0
+    skip_bad: bool = False     # leave out boxes that are outside of their picture, or inverted
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,11 +67,8 @@ def usable_replies(plan, read, raw, config):
 
 
 def reference_of(context, request, reply):
-    """A reply as a reference answer. Raises Reject."""
-    if reply["choices"][0].get("finish_reason") in ("length", "content_filter"):
-        raise Reject("cut off")
-    text = client.content_of(reply).strip()
-    generate_data.reject_words(text)
+    """A reply as a reference answer, which is read like a description. Raises Reject."""
+    [(_, text)] = generate_data.read_reply("detail_description", reply)
     return text
 
 
@@ -116,9 +114,10 @@ def write_bench(found, tried, out, config):
     files.write_lines(out / "questions.jsonl", questions)
     files.write_lines(out / "reference.jsonl", references)
     files.write_lines(out / "context.jsonl", [context_record(context) for context in found])
+    prompts = generate_data.read_prompts(config.prompts)
     files.write_json(out / "metadata.json", {
         "pictures": len(found), "tried": tried, "date": str(date.today()),
-        "settings": asdict(config)})
+        "settings": asdict(config), "prompts": client.hash_of(prompts)})
     print(f"{len(questions)} questions about {len(found)} pictures and their reference answers: "
           f"{out}/questions.jsonl, reference.jsonl, context.jsonl")
 
@@ -126,7 +125,7 @@ def write_bench(found, tried, out, config):
 def make_bench(config):
     """Ask until there are enough pictures; go on after an interruption, nothing is paid twice."""
     prompts = generate_data.read_prompts(config.prompts)
-    contexts = generate_data.read_contexts(config.captions, config.instances)
+    contexts = generate_data.read_contexts(config.captions, config.instances, config.skip_bad)
     if config.bench > len(contexts):
         raise ValueError(f"--bench {config.bench}: {config.captions} has {len(contexts)} pictures")
     order = random.Random(config.seed).sample(contexts, len(contexts))

@@ -1,25 +1,48 @@
 """
 What people have written about pictures, read from disk: COCO's annotation files, captions.
 
-Nothing here needs torch. Files are streamed: instances_train2017.json alone has 450 MB.
+Nothing here needs torch. Files are streamed: instances_train2017.json alone has 450 MB. What is
+left out or changed is counted; what cannot be read is a ValueError that names file and record.
 """
+import io
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import ijson
 
+from parts.files import read_text, typed
+from parts.templates import HOLDS_STOP
+
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$|://", re.I)     # or an address
 
 
-def box_line(category, box):
-    """`dog: [0.1, 0.25, 0.5, 1.0]`: x1, y1, x2, y2 as fractions of the original picture."""
-    x1, y1, x2, y2 = box
-    if not (-0.001 <= x1 < x2 <= 1.001 and -0.001 <= y1 < y2 <= 1.001):
+# --------------------------------------------------------------------------------------------------
+# Boxes
+
+
+def four_numbers(box, where):
+    """A box, which must be a list of four numbers."""
+    if len(typed(box, list, where)) != 4:
+        raise ValueError(f"{where}: {box!r:.80}; four numbers are needed")
+    return [typed(number, float, where) for number in box]
+
+
+def box_line(category, box, counts):
+    """`dog: [0.1, 0.25, 0.5, 1.0]`: x1, y1, x2, y2 as fractions of the original picture.
+
+    What reaches out of the picture is cut off, and counted. Raises ValueError for a box that is
+    inverted or outside, as one in pixels is.
+    """
+    x1, y1, x2, y2 = four_numbers(box, "bbox")
+    meets_picture = x1 < x2 and y1 < y2 and x1 < 1 and y1 < 1 and x2 > 0 and y2 > 0
+    if not meets_picture or min(box) < -0.5 or max(box) > 1.5:
         raise ValueError(f"box {box} of {category!r}; [x1, y1, x2, y2] as fractions of the "
                          "picture, 0 to 1, with x1 < x2 and y1 < y2, is needed")
+    if min(box) < -0.001 or max(box) > 1.001:
+        counts["boxes cut off at their picture's edge"] += 1
     rounded = []
     for fraction in box:
         inside = min(max(float(fraction), 0.0), 1.0)
@@ -27,46 +50,130 @@ def box_line(category, box):
     return f"{category}: {rounded}"
 
 
-def coco_rows(path, key):
-    """The rows of one list of an annotation file, one at a time."""
-    with open(path, "rb") as f:
-        yield from ijson.items(f, f"{key}.item", use_float=True)
+def box_lines(things, counts, skip_bad=False):
+    """The lines of boxes, {"category", "bbox"}; if `skip_bad`, bad ones are left out and counted.
 
-
-def coco_records(captions, instances=None):
-    """Yield {"id", "image", "captions", "instances": [{"category", "bbox"}, ...]} of each picture
-    that has captions, in the order of the captions file's images.
-
-    bbox    [x1, y1, x2, y2] as fractions of the picture; COCO has x, y, width, height in pixels
-    Raises ValueError if these are not COCO's captions_*.json and instances_*.json.
+    Raises ValueError that names a bad one, by "annotation", its place in COCO's file, if it has it.
     """
-    try:
-        images = {row["id"]: row for row in coco_rows(captions, "images")}
-        sentences = defaultdict(list)
-        for row in coco_rows(captions, "annotations"):
-            sentences[row["image_id"]].append(row["caption"])
-        boxes = coco_boxes(images, instances) if instances else {}
-    except (ijson.JSONError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{captions}, {instances}: not COCO's annotations: "
-                         f"{type(error).__name__} {error}") from error
+    lines = []
+    for i, thing in enumerate(things):
+        try:
+            lines.append(box_line(thing["category"], thing["bbox"], counts))
+        except ValueError as error:
+            if not skip_bad:
+                where = thing.get("annotation", f"instances[{i}]")
+                raise ValueError(f"{where}: {error}; --skip_bad leaves it out") from error
+            counts["bad boxes, left out"] += 1
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# COCO's files, and other tools' exports in their form
+
+
+def coco_rows(path, key):
+    """Yield (its name in messages, row) of one list of an annotation file, one at a time."""
+    with open(path, "rb") as f:
+        if f.read(3) != b"\xef\xbb\xbf":                 # a byte order mark is passed over
+            f.seek(0)
+        try:
+            for i, row in enumerate(ijson.items(f, f"{key}.item", use_float=True)):
+                where = f"{path}: {key}[{i}]"
+                yield where, typed(row, dict, where)
+        except ijson.JSONError as error:
+            raise ValueError(f"{path}: not COCO's annotations: {error}") from error
+
+
+def id_of(row, field, where):
+    """An id by its value: 7, 7.0, "7" and "007" are one. Raises ValueError if it is no id."""
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{where}: {field} is {value!r:.80}; a number or a text is needed")
+    number = re.fullmatch(r"0*(\d+)(\.0)?", str(value))
+    return number[1] if number else str(value)
+
+
+def coco_records(captions, instances, counts):
+    """Yield {"id", "image", "captions", "instances": [{"category", "bbox", "annotation"}, ...]} of
+    each picture that has captions, in the order of the captions file's images.
+
+    bbox      [x1, y1, x2, y2] as fractions of the picture; COCO has x, y, width, height in pixels
+    counts    Counter of what is left out
+    Raises ValueError if these are not COCO's captions_*.json and instances_*.json of one split.
+    """
+    images = {}
+    for where, row in coco_rows(captions, "images"):
+        typed(row.get("file_name"), str, f"{where}: file_name")
+        if images.setdefault(id_of(row, "id", where), row) is not row:
+            raise ValueError(f"{where}: the id {row['id']} has come before")
+    sentences = defaultdict(list)
+    for where, row in coco_rows(captions, "annotations"):
+        key = id_of(row, "image_id", where)
+        caption = row.get("caption")
+        if key not in images:
+            counts["captions of no image"] += 1
+        elif caption is None:
+            counts["captions that are empty"] += 1
+        else:
+            sentences[key].append(typed(caption, str, f"{where}: caption"))
+    if not sentences:
+        raise ValueError(f"{captions}: none of its captions is of one of its {len(images)} images; "
+                         "COCO's captions_*.json, or JSON lines, are needed")
+    boxes = coco_boxes(images, instances, counts) if instances else {}
+    counts["images without captions"] += len(images) - len(sentences)
     for key, row in images.items():
         if key in sentences:
             yield {"id": Path(row["file_name"]).stem, "image": row["file_name"],
                    "captions": sentences[key], "instances": boxes.get(key, [])}
 
 
-def coco_boxes(images, instances):
-    """{image id: [{"category", "bbox"}, ...]}; COCO has boxes without area, which are left out."""
-    names = {row["id"]: row["name"] for row in coco_rows(instances, "categories")}
+def coco_boxes(images, instances, counts):
+    """{image's id: its instances}; COCO has boxes without area, which are left out."""
+    names = {}
+    for where, row in coco_rows(instances, "categories"):
+        names[id_of(row, "id", where)] = typed(row.get("name"), str, f"{where}: name")
     boxes = defaultdict(list)
-    for row in coco_rows(instances, "annotations"):
-        x, y, w, h = row["bbox"]
-        image = images.get(row["image_id"])     # the captions file may be about fewer pictures
-        if image and min(w, h) > 0:
-            width, height = image["width"], image["height"]
+    for where, row in coco_rows(instances, "annotations"):
+        image = images.get(id_of(row, "image_id", where))
+        category = names.get(id_of(row, "category_id", where))
+        if image is None:                       # the captions file may be about fewer pictures
+            counts["boxes of other pictures"] += 1
+            continue
+        if category is None:
+            raise ValueError(f"{where}: no category has its category_id {row['category_id']}")
+        x, y, w, h = four_numbers(row.get("bbox"), f"{where}: bbox")
+        size = [image.get("width"), image.get("height")]
+        width, height = (typed(side, float, f"{where}: a side of its image") for side in size)
+        if w == 0 or h == 0:
+            counts["boxes without area"] += 1
+        elif width > 0 and height > 0:
             corners = [x / width, y / height, (x + w) / width, (y + h) / height]
-            boxes[image["id"]].append({"category": names[row["category_id"]], "bbox": corners})
+            boxes[id_of(image, "id", where)].append(
+                {"category": category, "bbox": corners, "annotation": where})
+        else:
+            raise ValueError(f"{where}: its image has {width} x {height} pixels")
+    if not boxes:
+        raise ValueError(f"{instances}: none of its boxes is of a picture with captions; the two "
+                         "files of one split are needed")
     return boxes
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
+
+
+def caption_lines(sentences, counts):
+    """Captions on one line each; what is empty is counted. Raises ValueError if nothing is left."""
+    lines = []
+    for sentence in sentences:
+        line = "" if sentence is None else " ".join(typed(sentence, str, "captions").split())
+        if line:
+            lines.append(line)
+        else:
+            counts["captions that are empty"] += 1
+    if not lines:
+        raise ValueError("no captions and no notes; the teacher would have nothing to go by")
+    return lines
 
 
 def read_caption_pairs(path, columns="image caption"):
@@ -77,11 +184,15 @@ def read_caption_pairs(path, columns="image caption"):
     Raises ValueError that names the line, or for no pairs at all, and FileNotFoundError.
     """
     pairs = pairs_of_folder(path) if os.path.isdir(path) else pairs_of_file(path, columns)
-    is_empty = True
-    for pair in pairs:
-        is_empty = False
-        yield pair
-    if is_empty:
+    counts = Counter()
+    for image, caption in pairs:
+        is_good = not HOLDS_STOP.search(caption)
+        counts[is_good] += 1
+        if is_good:
+            yield image, caption
+    if counts[False]:
+        print(f"{path}: {counts[False]:,} captions hold a STOP or special token, and are left out")
+    if not counts[True]:
         raise ValueError(f"{path}: no pairs in it")
 
 
@@ -89,26 +200,27 @@ def pairs_of_folder(path):
     """Yield (picture's name, text of the .txt file beside it)."""
     for picture in sorted(Path(path).rglob("*")):
         if PICTURE_NAME.search(picture.name):
-            caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
+            caption = read_text(picture.with_suffix(".txt"))
             yield str(picture.relative_to(path)), " ".join(caption.split())
 
 
 def pairs_of_file(path, columns):
     """Yield (image, caption) of each line."""
     is_json = path.endswith((".json", ".jsonl"))
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            cells = zip(columns.split(), line.rstrip("\n").split("\t"), strict=False)
-            try:
-                row = json.loads(line) if is_json else dict(cells)
-                image, caption = row["image"], " ".join(row["caption"].split())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: image and caption are needed, as JSON or "
-                                 f"in --columns {columns!r} with tabs between") from error
-            if PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
-                raise ValueError(f"{path}, line {number}: image {image!r} and caption {caption!r} "
-                                 f"look swapped; --columns {columns!r} must name them in order")
-            yield image, caption
+    for number, line in enumerate(io.StringIO(read_text(path), newline=None), 1):
+        where = f"{path}, line {number}"
+        cells = zip(columns.split(), line.rstrip("\n").split("\t"), strict=False)
+        try:
+            row = json.loads(line) if is_json else dict(cells)
+            image = typed(row["image"], str, where)
+            caption = " ".join(row["caption"].split())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where}: image and caption are needed, as JSON or in "
+                             f"--columns {columns!r} with tabs between") from error
+        if PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
+            raise ValueError(f"{where}: image {image!r} and caption {caption!r} look swapped; "
+                             f"--columns {columns!r} must name them in order")
+        yield image, caption
 
 
 def read_amounts(pairs, types):

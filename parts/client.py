@@ -32,6 +32,7 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from parts.files import check_least
+from parts.templates import MARK
 
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
@@ -75,8 +76,13 @@ class Request(NamedTuple):
 
     @property
     def key(self):
-        text = json.dumps([self.id, self.body], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hash_of([self.id, self.body])
+
+
+def hash_of(value):
+    """What changes with a value of JSON, and with nothing else."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def chat_messages(system, shots, text):
@@ -145,7 +151,6 @@ def print_estimate(asked, endpoint, money):
 
 REASONING = re.compile(r"(?:<|\[(?=/?think\]))(/?)(?:think|thinking|thought|reasoning)[>\]]", re.I)
 FENCE = re.compile(r"^[ \t]*(?:```|~~~)[\w+-]*[ \t]*$\n?", re.M)
-MARK = r"(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<bos>|<(?:end|start)_of_turn>|\[/?INST\])"
 ENDS = re.compile(rf"(?:\s*{MARK})+\s*\Z")
 
 
@@ -177,6 +182,11 @@ def without_reasoning(text):
         if not is_thought:
             parts.append(part)
     return "".join(parts)
+
+
+def refusal_of(reply):
+    """What a reply says instead of an answer, or nothing."""
+    return str(reply["choices"][0]["message"].get("refusal") or "")
 
 
 def unfinished(reply):
@@ -421,7 +431,7 @@ class Client:
         self.noted = set()
 
     def run(self, missing):
-        """Ask for all of `missing`; returns [(request, reason)] of those that failed to the end.
+        """Ask for all of `missing`; returns {request's key: reason} of those without a reply.
 
         Whatever ends it early (ValueError, a full disk, Ctrl-C), requests on their way are waited
         for and their replies kept; Ctrl-C meanwhile ends the process at once, without them.
@@ -440,7 +450,7 @@ class Client:
                     self.note("ended at once: the replies under way are not kept")
                     os._exit(130)                         # any other way out waits for the threads
                 raise
-        return [(request, reason) for request, reason in outcomes if reason]
+        return {request.key: reason for request, reason in outcomes if reason}
 
     def fetch(self, request):
         """Ask until there is a reply, and keep it; else returns the reason of the last failure."""
@@ -506,8 +516,8 @@ def ask_missing(asked, raw, endpoint):
     """Ask for each request that has no reply in the file `raw` yet, and keep every reply there.
 
     asked    list of Requests
-    Returns [(request, reason)] of those that failed to the end. Raises ValueError, OSError (a full
-    disk) or KeyboardInterrupt, which say how many replies are kept, and where.
+    Raises ValueError, also if a request still has no reply, OSError (a full disk) or
+    KeyboardInterrupt, which say how many replies are kept, and where.
     """
     replies = Replies(raw, repair=True)
     missing = [request for request in asked if request.key not in replies]
@@ -518,16 +528,17 @@ def ask_missing(asked, raw, endpoint):
     with open(raw, "ab", buffering=0) as f:
         client = Client(endpoint, f, done, len(asked))
         try:
-            return client.run(missing)
+            failed = client.run(missing)
+            if failed:                                    # {key: reason}
+                reasons = ", ".join(sorted(set(failed.values())))
+                raise ValueError(f"{len(failed)} of {len(asked)} requests have no reply yet "
+                                 f"({reasons[:500]})")
         except (ValueError, OSError, KeyboardInterrupt) as error:
             what = str(error) or "stopped"
             raise type(error)(f"{what}; {client.place()}; {AGAIN}") from error
 
 
 def ask_everything(asked, raw, endpoint):
-    """`ask_missing`, then the Replies; raises ValueError if a request still has none."""
-    failed = ask_missing(asked, raw, endpoint)
-    if failed:
-        reasons = sorted({reason for _, reason in failed})
-        raise ValueError(f"{len(failed)} requests have no reply ({', '.join(reasons)}); {AGAIN}")
+    """`ask_missing`, then the Replies."""
+    ask_missing(asked, raw, endpoint)
     return Replies(raw)

@@ -8,7 +8,7 @@ import re
 import string
 from typing import NamedTuple
 
-from parts.files import PROMPTS
+from parts.files import IMAGE, PROMPTS
 
 
 class Template(NamedTuple):
@@ -57,6 +57,11 @@ TEMPLATES = {template.name: template for template in (
     # OFFICIAL: the released stage 1 drops the question of Sec. 4.2: image, caption, newline.
     Template("plain", "", "", "", "{}", "\n"),
 )}
+
+# Marks of chat formats. In a text that is trained on they, like a STOP, would end it too early.
+MARK = (r"(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<(?:eos|bos|unk|pad)>|<(?:end|start)_of_turn>"
+        r"|\[/?INST\])")
+HOLDS_STOP = re.compile(f"{MARK}|{re.escape(TEMPLATES['llava_v0'].STOP)}|{re.escape(IMAGE)}")
 
 
 def template_for(config, tokenizer):

@@ -228,7 +228,7 @@ def test_a_failing_server_is_asked_a_bounded_number_of_times(serve, tmp_path):
     """And what failed is told, with the reason, for the same command to go on."""
     url, log = serve(faults={"500": 1.0})
     endpoint = Asker(base_url=url, attempts=2)
-    with pytest.raises(ValueError, match="4 requests have no reply.*HTTP 500.*same command"):
+    with pytest.raises(ValueError, match="4 of 4 requests have no reply yet .HTTP 500.*same command"):
         client.ask_everything(make_requests(4), tmp_path / "raw.jsonl", endpoint)
     assert len(lines(log)) == 8
 

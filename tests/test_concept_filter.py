@@ -66,6 +66,13 @@ def test_filter_and_expand_make_stage_1s_file(tmp_path):
         assert not record_problem(record, ".")
 
 
+def test_a_caption_that_holds_a_stop_is_left_out_and_counted(tmp_path, capsys):
+    """An answer would end there. A byte order mark is no part of the first name."""
+    (tmp_path / "p.tsv").write_text("\ufeff1.jpg\ta bus\n2.jpg\ta ### bus\n3.jpg\ta </s>\n")
+    assert list(read_caption_pairs(str(tmp_path / "p.tsv"))) == [("1.jpg", "a bus")]
+    assert "2 captions hold a STOP or special token" in capsys.readouterr().out
+
+
 def test_pairs_come_from_json_lines_or_a_folder_too(tmp_path):
     """A folder has its captions beside its pictures."""
     (tmp_path / "p.jsonl").write_text('{"image": "a.jpg", "caption": "a  bus"}\n')
@@ -83,7 +90,7 @@ def test_pairs_come_from_json_lines_or_a_folder_too(tmp_path):
     ("no tab here", "image caption", "p.tsv, line 1: image and caption are needed"),
     ("a bus\thttp://x.org/1", "image caption", "line 1.*look swapped"),
     ("1.jpg\ta bus", "caption image", "line 1.*look swapped"),
-    ("1.jpg\tan <image> of a bus", "image caption", "<image>"),
+    ("1.jpg\tan <image> of a bus", "image caption", "no pairs in it"),
     ("1.jpg\t ", "image caption", "caption ''"),
     ("http://x.org/a.jpg\tx", "image caption", "download")])
 def test_a_pair_that_would_train_on_nonsense_is_an_error_that_leaves_nothing(

@@ -1,6 +1,7 @@
 """Where the data comes from (Sec. 3): contexts, prompts, a client that loses nothing, records."""
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -8,8 +9,9 @@ from conftest import lines
 
 import generate_data
 from extras import llava_bench
-from parts.files import brief_instructions, read_json, read_lines, write_lines
+from parts.files import PROMPTS, brief_instructions, read_json, read_lines, write_lines
 from parts.records import record_problem
+from parts.templates import HOLDS_STOP, TEMPLATES
 
 SHOP = {"id": "7", "image": "7.jpg", "captions": ["A red bus at a shop.", "A bus  stops."],
         "instances": [{"category": "bus", "bbox": [0.1, 0.25, 0.53004, 1]}]}
@@ -36,32 +38,81 @@ def instruct(tmp_path, contexts, *flags):
 
 def test_a_context_is_captions_and_normalised_corners():
     """Table 1, top: boxes are `category: [x1, y1, x2, y2]`; a conversation sees captions alone."""
-    context = generate_data.from_record(SHOP)
+    context = generate_data.from_record(SHOP, Counter())
     assert context.captions == "A red bus at a shop.\nA bus stops."
     assert context.boxes == "bus: [0.1, 0.25, 0.53, 1.0]"
     assert generate_data.context_text("conversation", context) == context.captions
     assert context.boxes in generate_data.context_text("complex_reasoning", context)
 
 
-def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path):
-    """COCO's own boxes are x, y, width, height in pixels."""
+def coco_files(folder, caption_rows=(), box_rows=(), image_id=7, mark=""):
+    """The two files of one picture, with one caption and one box unless others are given."""
     images = [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}]
-    texts = [{"image_id": 7, "caption": text} for text in SHOP["captions"]]
-    boxes = [{"image_id": 7, "category_id": 6, "bbox": [20, 25, 86.008, 75]},
-             {"image_id": 7, "category_id": 6, "bbox": [10, 50, 20, 0]}]     # COCO has such lines
-    names = [{"id": 6, "name": "bus"}]
-    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": texts}))
-    (tmp_path / "i.json").write_text(json.dumps(
-        {"images": images, "annotations": boxes, "categories": names}))
+    texts = [{"image_id": image_id, "caption": text} for text in SHOP["captions"]]
+    boxes = [{"image_id": image_id, "category_id": 6, "bbox": [20, 25, 86.008, 75]}]
+    names = [{"id": "6", "name": "bus"}]
+    contents = {"c.json": {"images": images, "annotations": [*texts, *caption_rows]},
+                "i.json": {"annotations": [*boxes, *box_rows], "categories": names}}
+    for name, content in contents.items():
+        (folder / name).write_text(mark + json.dumps(content))
+    return str(folder / "c.json"), str(folder / "i.json")
+
+
+@pytest.mark.parametrize("image_id", [7, "7", 7.0, "0007"])
+def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path, capsys, image_id):
+    """COCO's own boxes are x, y, width, height in pixels; other tools write ids as text, and marks.
+
+    What says nothing, or is about nothing, is counted, and never asked about.
+    """
+    captions = [{"image_id": 7, "caption": None}, {"image_id": 7, "caption": " "},
+                {"image_id": 8, "caption": "a bus"}]
+    boxes = [{"image_id": 7, "category_id": 6, "bbox": [10, 50, 20, 0]},     # COCO has such lines
+             {"image_id": 9, "category_id": 6, "bbox": [1, 2, 3, 4]}]
+    files = coco_files(tmp_path, captions, boxes, image_id, mark="\ufeff")
     write_lines(tmp_path / "c.jsonl", [SHOP])
-    found = generate_data.read_contexts(str(tmp_path / "c.json"), str(tmp_path / "i.json"))
+    found = generate_data.read_contexts(*files)
+    told = capsys.readouterr().out
     assert found == generate_data.read_contexts(str(tmp_path / "c.jsonl"))
+    for count in ("2 captions that are empty", "1 captions of no image", "1 boxes without area",
+                  "1 boxes of other pictures"):
+        assert count in told
+
+
+@pytest.mark.parametrize("captions, boxes, image_id, says", [
+    ([{"image_id": 7, "caption": 5}], [], 7, r"c.json: annotations\[2\]: caption: 5"),
+    ([{"image_id": None, "caption": "x"}], [], 7, r"c.json: annotations\[2\]: image_id is None"),
+    ([], [], 8, "c.json: none of its captions is of one of its 1 images"),
+    ([{"image_id": 7, "caption": "x"}], [], 8, "i.json: none of its boxes"),
+    ([], [{"image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4]}], 7, "no category"),
+    ([], [{"image_id": 7, "category_id": 6, "bbox": [1, 2, 3]}], 7, "four numbers"),
+    ([], [{"image_id": 7, "category_id": 6, "bbox": None}], 7, r"i.json: annotations\[1\]: bbox")])
+def test_what_is_wrong_in_cocos_files_is_named(tmp_path, captions, boxes, image_id, says):
+    """Its file and its place there; files that have nothing to do with each other are refused."""
+    with pytest.raises(ValueError, match=says):
+        generate_data.read_contexts(*coco_files(tmp_path, captions, boxes, image_id))
+
+
+@pytest.mark.parametrize("bbox", [[300, 25, 20, 20], [50, 25, -20, 20], [10, 10, 2000, 20]])
+def test_a_box_over_the_edge_is_cut_off_and_one_outside_is_named(tmp_path, capsys, bbox):
+    """--skip_bad leaves out those that are no boxes of this picture; both are counted."""
+    over = {"image_id": 7, "category_id": 6, "bbox": [103, 50, 100, 50]}
+    files = coco_files(tmp_path, box_rows=[over])
+    [context] = generate_data.read_contexts(*files)
+    assert context.boxes.endswith("bus: [0.515, 0.5, 1.0, 1.0]")
+    assert "1 boxes cut off at their picture's edge" in capsys.readouterr().out
+    files = coco_files(tmp_path, box_rows=[{**over, "bbox": bbox}])
+    with pytest.raises(ValueError, match=r"i.json: annotations\[1\]: box.*--skip_bad"):
+        generate_data.read_contexts(*files)
+    [context] = generate_data.read_contexts(*files, skip_bad=True)
+    assert context.boxes == "bus: [0.1, 0.25, 0.53, 1.0]"
+    assert "1 bad boxes, left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("record, says", [
     ({**SHOP, "instances": [{"category": "bus", "bbox": [10, 20, 30, 40]}]}, "fractions"),
-    ({**SHOP, "captions": []}, "no captions"), ({"id": 1, "captions": ["x"]}, "image"),
-    ("text", "needed are id, image, captions")])
+    ({**SHOP, "captions": []}, "no captions"), ({**SHOP, "captions": [None, " "]}, "no captions"),
+    ({**SHOP, "captions": [5]}, "captions: 5"), ({**SHOP, "image": None}, "image"),
+    ({"id": 1, "captions": ["x"]}, "image"), ("text", "needed are id, image, captions")])
 def test_a_bad_context_is_named(tmp_path, record, says):
     """What cannot be read must never become a paid request."""
     write_lines(tmp_path / "c.jsonl", [SHOP | {"id": "8"}, record])
@@ -137,20 +188,26 @@ def test_a_description_is_the_text_itself(text):
     ("According to the description, a bus.", "speaks of its context"),
     ("A bus at [0.1, 0.25, 0.5, 1.0].", "speaks of its context"),
     ("Its bounding box is large.", "speaks of its context"),
-    ("As an AI language model, no.", "refuses"), ("See <image>.", "names the image token"),
+    ("As an AI language model, no.", "refuses"), ("See <image>.", "STOP or special token"),
+    ("A bus.\n\n### Colours\nRed.", "STOP or special token"), ("A </s> bus.", "STOP or special"),
+    ("A <|im_end|> bus.", "STOP or special"), ("A bus.<|im_end|>", None),
     ("The cardboard boxes stand in a bus, as the text on its side says.", None)])
 def test_a_record_speaks_of_the_picture(answer, reason):
     """As if the assistant saw it; what betrays the contrary is rejected, nothing else."""
     reply = reply_of(f"Question:\nWhat?\n===\nAnswer:\n{answer}")
     if reason is None:
-        assert generate_data.read_reply("conversation", reply) == [("What?", answer)]
+        said = answer.removesuffix("<|im_end|>")
+        assert generate_data.read_reply("conversation", reply) == [("What?", said)]
     else:
         with pytest.raises(generate_data.Reject, match=reason):
             generate_data.read_reply("conversation", reply)
 
 
 @pytest.mark.parametrize("text, finish, reason", [
-    ("A bus.", "length", "cut off"), ("", "content_filter", "content filter"),
+    ("A bus.", "length", "cut off"), ("", "content_filter", "finish_reason content_filter"),
+    ("A bus.", "max_tokens", "max_tokens"), ("A bus.", "MAX_TOKENS", "MAX_TOKENS"),
+    ("A bus.", 5, "finish_reason 5"),
+    ("<think>Question: What?\nAnswer: A bus.", "stop", "no question"),
     ("I'm sorry, I cannot help with that.", "stop", "refuses"),
     ("Certainly!", "stop", "no question and answer")])
 def test_what_is_no_answer_is_rejected_with_its_reason(text, finish, reason):
@@ -187,6 +244,33 @@ def test_refusals_and_replies_that_speak_of_captions_are_rejected_and_counted(tm
     assert len(records) == 5
     assert [(row["id"], row["reason"]) for row in rejected] == [
         ("p1-conversation", "speaks of its context")]
+
+
+def test_a_repeated_example_is_no_record_and_the_metadata_know_the_prompts(tmp_path, serve):
+    """A teacher may say again what it was shown; what it was shown is told by a hash."""
+    contexts = write_contexts(tmp_path / "c.jsonl", 3)
+    _, shots = generate_data.read_prompts()["conversation"]
+    hashes = set()
+    for folder in (PROMPTS, tmp_path / "prompts"):
+        url, _ = serve(says={"number 1": shots[1][1]})
+        records = instruct(tmp_path, contexts, "--base_url", url, "--mix", "conversation=1",
+                           "--prompts", folder)
+        assert len(records) == 2
+        metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+        assert metadata["counts"]["conversation, rejected: repeats an example"] == 1
+        hashes.add(metadata["prompts"])
+        if folder == PROMPTS:
+            shutil.copytree(PROMPTS, tmp_path / "prompts")
+            (tmp_path / "prompts" / "conversation" / "system_message.txt").write_text("Write.")
+    assert len(hashes) == 2
+
+
+def test_every_templates_stop_ends_an_answer_too_early():
+    """Of Table 2 and all others; a line's end, "plain"'s STOP, is in no caption that we read."""
+    for template in TEMPLATES.values():
+        stop = template.STOP.strip()
+        assert not stop or HOLDS_STOP.search(f"a bus {stop} red"), template.name
+    assert not HOLDS_STOP.search("a <b>bus</b>, #1 of 3 < 4 | 5 > 2")
 
 
 def test_what_will_not_pass_stops_the_run_with_the_servers_words(tmp_path, serve, monkeypatch):
