@@ -275,7 +275,7 @@ def good_records(plan, replies, config, counts, rejected):
         except Reject as reject:
             counts[f"{request.kind}, rejected: {reject}"] += 1
             rejected.append({"id": request.id, "kind": request.kind, "reason": str(reject),
-                             "text": client.content_of(reply) or client.refusal_of(reply)})
+                             "text": client.content_of(reply) or client.words_of_refusal(reply)})
         else:
             seen.add(answers)
             counts[f"{request.kind}, records"] += 1

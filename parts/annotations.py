@@ -84,7 +84,7 @@ def coco_rows(path, key):
             raise ValueError(f"{path}: not COCO's annotations: {error}") from error
 
 
-def id_of(row, field, where):
+def id_value(row, field, where):
     """An id by its value: 7, 7.0, "7" and "007" are one. Raises ValueError if it is no id."""
     value = row.get(field)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -104,11 +104,11 @@ def coco_records(captions, instances, counts):
     images = {}
     for where, row in coco_rows(captions, "images"):
         typed(row.get("file_name"), str, f"{where}: file_name")
-        if images.setdefault(id_of(row, "id", where), row) is not row:
+        if images.setdefault(id_value(row, "id", where), row) is not row:
             raise ValueError(f"{where}: the id {row['id']} has come before")
     sentences = defaultdict(list)
     for where, row in coco_rows(captions, "annotations"):
-        key = id_of(row, "image_id", where)
+        key = id_value(row, "image_id", where)
         caption = row.get("caption")
         if key not in images:
             counts["captions of no image"] += 1
@@ -131,11 +131,11 @@ def coco_boxes(images, instances, counts):
     """{image's id: its instances}; COCO has boxes without area, which are left out."""
     names = {}
     for where, row in coco_rows(instances, "categories"):
-        names[id_of(row, "id", where)] = typed(row.get("name"), str, f"{where}: name")
+        names[id_value(row, "id", where)] = typed(row.get("name"), str, f"{where}: name")
     boxes = defaultdict(list)
     for where, row in coco_rows(instances, "annotations"):
-        image = images.get(id_of(row, "image_id", where))
-        category = names.get(id_of(row, "category_id", where))
+        image = images.get(id_value(row, "image_id", where))
+        category = names.get(id_value(row, "category_id", where))
         if image is None:                       # the captions file may be about fewer pictures
             counts["boxes of other pictures"] += 1
             continue
@@ -148,7 +148,7 @@ def coco_boxes(images, instances, counts):
             counts["boxes without area"] += 1
         elif width > 0 and height > 0:
             corners = [x / width, y / height, (x + w) / width, (y + h) / height]
-            boxes[id_of(image, "id", where)].append(
+            boxes[id_value(image, "id", where)].append(
                 {"category": category, "bbox": corners, "annotation": where})
         else:
             raise ValueError(f"{where}: its image has {width} x {height} pixels")

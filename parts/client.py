@@ -184,7 +184,7 @@ def without_reasoning(text):
     return "".join(parts)
 
 
-def refusal_of(reply):
+def words_of_refusal(reply):
     """What a reply says instead of an answer, or nothing."""
     return str(reply["choices"][0]["message"].get("refusal") or "")
 
