@@ -6,6 +6,8 @@ https://platform.openai.com/docs/api-reference/chat
 import base64
 import json
 
+from parts.files import NAMES_OF_TYPES
+
 NUMBERS = {              # that a request may name, and their ranges
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
@@ -22,6 +24,26 @@ OTHERS = {               # the type of whatever else it may name
     "model": str,
     "user": str,
 }
+NOTHING = (None, False, 0, "", [], {})   # what asks for nothing, under any name
+NEUTRAL = {              # what asks for nothing, under names of this API and of what others add
+    "top_k": (-1, 0),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",),
+    "best_of": (1,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "do_sample": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+}
+MAX_STOPS = 16           # of a request, each
+MAX_STOP = 256           # characters long: they are looked for at every token
 
 
 class Refusal(Exception):
@@ -34,6 +56,29 @@ class Refusal(Exception):
         if code == "queue_full":
             kind = "rate_limit_error"
         self.json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def brief(value):
+    """A value that was sent, in a message. What is nested may be nested too deeply to be shown."""
+    if isinstance(value, dict | list):
+        return NAMES_OF_TYPES[type(value)]
+    return f"{value!r:.80}"
+
+
+def check_text(text, where):
+    """Raises Refusal for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(f"{where} holds half a surrogate pair, which is no text", where) from error
+
+
+def check_names(sent, known, where):
+    """Raises Refusal for a name that is not known, unless its value asks for nothing."""
+    for name, value in sent.items():
+        if name not in known and value is not None and value not in NEUTRAL.get(name, NOTHING):
+            raise Refusal(f"{where}{brief(name)} is not supported, here with {brief(value)}; taken "
+                          f"are {', '.join(sorted(known))}", name[:80])
 
 
 def conversation_of(messages):
@@ -53,7 +98,8 @@ def conversation_of(messages):
             raise Refusal(f"{where}: the system message of this model is part of its template; "
                           "leave yours out", where)
         if role != expected:
-            raise Refusal(f"{where} is from {role!r} where {expected!r} belongs", where)
+            raise Refusal(f"{where} is from {brief(role)} where {expected!r} belongs", where)
+        check_names(message, {"role", "content", "name"}, f"{where}: ")
         turns.append(parts_of(message.get("content"), role, where))
     return turns
 
@@ -66,7 +112,7 @@ def parts_of(content, role, where):
     for part in content if isinstance(content, list) else [None]:
         match part:
             case {"type": "text", "text": str(text)}:
-                text.encode()            # half a surrogate pair is a ValueError here
+                check_text(text, where)
                 texts.append(text)
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
                 urls.append(url)
@@ -78,17 +124,19 @@ def parts_of(content, role, where):
 
 def check_options(body):
     """Raises Refusal unless what a request names is known, of its type and in range."""
-    known = NUMBERS | OTHERS
-    for name, value in body.items():
-        if name not in known and value not in (None, False, 0, "", [], {}, {"type": "text"}):
-            raise Refusal(f"{name!r} is not supported; taken are {', '.join(sorted(known))}", name)
-        if name in OTHERS and not isinstance(value, OTHERS[name] | None):
-            raise Refusal(f"{name} {value!r} is not of the API's type", name)
-        if name in NUMBERS and value is not None:
-            low, high = NUMBERS[name]
-            kinds = {int, type(low)}     # but no bool, which is an int to isinstance
-            if type(value) not in kinds or not low <= value <= high:
-                raise Refusal(f"{name} {value!r}: it is a number from {low} to {high}", name)
+    check_names(body, NUMBERS.keys() | OTHERS, "")
+    for name, kind in OTHERS.items():
+        if not isinstance(body.get(name), kind | None):
+            raise Refusal(f"{name} {brief(body[name])} is not of the API's type", name)
+    for name, (low, high) in NUMBERS.items():
+        value = body.get(name)
+        kinds = {int, type(low)}         # but no bool, which is an int to isinstance
+        if value is not None and (type(value) not in kinds or not low <= value <= high):
+            raise Refusal(f"{name} {brief(value)}: it is a number from {low} to {high}", name)
+    options = body.get("stream_options") or {}
+    check_names(options, {"include_usage"}, "stream_options: ")
+    if not isinstance(options.get("include_usage"), bool | None):
+        raise Refusal("stream_options: include_usage is neither true nor false", "stream_options")
 
 
 def sampling_of(body):
@@ -97,8 +145,13 @@ def sampling_of(body):
     stop = body.get("stop") or []
     if isinstance(stop, str):
         stop = [stop]
-    if not all(isinstance(text, str) and text for text in stop):
-        raise Refusal(f"stop {stop!r}: a text, or some, that are not empty", "stop")
+    if len(stop) > MAX_STOPS:
+        raise Refusal(f"stop has {len(stop)} texts; at most {MAX_STOPS} are taken", "stop")
+    for text in stop:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP:
+            raise Refusal(f"stop {brief(text)}: a text, or some, of 1 to {MAX_STOP} characters",
+                          "stop")
+        check_text(text, "stop")
     sampling = {
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
@@ -117,9 +170,9 @@ def picture_bytes(url, where):
         raise Refusal(f"{where}: send the picture itself, as a data: address with ;base64; this "
                       "server fetches none from elsewhere")
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)    # some break its lines
     except ValueError as error:
-        raise Refusal(f"{where}: not base64 ({error})") from error
+        raise Refusal(f"{where}: what follows ;base64 is not base64") from error
 
 
 # -----------------------------------------------------------------------------

@@ -13,15 +13,16 @@ import asyncio
 import copy
 import io
 import json
-import os
+import logging
 import socket
 import sys
 import time
 import traceback
 import uuid
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +35,9 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
+    from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
     sys.exit(f"error: extras.serve needs them: pip install starlette uvicorn ({error})")
@@ -44,8 +46,10 @@ import sample
 from data import render, sample_of
 from extras import chat_api, probe
 from extras.chat_api import Refusal
+from extras.http_limits import Connection, hear, is_reached_at
 from parts import files
-from parts.pictures import load_image
+from parts.client import api_key
+from parts.pictures import FORMATS, UNREADABLE, load_image
 
 PAGE = Path(__file__).with_name("serve.html")
 
@@ -62,8 +66,12 @@ class Config:
     max_queue: int = 64                  # requests at once, the waiting ones included
     max_per_client: int = 16             # of them from one address
     max_mb: int = 20                     # megabytes of a request, its pictures included
-    max_megapixels: int = 50             # of a picture, before it is decoded
+    max_megapixels: int = 50             # of a request's pictures, before they are decoded
     max_question: int = 4000             # characters
+    timeout: int = 10                    # seconds: idle, for a head, a body (more if it is large)
+    allow_origin: list[str] = ()         # of pages that may ask: https://lab.org, or * for all
+    allow_host: list[str] = ()           # names, beside its addresses, at which it is reached
+    trust_proxy: str = None              # address of a proxy whose X-Forwarded-For is believed
     template: str = None                 # for a checkpoint that does not name its own
     device: str = "auto"                 # cuda, mps or cpu
     dtype: str = "auto"                  # bf16, fp16, fp32; int8: f_phi's weights (needs torchao)
@@ -77,20 +85,37 @@ class Config:
 
 
 def refusal_of(error):
-    """What to tell a client. A ValueError is about what was sent, as everywhere in this project."""
-    match error:
-        case Refusal():
-            return error
-        case HTTPException():
-            return Refusal(error.detail, status=error.status_code)
-        case ValueError():
-            return Refusal(str(error))
+    """What to tell a client: only a Refusal's words, and Starlette's, were written for it."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, HTTPException):
+        return Refusal(error.detail, status=error.status_code)
     return Refusal("the server failed; its own output says why", status=500)
 
 
 async def send_refusal(request, error):
     refusal = refusal_of(error)
-    return JSONResponse(refusal.json, refusal.status)
+    # of a body that was not heard to its end, the rest is not waited for
+    headers = {"Connection": "close"} if refusal.status in (408, 413) else {}
+    return Response(json.dumps(refusal.json), refusal.status, headers, "application/json")
+
+
+async def while_heard(request, pieces):
+    """The pieces of an answer, until the client has gone away."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            yield piece
+            if await request.is_disconnected():
+                raise ClientDisconnect
+
+
+@contextmanager
+def refusing():
+    """The ValueErrors in here are of this project, about what was sent, and go to who sent it."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 class ChatRequest(NamedTuple):
@@ -99,9 +124,19 @@ class ChatRequest(NamedTuple):
     files: list            # the bytes of each picture: as small as they were sent, while they wait
     ids: list              # of the prompt
     sampling: dict         # what Talker.stream takes
+    answer: str            # that the model gave; None but in /attention
+    stream: bool
+    with_usage: bool       # of a stream: say how many tokens it was
 
     def pictures(self):
         return [load_image(io.BytesIO(file)) for file in self.files]
+
+
+def pixels_of(file):
+    """How many a picture has, by its head; 0 for what is none, as `load_image` will say."""
+    with suppress(*UNREADABLE), Image.open(io.BytesIO(file), formats=FORMATS) as head:
+        return head.width * head.height
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -169,112 +204,167 @@ class Server:
         self.tokenizer = copy.deepcopy(self.talker.model.tokenizer)
         self.reader = ThreadPoolExecutor(1)
         self.line = Line()
-        self.open = Counter()            # requests under way, by client
+        self.under_way = Counter()       # requests, by client
+        self.queue = set()               # the tasks of those whose body was heard
+        self.failures = set()            # where the server failed, each told once
+        self.names = {"localhost", config.host, socket.gethostname().lower(), *config.allow_host}
         routes = [Route("/", self.page), Route("/settings", self.settings),
                   Route("/v1/models", self.models),
                   Route("/v1/chat/completions", self.completions, methods=["POST"]),
                   Route("/prompt", self.prompt, methods=["POST"]),
                   Route("/attention", self.attention, methods=["POST"])]
-        kinds = (Refusal, ValueError, HTTPException, ClientDisconnect, Exception)
+        kinds = (Refusal, HTTPException, ClientDisconnect, Exception)
         self.app = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, send_refusal))
 
     async def __call__(self, scope, receive, send):
-        """Every request comes in here; there is room for so many, and for so many of one client."""
-        if scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        client = scope["client"][0]
-        most, most_of_one = self.config.max_queue, self.config.max_per_client
-        if self.open.total() >= most:
-            full = f"the queue is full: {most} requests are waiting; try again in a moment"
-        elif self.open[client] >= most_of_one:
-            full = f"{most_of_one} requests from {client} are under way; wait until one is answered"
-        else:
-            self.open[client] += 1
-            try:
-                return await self.app(scope, receive, send)
-            finally:
-                self.open -= Counter([client])           # which forgets a client at zero
-        request = Request(scope, receive)
-        with suppress(ClientDisconnect):
-            async for _ in request.stream():             # who still sends would hear nothing
-                pass
-        refusal = await send_refusal(request, Refusal(full, code="queue_full", status=429))
-        await refusal(scope, receive, send)
+        """Every request comes in here."""
+        request = Request(scope)
+        client = request.client.host
+        host = request.headers.get("host", "")
+        app = self.app
+        if not is_reached_at(host, self.names):
+            app = await send_refusal(request, Refusal(
+                f"Host {host!r:.80} is no address or name of this server; --allow_host adds one",
+                status=421))
+        self.under_way[client] += 1
+        try:
+            await app(scope, receive, send)
+        except Exception as error:       # who sent the request was told by `send_refusal`
+            self.report(error)
+        finally:
+            self.under_way -= Counter([client])          # which forgets a client at zero
+            self.queue.discard(asyncio.current_task())
 
-    async def body(self, request):
-        """The JSON object that was sent."""
-        data = bytearray()
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= self.config.max_mb * 10 ** 6:     # the rest is heard, but not kept
-                data += chunk
-        if size > len(data):
-            raise Refusal(f"the request has {size / 1e6:.1f} MB; at most {self.config.max_mb} are "
-                          "taken", status=413)
+    def report(self, error):
+        """Print where the server failed, without the error's words: they may hold anybody's."""
+        trace = "".join(traceback.format_tb(error.__traceback__))
+        if trace not in self.failures:   # the output does not grow by those who know how to fail it
+            self.failures.add(trace)
+            print(f"the server failed, {type(error).__name__}:\n{trace}", file=sys.stderr)
+
+    async def read(self, request, with_answer=False):
+        """What a request asks, as a ChatRequest, if there is room for it."""
+        config = self.config
+        most = config.max_mb * 10 ** 6
+        client = request.client.host
+        crowded = self.under_way[client] > config.max_per_client
+        data, size = await hear(request, most, config.timeout)
+        if crowded:
+            raise Refusal(f"{config.max_per_client} requests from {client} are under way; wait "
+                          "until one is answered", code="queue_full", status=429)
+        if size > most:
+            raise Refusal(f"the request has {size / 1e6:.1f} MB; at most {config.max_mb} are taken",
+                          status=413)
+        if len(self.queue) >= config.max_queue:
+            raise Refusal(f"the queue is full: {config.max_queue} requests are waiting; try again "
+                          "in a moment", code="queue_full", status=429)
+        self.queue.add(asyncio.current_task())
         if not request.headers.get("content-type", "").startswith("application/json"):
             # pages of others cannot send this from a visitor's browser
             raise Refusal("the request is not of Content-Type application/json", status=415)
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise Refusal(f"the request is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise Refusal("the request is not a JSON object")
-        if body.get("model") not in (None, self.name):
-            raise Refusal(f"there is no model {body['model']!r} here, but {self.name!r}", "model",
-                          "model_not_found", 404)
-        return body
+        return await asyncio.wrap_future(self.reader.submit(self.check, data, with_answer))
 
-    async def read(self, body):
-        """What a request asks, as a ChatRequest."""
-        return await asyncio.wrap_future(self.reader.submit(self.check, body))
-
-    def check(self, body):
+    def check(self, data, with_answer):
         """Everything that could stop an answer is found here, in the reader's thread."""
+        body = self.body_of(data)
+        answer = body.pop("answer", None) if with_answer else None
+        if with_answer:
+            if not isinstance(answer, str) or not answer.strip():
+                raise Refusal("answer is not the text of an answer", "answer")
+            chat_api.check_text(answer, "answer")
         sampling = chat_api.sampling_of(body)
+        conversation = chat_api.conversation_of(body.get("messages"))
+        self.check_length([*conversation, (answer or "", [])])
         talker = self.talker
-        turns, contents, pictures = [], [], []
-        for i, (text, urls) in enumerate(chat_api.conversation_of(body.get("messages"))):
+        turns, contents = [], {}
+        for i, (text, urls) in enumerate(conversation):
             where = f"messages[{i}]"
             if i % 2 == 1:
                 turns.append({"from": "gpt", "value": text})
                 continue
-            if not text.strip():
-                raise Refusal("the question is empty; it needs words", where)
-            most = self.config.max_question
-            if len(text) > most:
-                raise Refusal(f"the question has {len(text)} characters; at most {most} are taken",
-                              where, "string_above_max_length")
+            self.check_question(text, where)
             for n, url in enumerate(urls, 1):
                 name = f"{where}, picture {n}"
-                contents.append(chat_api.picture_bytes(url, name))
-                pictures.append((name, load_image(io.BytesIO(contents[-1]), name)))
+                contents[name] = chat_api.picture_bytes(url, name)
             turns.append(talker.ask(text, len(urls)))
-        ids = sample_of(turns, pictures, self.tokenizer, talker.template, talker.view)["input_ids"]
-        if len(ids) >= self.context:
-            raise Refusal(f"the prompt is {len(ids)} tokens ({talker.view.cost}); the model's "
-                          f"context is {self.context}: start a new conversation, or ask briefly",
-                          "messages", "context_length_exceeded")
+        ids = self.ids_of(turns, contents, answer)
         generator = torch.Generator(talker.model.device)
         generator.manual_seed(sampling.pop("seed", time.time_ns()))
         stop = [talker.template.STOP, *sampling.pop("stop")]
         named = {"top_p": self.config.top_p, "stop": stop, "generator": generator} | sampling
-        return ChatRequest(turns, contents, ids, named)
+        options = body.get("stream_options") or {}
+        return ChatRequest(turns, list(contents.values()), ids, named, answer,
+                           bool(body.get("stream")), bool(options.get("include_usage")))
+
+    def body_of(self, data):
+        """The JSON object that was sent, for the model that is here."""
+        with refusing(), files.errors_of_json("the request"):
+            body = json.loads(data)
+        if not isinstance(body, dict):
+            raise Refusal("the request is not a JSON object")
+        if body.get("model") not in (None, self.name):
+            raise Refusal(f"there is no model {chat_api.brief(body['model'])} here, but "
+                          f"{self.name!r}", "model", "model_not_found", 404)
+        return body
+
+    def check_question(self, text, where):
+        if not text.strip():
+            raise Refusal("the question is empty; it needs words", where)
+        most = self.config.max_question
+        if len(text) > most:
+            raise Refusal(f"the question has {len(text)} characters; at most {most} are taken",
+                          where, "string_above_max_length")
+
+    def ids_of(self, turns, contents, answer):
+        """The prompt's ids, with those of a given answer; contents are {name: file of a picture}.
+
+        Raises Refusal if the pictures together are too large, or all of it for the model's context.
+        """
+        pixels = sum(map(pixels_of, contents.values()))
+        if pixels > self.config.max_megapixels * 10 ** 6:
+            raise Refusal(f"the pictures have {pixels / 1e6:.0f} megapixels; at most "
+                          f"{self.config.max_megapixels} are taken", "messages")
+        if answer:
+            turns = [*turns, {"from": "gpt", "value": answer}]
+        view = self.talker.view
+        with refusing():
+            pictures = [(name, load_image(io.BytesIO(file), name))
+                        for name, file in contents.items()]
+            read = sample_of(turns, pictures, self.tokenizer, self.talker.template, view)
+        n = len(read["input_ids"])
+        if n >= self.context:
+            raise Refusal(f"the prompt is {n} tokens ({view.cost}); the model's context is "
+                          f"{self.context}: start a new conversation, or ask briefly",
+                          "messages", "context_length_exceeded")
+        return read["input_ids"]
+
+    def check_length(self, conversation):
+        """Refuse what cannot fit in the model's context before any time is spent on it."""
+        n_characters = sum(len(text) for text, _ in conversation)
+        n_parts = sum(1 + len(urls) for _, urls in conversation)
+        if n_parts > self.context or n_characters > 32 * self.context:
+            raise Refusal(f"a conversation of {n_parts} texts and pictures, {n_characters} "
+                          f"characters, does not fit in a context of {self.context} tokens",
+                          "messages", "context_length_exceeded")
 
     async def moderate(self, what, text):
         """Raises Refusal if the endpoint flags a text, or does not say: nothing passes unseen."""
-        key = os.environ.get("OPENAI_API_KEY")
+        key = api_key()
         try:
             reply = await asyncio.to_thread(
                 requests.post, self.config.moderation.rstrip("/") + "/moderations", timeout=30,
                 json={"input": text}, headers={"Authorization": f"Bearer {key}"} if key else {})
-            reply.raise_for_status()
+            if not reply.ok:
+                raise Refusal(f"the {what} could not be moderated: the endpoint answered "
+                              f"{reply.status_code}", status=502)
             result = reply.json()["results"][0]
             flagged = files.typed(result["flagged"], bool, "flagged")
             reasons = [name for name, applies in result.get("categories", {}).items() if applies]
+        except Refusal:
+            raise
         except Exception as error:       # whatever it is, the text goes no further
-            raise Refusal(f"the {what} could not be moderated: {error!r}", status=502) from error
+            raise Refusal(f"the {what} could not be moderated ({type(error).__name__})",
+                          status=502) from error
         if flagged:
             raise Refusal(f"the {what} was flagged by moderation ({', '.join(reasons)})",
                           code="content_filter")
@@ -310,29 +400,21 @@ class Server:
 
     async def completions(self, request):
         """OpenAI's chat API: https://platform.openai.com/docs/api-reference/chat"""
-        body = await self.body(request)
-        question = await self.read(body)
+        question = await self.read(request)
         if self.config.moderation:
             texts = [turn["value"].replace(files.IMAGE, "").strip() for turn in question.turns]
             await self.moderate("question", "\n".join(texts))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()),
                 "model": self.name}
-        if body.get("stream"):
-            options = body.get("stream_options") or {}
-            events = self.events(question, head, options.get("include_usage"))
+        if question.stream:
+            events = self.events(question, head)
             return StreamingResponse(events, media_type="text/event-stream", headers={
                 "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        text = ""
-        async with aclosing(self.answer(question)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, str):
-                    text += piece
-                if await request.is_disconnected():
-                    raise ClientDisconnect
-        reason, usage = piece
-        return JSONResponse(chat_api.completion(head, text, reason, usage))
+        pieces = [piece async for piece in while_heard(request, self.answer(question))]
+        text = "".join(piece for piece in pieces if isinstance(piece, str))
+        return JSONResponse(chat_api.completion(head, text, *pieces[-1]))
 
-    async def events(self, question, head, with_usage):
+    async def events(self, question, head):
         """The answer as server-sent events.
 
         A place in the line is a comment: clients of the API skip it, our page reads it.
@@ -349,12 +431,11 @@ class Server:
                         case reason, usage:
                             yield chat_api.chunk(head, {}, reason)
         except Exception as error:       # too late for a status, but not for its words
-            refusal = refusal_of(error)
-            if refusal.status == 500:
-                traceback.print_exc()
-            yield chat_api.event(refusal.json)
+            if not isinstance(error, Refusal):
+                self.report(error)
+            yield chat_api.event(refusal_of(error).json)
             return
-        if with_usage:
+        if question.with_usage:
             yield chat_api.last_chunk(head, usage)
         yield "data: [DONE]\n\n"
 
@@ -375,25 +456,21 @@ class Server:
 
     async def prompt(self, request):
         """The exact prompt of a request: its text, and its ids."""
-        question = await self.read(await self.body(request))
+        question = await self.read(request)
         text = "".join(text for text, _ in render(question.turns, self.talker.template))
         return JSONResponse({"text": text, "ids": question.ids})
 
     async def attention(self, request):
         """Where the model looked: at each word of `answer`, the pictures under its weights."""
-        body = await self.body(request)
-        answer = body.pop("answer", None)
-        if not isinstance(answer, str) or not answer.strip():
-            raise Refusal("answer is not the text of an answer", "answer")
-        question = await self.read(body)
-        async with aclosing(self.line.run(self.looks(question, answer))) as pieces:
-            words = [piece async for piece in pieces if not isinstance(piece, int)]
-        return JSONResponse(words)
+        question = await self.read(request, with_answer=True)
+        pieces = while_heard(request, self.line.run(self.looks(question)))
+        return JSONResponse([piece async for piece in pieces if not isinstance(piece, int)])
 
-    def looks(self, question, answer):
+    def looks(self, question):
         pictures = question.pictures()
         small = [ImageOps.contain(picture, (336, 336)) for picture in pictures]
-        words = probe.words_and_attention(self.talker, question.turns, pictures, answer)
+        words = probe.words_and_attention(self.talker, question.turns, pictures,
+                                           question.answer)
         for word, maps in words:
             seen = [probe.overlay(*pair) for pair in zip(small, maps, strict=True)]
             yield {"word": word, "pictures": [probe.data_url(one, "JPEG") for one in seen]}
@@ -401,15 +478,24 @@ class Server:
 
 def main(argv=None):
     config = Config(**files.typed_flags(Config, argv, "A web page and an API for a checkpoint."))
-    files.check_least(config, temperature=0, top_p=0, max_new_tokens=1, max_queue=1)
-    Image.MAX_IMAGE_PIXELS = config.max_megapixels * 500_000     # at twice as many Pillow refuses
+    files.check_least(config, temperature=0, top_p=0, max_new_tokens=1, max_queue=1, timeout=1)
+    if config.moderation:
+        api_key()                        # raises ValueError for one that no header can hold
+    for name in ("uvicorn", "asyncio", "PIL"):           # each bad client would be a line or more
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")      # Pillow's, about damaged pictures
     try:
         door = socket.create_server((config.host, config.port))
     except OSError as error:
         raise ValueError(f"--host {config.host} --port {config.port}: {error.strerror or error}; "
                          "take another port") from error
-    server = uvicorn.Server(uvicorn.Config(Server(config), log_level="warning", lifespan="off",
-                                           ws="none", timeout_graceful_shutdown=3))
+    app = Server(config)
+    if config.allow_origin:
+        app = CORSMiddleware(app, config.allow_origin, ["GET", "POST"], ["*"])
+    server = uvicorn.Server(uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="off", log_config=None,
+        proxy_headers=config.trust_proxy is not None, forwarded_allow_ips=config.trust_proxy,
+        timeout_keep_alive=config.timeout, timeout_graceful_shutdown=3))
     print(f"{config.model} at http://{config.host}:{door.getsockname()[1]}, the API at /v1; "
           "Ctrl-C ends it", flush=True)
     with suppress(KeyboardInterrupt):

@@ -2,14 +2,17 @@
 import base64
 import http.server
 import json
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import openai
@@ -59,7 +62,8 @@ def server(folder, model, *flags):
         process.terminate()
         process.join(20)
         shown = output.read_text()
-    assert not process.is_alive() and "Traceback" not in shown, shown
+    assert not process.is_alive(), "it does not end"
+    assert "Traceback" not in shown and "the server failed" not in shown, shown
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +182,7 @@ BAD = [
     ({"messages": ASK, "seed": True}, 400, "seed True"),
     ({"messages": ASK, "stop": [""]}, 400, "stop"),
     ({"messages": ASK, "tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
-    ("not JSON", 400, "not JSON"), ("[]", 400, "not a JSON object")]
+    ("not JSON", 400, "bad JSON at line 1"), ("[]", 400, "not a JSON object")]
 
 
 @pytest.mark.parametrize("body, status, says", BAD)
@@ -196,6 +200,39 @@ def test_what_cannot_be_answered_is_an_error_in_the_form_of_the_api(body, status
     assert plain.status_code == 415, "any page in the same browser could use this server"
 
 
+@pytest.mark.parametrize("more", [
+    {"top_k": -1}, {"tool_choice": "none", "tools": []}, {"n": 1}, {"logprobs": False},
+    {"response_format": {"type": "text"}, "presence_penalty": 0, "repetition_penalty": 1.0},
+    {"stream_options": None, "seed": None, "stop": None, "logit_bias": {}}])
+def test_options_that_ask_for_nothing_are_taken(more, url, pictures):
+    """Clients name options at their neutral values; some break the lines of base64."""
+    head, data = data_url(pictures[1]).split(",")
+    address = head + "," + "\r\n".join(data[i:i + 76] for i in range(0, len(data), 76))
+    reply = post(url, {"messages": [user(QUESTION, address)]} | more)
+    assert reply.ok and reply.text.count("content") == 1, reply.text
+
+
+def test_whatever_is_sent_is_an_answer_or_an_error_in_the_form_of_the_api(url, pictures):
+    """Good requests in which bytes were changed: no status 5xx, which the server's end asserts."""
+    rng = random.Random(0)
+    good = {"messages": [user(QUESTION, pictures[1])], "stop": ["x"], "seed": 1, "answer": "A dog."}
+    good = json.dumps(good | {"stream_options": {"include_usage": True}, "model": "my_run"})
+    deep = "[" * 900 + "]" * 900
+    bodies = [good.replace('"seed": 1', f'"{name}": {deep}') for name in
+              ("temperature", "top_k", "stop", "stream_options", "messages", "model", "answer")]
+    bodies += ["[" * 10 ** 6, deep, "\0", good.replace('"x"', r'"\ud83d"'), "1" * 5000]
+    for _ in range(120):
+        at = rng.choice([rng.randrange(len(good)), rng.randrange(40, 80), -rng.randrange(1, 150)])
+        piece = rng.choice(["", "null", "-1e999", '"', "{", "\\", "\ufffd", "[[]]", '"a":'])
+        bodies.append(good[:at] + piece + good[at:][rng.randrange(20):])
+    for body in bodies:
+        for path in ("/v1/chat/completions", "/prompt", "/attention"):
+            reply = post(url, None, path, data=body.encode(),
+                         headers={"Content-Type": "application/json"})
+            assert reply.ok or reply.json()["error"]["message"], (path, body)
+            assert reply.status_code < 500, (path, body, reply.text)
+
+
 def test_a_picture_may_be_small_but_not_broken_and_not_too_large(url, pictures):
     """20,000 x 20,000 pixels are refused by their head, before they are decoded."""
     noise = np.random.default_rng(0).integers(0, 256, (2000, 4000, 3), dtype=np.uint8)
@@ -208,10 +245,75 @@ def test_a_picture_may_be_small_but_not_broken_and_not_too_large(url, pictures):
             ("data:;base64," + base64.b64encode(huge).decode(), 400, where + ".*400000000 pixels"),
             ("data:;base64,PGh0bWw+", 400, where + "not a readable picture"),
             (data_url(pictures[1])[:-200], 400, where + "not a readable picture"),
-            (data_url(Image.fromarray(noise)), 413, r"\d\d\.\d MB; at most 20 are taken")):
-        reply = post(url, {"messages": [user(QUESTION, address)]})
+            (data_url(Image.fromarray(noise)), 413, r"\d\d\.\d MB; at most 20 are taken"),
+            (data_url(Image.new("L", (5000, 4000))), 400, "60 megapixels; at most 50 are taken")):
+        n_pictures = 3 if "megapixels" in says else 1
+        reply = post(url, {"messages": [user(QUESTION, *[address] * n_pictures)]})
         assert reply.status_code == status and re.search(says, reply.text), reply.text
         still_answers(url)
+
+
+# -----------------------------------------------------------------------------
+# Bad clients
+
+
+def test_a_foreign_name_a_foreign_page_and_a_claimed_address_gain_nothing(url, endless, tmp_path):
+    """DNS rebinding, CORS and X-Forwarded-For: trusted only as far as a flag says."""
+    origin = {"Origin": "https://lab.org"}
+    for path in ("/", "/settings", "/v1/models"):
+        for host, status in (("evil.org", 421), ("localhost.evil.org:80", 421), ("", 421),
+                             ("LOCALHOST:1", 200), ("[::1]:8000", 200), ("10.0.0.1", 200)):
+            reply = requests.get(url + path, headers={"Host": host} | origin, timeout=20)
+            assert reply.status_code == status, host
+            assert "Access-Control-Allow-Origin" not in reply.headers
+    claimed = {"X-Forwarded-For": "10.0.0.1"}
+    for flags, status, allowed in (
+            ([], 429, None),
+            (["--trust_proxy", "127.0.0.1", "--allow_host", "llava.org", "--allow_origin",
+              "https://lab.org"], 200, "https://lab.org")):
+        flags = ["--max_new_tokens", 90_000, "--max_per_client", 1, *flags]
+        with server(tmp_path / "f", endless, *flags) as other:
+            stream, _ = stream_of(other)
+            reply = post(other, {"messages": ASK}, "/prompt", headers=claimed | origin)
+            assert reply.status_code == status, "an address that anybody claims lifts the limit"
+            assert reply.headers.get("Access-Control-Allow-Origin") == allowed
+            stream.close()
+            reply = requests.get(other, headers={"Host": "llava.org"}, timeout=20)
+            assert reply.ok == bool(allowed)
+
+
+def test_who_is_slow_on_purpose_is_cut_off_and_fills_no_log(endless, tmp_path):
+    """Half heads, dripping bodies, garbage, damaged pictures, answers that nobody takes."""
+    with server(tmp_path / "s", endless, "--timeout", 1, "--max_queue", 2) as url:
+        before = (tmp_path / "s" / "output").read_text()
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        head = b"POST /prompt HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+        raws = [socket.create_connection(address, 20) for _ in range(12)]
+        starts = [head, head + b"\r\n", b"\0garbage\r\n\r\n", b""] * 3
+        for raw, start in zip(raws, starts, strict=True):
+            raw.sendall(start)
+        still_answers(url)               # 3 bodies that drip are no queue of 2
+        for _ in range(4):
+            for raw in raws:
+                with suppress(OSError):
+                    raw.sendall(b"x")
+            time.sleep(0.4)
+        replies = [b"".join(iter(partial(receive, raw), b"")) for raw in raws]
+        for reply, says in zip(replies, [b"", b" 408 ", b" 400 ", b""] * 3, strict=True):
+            assert says in reply and bool(says) == bool(reply), reply
+        torn = data_url(Image.new("P", (50, 50)), "TIFF")
+        assert post(url, {"messages": [user("?", torn[:-40] + "A" * 40)]}).status_code in (200, 400)
+        assert post(url, {"messages": ASK, "stop": "a" * 10 ** 6}).status_code == 400
+        still_answers(url)
+        assert (tmp_path / "s" / "output").read_text() == before, "bad clients fill the log"
+
+
+def receive(raw):
+    """What comes next over a socket; nothing if it was closed."""
+    try:
+        return raw.recv(1000)
+    except ConnectionError:
+        return b""
 
 
 # -----------------------------------------------------------------------------
@@ -271,13 +373,13 @@ def test_moderation_sees_question_and_answer_and_nothing_passes_it_unseen(endles
 
     judge = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=judge.serve_forever, daemon=True).start()
-    flags_of_server = ("--moderation", f"http://127.0.0.1:{judge.server_port}/v1",
+    flags_of_server = ("--moderation", f"http://127.0.0.1:{judge.server_port}/sk-SECRET",
                        "--max_new_tokens", 20)
     with server(tmp_path / "m", endless, *flags_of_server) as url:
         body = {"messages": [user("Say it.")]}
         answer = post(url, body).json()["choices"][0]["message"]["content"]
         assert answer.startswith("abc abc")
-        assert seen == [("/v1/moderations", "Say it."), ("/v1/moderations", answer)]
+        assert seen == [("/sk-SECRET/moderations", "Say it."), ("/sk-SECRET/moderations", answer)]
         assert f'"content": "{answer}"' in post(url, body | {"stream": True}).text
         flag = "Say"
         reply = post(url, body | {"stream": True})
@@ -295,7 +397,9 @@ def test_moderation_sees_question_and_answer_and_nothing_passes_it_unseen(endles
             assert reply.status_code == 502 and "could not be moderated" in reply.text, broken
         judge.shutdown()
         judge.server_close()
-        assert post(url, body).status_code == 502, "without a judge the text passes unseen"
+        reply = post(url, body)
+        assert reply.status_code == 502, "without a judge the text passes unseen"
+        assert "(ConnectionError)" in reply.text and "sk-SECRET" not in reply.text
 
 
 # -----------------------------------------------------------------------------
@@ -393,10 +497,28 @@ def test_the_page_shows_the_queue_and_stops_answers_on_the_server(slow, tab):
 # The command
 
 
-def test_what_stops_the_server_from_starting_is_a_plain_error(checkpoint, url):
+def test_what_stops_the_server_from_starting_is_a_plain_error(checkpoint, url, monkeypatch):
     """A missing library, a port in use: what is wrong and what to do, no traceback."""
     code = "import sys; sys.modules['starlette'] = None; import extras.serve"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stderr.startswith("error: extras.serve needs them: pip install starlette uvicorn")
     with pytest.raises(ValueError, match="take another port"):
         serve.main(["--model", str(checkpoint), "--port", url.rpartition(":")[2]])
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET\n1")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        serve.main(["--model", str(checkpoint), "--moderation", "http://127.0.0.1:1/v1"])
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_failure_of_the_server_shows_nobodys_words(checkpoint, capsys):
+    """Neither the client nor the server's output sees an exception's text; each is told once."""
+    here = serve.Server(serve.Config(str(checkpoint)))
+    words = "-".join(("sk", "SECRET"))   # no line of code holds them
+    for _ in range(2):
+        try:
+            raise OSError(words)
+        except OSError as error:
+            assert words not in json.dumps(serve.refusal_of(error).json)
+            here.report(error)
+    shown = capsys.readouterr().err
+    assert shown.count("the server failed, OSError") == 1 and words not in shown
