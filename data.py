@@ -372,8 +372,7 @@ def main(argv=None):
     if args.command == "show":
         return check.show_sample(data, args.index, show)
     problems, table = check.inspect_data(data, args.workers)
-    lines = check.report_stats if args.command == "stats" else check.report_sources
-    print("\n".join(lines(data, problems, table)))
+    print("\n".join(check.report(data, problems, table, args.command == "stats")))
     print(check.list_problems(problems, data.records))
     return 1 if problems else 0
 

@@ -211,7 +211,7 @@ def build_data(config, machine, model, template, view):
     check.refuse(data, problems, table, config.skip_bad,
                  context=model.f_phi.config.max_position_embeddings)
     train_on, held_out = check.hold_out(records, problems, config.val_samples, config.seed)
-    report = check.report_stats(data, problems, table)
+    report = check.report(data, problems, table, stats=True)
     return data, table[:, check.TOKENS], train_on, held_out, report
 
 

@@ -126,7 +126,7 @@ def refuse(data, problems, table, skip_bad, context):
     if problems and not skip_bad:
         raise ValueError("\n".join([
             f"{len(problems)} of {len(data)} samples are bad (--skip_bad leaves them out):",
-            *report_sources(data, problems, table), list_problems(problems, data.records, 20)]))
+            *report(data, problems, table), list_problems(problems, data.records, 20)]))
     longest = table[:, TOKENS].argmax()
     if table[longest, TOKENS] > context:
         raise ValueError(f"{data.records.where(longest)}: {table[longest, TOKENS]} tokens, but the "
@@ -150,26 +150,27 @@ def hold_out(records, problems, n, seed):
 # What is found, as lines
 
 
-def samples_of_sources(records):
-    """[(file, its records, the indices of its samples), ...]"""
-    samples = np.split(np.arange(len(records)), np.cumsum(records.counts)[:-1])
-    return list(zip(records.files, records.totals, samples, strict=True))
-
-
-def report_sources(data, problems, table):
-    """A line for each source: its samples, what is bad, what is missing."""
+def report(data, problems, table, stats=False):
+    """A line for each source: its samples, what is bad, what is missing; `stats` adds lengths."""
+    records = data.records
     lines = []
-    for file, total, samples in samples_of_sources(data.records):
+    start = 0
+    for file, total, count in zip(records.files, records.totals, records.counts, strict=True):
+        samples = range(start, start + count)
+        start += count
         good = [i for i in samples if i not in problems]
-        drawn = "" if len(samples) == total else f" drawn from {total}"
-        line = (f"{file}: {len(samples)} samples{drawn}, {len(samples) - len(good)} bad, "
+        drawn = "" if count == total else f" drawn from {total}"
+        line = (f"{file}: {count} samples{drawn}, {count - len(good)} bad, "
                 f"{table[samples, MISSING].sum()} images missing, "
                 f"{(table[good, IMAGES] == 0).sum()} text only")
-        renamed = table[samples, RENAMED]
-        if renamed.any():
-            name, found = first_renamed(data, samples[renamed > 0][0])
-            line += f"; {renamed.sum()} found under another name, e.g. {name} as {found}"
+        renamed = [i for i in samples if table[i, RENAMED]]
+        if renamed:
+            name, found = first_renamed(data, renamed[0])
+            line += (f"; {table[samples, RENAMED].sum()} found under another name, e.g. {name} as "
+                     f"{found}")
         lines.append(line)
+        if stats and good:
+            lines += measures(data, table[good])
     return lines
 
 
@@ -181,29 +182,21 @@ def first_renamed(data, i):
             return name, os.path.relpath(path, data.folder)
 
 
-def report_stats(data, problems, table):
-    """For each source: turns, images, token lengths, and what is trimmed."""
-    lines = []
-    sources = samples_of_sources(data.records)
-    for (*_, samples), headline in zip(sources, report_sources(data, problems, table), strict=True):
-        lines.append(headline)
-        rows = table[[i for i in samples if i not in problems]]
-        if not len(rows):
-            continue
-        with_images = (rows[:, IMAGES] > 0).sum()
-        lines.append(f"  answers per sample    {quantiles(rows[:, TURNS] / 2)}")
-        lines.append(f"  images                {rows[:, IMAGES].sum()} in {with_images} samples, "
-                     f"{len(rows) - with_images} text only")
-        if data.tokenizer:
-            tokens = rows[:, TOKENS]
-            scored = rows[:, SCORED]
-            share = 100 * scored.sum() / tokens.sum()
-            dropped = rows[:, DROPPED]
-            lines.append(f"  tokens per sample     {quantiles(tokens)}   ({data.view.cost})")
-            lines.append(f"  scored tokens         {scored.sum()} of {tokens.sum()} "
-                         f"({share:.1f}%), {(scored == 0).sum()} samples without any")
-            lines.append(f"  trimmed at {data.max_length:<10} {(dropped > 0).sum()} samples lose "
-                         f"{dropped.sum() // 2} answers")
+def measures(data, rows):
+    """The turns, images and lengths of some samples, and what is trimmed of them, as lines."""
+    tokens, scored, images, turns, dropped = rows[:, :MISSING].T
+    lines = [
+        f"  answers per sample    {quantiles(turns / 2)}",
+        f"  images                {images.sum()} in {(images > 0).sum()} samples, "
+        f"{(images == 0).sum()} text only"]
+    if data.tokenizer:
+        share = scored.sum() / tokens.sum()
+        lines += [
+            f"  tokens per sample     {quantiles(tokens)}   ({data.view.cost})",
+            f"  scored tokens         {scored.sum()} of {tokens.sum()} ({share:.1%}), "
+            f"{(scored == 0).sum()} samples without any",
+            f"  trimmed at {data.max_length:<10} {(dropped > 0).sum()} samples lose "
+            f"{dropped.sum() // 2} answers"]
     return lines
 
 
