@@ -12,7 +12,7 @@ from PIL import Image
 import data as data_module
 from data import Conversations
 from parts.check import inspect_data
-from parts.pictures import image_path, image_problem, image_size, load_image
+from parts.pictures import image_path, image_problem, image_size, load_image, open_image
 from parts.records import Records
 from parts.templates import TEMPLATES
 from parts.views import view_of
@@ -32,24 +32,35 @@ def pixels(*args, **options):
     return np.asarray(load_image(saved(*args, **options))).tolist()
 
 
+def chat(*texts, **more):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns, **more}
+
+
+def data_of(folder, template="vicuna_v1"):
+    """The data set of folder/chat.json."""
+    return Conversations(Records([folder / "chat.json"]), folder, byte_tokenizer(),
+                         TEMPLATES[template], view_of("crop", 28, 14))
+
+
 # -----------------------------------------------------------------------------
 # What a picture shows
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_grey_of_16_bits_is_shown_in_8(form):
-    """Pillow's own convert makes all above 255 white; a viewer shows the high byte."""
-    grey = Image.fromarray(np.array([[0, 30000, 60000]], np.uint16))
-    assert pixels(grey, form) == [[[0] * 3, [117] * 3, [234] * 3]]
-
-
-def test_a_tiff_of_16_bits_may_be_big_endian_or_count_from_white():
-    """The two ways in which TIFF differs from PNG."""
+def test_grey_of_16_bits_is_shown_in_8(tmp_path):
+    """Pillow's own convert makes all above 255 white; a viewer shows the high byte. A TIFF may be
+    big-endian, or count from white. Training and sampling read the same."""
     grey = Image.fromarray(np.array([[0, 30000, 60000]], np.uint16))
     big = Image.frombytes("I;16B", (3, 1), np.array([[0, 30000, 60000]], ">u2").tobytes())
-    assert pixels(big, "TIFF") == pixels(grey)
-    from_white = pixels(grey, "TIFF", tiffinfo={262: 0})
-    assert from_white == [[[255] * 3, [138] * 3, [21] * 3]]
+    want = [[[0] * 3, [117] * 3, [234] * 3]]
+    assert pixels(grey) == pixels(grey, "TIFF") == pixels(big, "TIFF") == want
+    assert pixels(grey, "TIFF", tiffinfo={262: 0}) == [[[255] * 3, [138] * 3, [21] * 3]]
+    grey.save(tmp_path / "a.png")
+    record = chat("<image>\nWhat?", "A ramp.", image="a.png")
+    (tmp_path / "chat.json").write_text(json.dumps([record]))
+    [(_, picture)] = data_of(tmp_path).pictures(0)
+    for shown in (picture, open_image(str(tmp_path / "a.png"))):
+        assert np.asarray(shown).tolist() == want
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -153,16 +164,9 @@ def test_what_is_not_found_is_said_with_what_is_there(tmp_path):
 # What the check says of samples
 
 
-def chat(*texts, **more):
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return {"conversations": turns, **more}
-
-
 def problems_of(records, folder, template="vicuna_v1"):
     (folder / "chat.json").write_text(json.dumps(records))
-    data = Conversations(Records([folder / "chat.json"]), folder, byte_tokenizer(),
-                         TEMPLATES[template], view_of("crop", 28, 14))
-    return inspect_data(data)[0]
+    return inspect_data(data_of(folder, template))[0]
 
 
 @pytest.mark.parametrize("template, bad", [

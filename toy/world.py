@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from PIL import Image, ImageDraw
 
-from parts.files import check_least, run_command, run_main, write_lines, write_text
+from parts.files import check_least, read_value, run_command, run_main, write_lines, write_text
 
 COLOURS = {
     "red": (222, 45, 38),
@@ -397,7 +397,7 @@ def save_coco(folder, split, scenes, first_id, rng):
 
 def read_coco(instances):
     """{image id: Scene} of an `instances_*.json`, all that the teacher knows of a picture."""
-    coco = json.loads(Path(instances).read_text())
+    coco = read_value(instances)
     names = {category["id"]: category["name"].split() for category in coco["categories"]}
     sides = {image["id"]: image["width"] for image in coco["images"]}
     things = {i: [] for i in sides}
