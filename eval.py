@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parts import scienceqa, scoring
-from parts.client import Endpoint, Request, chat_messages, content_of, print_requests, request_body
+from parts.client import Endpoint, Request, chat_messages, content_of, is_preview, request_body
 from parts.files import run_command, run_main, write_json, write_lines
 from parts.scienceqa import COLUMNS
 
@@ -194,8 +194,8 @@ def judge(config):
     """A judge's reviews of answers beside a reference's. Started again, it goes on."""
     cases = read_cases(config)
     requests = [review_request(config, case) for case in cases]
-    if config.show:
-        return print_requests(requests[:config.show])
+    if is_preview(requests, config):     # look before you pay
+        return
     replies = scoring.ask_judge(requests, config.reviews, config)    # kept before they are read
     reviews = [review_of(i, case, replies[requests[i].key], config.judge_model)
                for i, case in enumerate(cases)]

@@ -238,20 +238,14 @@ class Instruct(Endpoint):
     numbers: list[str] = ()    # TYPE=N: so many pictures, drawn for each type alone (not --mix)
     limit: int = None          # only the first N requests
     seed: int = 0              # of pictures and types; of questions and places in the records
-    price_in: float = 0        # money for a million tokens of prompt
-    price_out: float = 0       # money for a million tokens of answer
     skip_bad: bool = False     # leave out boxes that are outside of their picture, or inverted
     keep_duplicates: bool = False  # equal answers stay: for a teacher that speaks in set phrases
-    estimate: bool = False     # print requests, tokens, money and hours, send nothing
 
     def __post_init__(self):
         super().__post_init__()
-        files.check_least(self, limit=1, price_in=0, price_out=0)
+        files.check_least(self, limit=1)
         if self.numbers and self.mix != Instruct.mix:
             raise ValueError("--numbers and --mix: only one can say how much there is of each type")
-
-    def money(self, tokens_in, tokens_out):
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6      # per million
 
 
 def good_records(plan, replies, config, counts, rejected):
@@ -309,10 +303,8 @@ def instruct(config):
     pairs = assign_types(contexts, config)[:config.limit]
     plan = [(context, make_request(kind, context, prompts, config)) for kind, context in pairs]
     requests = [request for _, request in plan]
-    if config.show:                                 # look before you pay
-        return client.print_requests(requests[:config.show])
-    if config.estimate:                             # or learn what you would pay
-        return client.print_estimate(requests, config, config.money)
+    if client.is_preview(requests, config):         # look before you pay
+        return
     with files.lock_folder(config.out) as out:
         try:
             client.ask_missing(requests, out / "raw.jsonl", config)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import MOST_FAILED, Review, parse_scores, read_cases, relative_score, review_request
-from parts.client import Endpoint, Request, content_of, print_requests, request_body
+from parts.client import Endpoint, Request, content_of, is_preview, request_body
 from parts.files import (
     PROMPTS,
     check_least,
@@ -135,8 +135,8 @@ def grade_mm_vet(config):
     def request_of(name, run, attempt):
         return grade_request(config, labels[name], answers[name], f"{name}-run{run}", attempt)
 
-    if config.show:
-        return print_requests([request_of(*pair, 0) for pair in left[:config.show]])
+    if is_preview([request_of(*pair, 0) for pair in left], config):
+        return
     replies = {}
     for attempt in range(TRIES):
         requests = {pair: request_of(*pair, attempt) for pair in left}
@@ -293,8 +293,8 @@ def swap(config):
     """Judge a second time with the answers first, and say what the order does."""
     cases = read_cases(config)
     requests = [review_request(config, case, swapped=True) for case in cases]
-    if config.show:
-        return print_requests(requests[:config.show])
+    if is_preview(requests, config):
+        return
     first = read_runs([config.reviews], MOST_FAILED)[0]
     names = [str(case.question["question_id"]) for case in cases]
     check_ids(config.reviews, first, names)

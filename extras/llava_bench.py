@@ -129,10 +129,10 @@ def make_bench(config):
     if config.bench > len(contexts):
         raise ValueError(f"--bench {config.bench}: {config.captions} has {len(contexts)} pictures")
     order = random.Random(config.seed).sample(contexts, len(contexts))
-    if config.show:
-        requests = [make_request(kind, context, prompts, config)
-                    for context in order[:config.bench] for kind in TYPES]
-        return client.print_requests(requests[:config.show])
+    first = [make_request(kind, context, prompts, config)
+             for context in order[:config.bench] for kind in TYPES]
+    if client.is_preview(first, config):     # of the questions; their answers are asked behind them
+        return
     found, tried = {}, 0
     with files.lock_folder(config.out) as out:
         while len(found) < config.bench:

@@ -75,8 +75,8 @@ def ask_expert(kind, questions, shots, config):
     requests = {pid: Request(pid, kind, client.request_body(
         config, client.chat_messages(system, shots, question)))
         for pid, question in questions.items()}
-    if config.show:
-        return client.print_requests(list(requests.values())[:config.show])
+    if client.is_preview(list(requests.values()), config):
+        return
     with lock_folder(f"{config.out}.raw") as folder:
         replies = client.ask_everything(list(requests.values()), folder / "raw.jsonl", config)
         texts = {pid: client.content_of(replies[request.key]).strip()

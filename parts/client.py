@@ -59,13 +59,19 @@ class Endpoint:
     attempts: int = 8             # times that a request is tried
     max_wait: float = 600         # seconds that a server may ask to wait; above it the run stops
     show: int = 0                 # print the first N requests whole, send nothing
+    estimate: bool = False        # print requests, tokens, money and hours, send nothing
+    price_in: float = 0           # money for a million tokens of prompt
+    price_out: float = 0          # money for a million tokens of answer
 
     def __post_init__(self):
         check_least(self, temperature=0, max_tokens=1, workers=1, rpm=0, timeout=0.001, attempts=1,
-                    max_wait=0, show=0)
+                    max_wait=0, show=0, price_in=0, price_out=0)
         if re.search(r"[@?#]", self.base_url):           # it is written into files and messages
             raise ValueError("--base_url: an address without user, password or parameters is "
                              "needed; a key belongs into OPENAI_API_KEY")
+
+    def money(self, tokens_in, tokens_out):
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6      # per million
 
 
 class Request(NamedTuple):
@@ -109,6 +115,15 @@ def request_body(endpoint, messages):
     return {name: value for name, value in body.items() if value is not None}
 
 
+def is_preview(asked, endpoint):
+    """Whether a person wants to look before paying; then requests, or their cost, are printed."""
+    if endpoint.show:
+        print_requests(asked[:endpoint.show])
+    elif endpoint.estimate:
+        print_estimate(asked, endpoint)
+    return bool(endpoint.show or endpoint.estimate)
+
+
 def print_requests(asked):
     """Print requests as they would be sent."""
     for request in asked:
@@ -127,11 +142,8 @@ def count_tokens(text):
     return len(TOKEN.findall(text))
 
 
-def print_estimate(asked, endpoint, money):
-    """Print requests, tokens, money and hours; answers are taken to be as long as the examples.
-
-    money    (tokens of prompts, tokens of answers) -> what they cost
-    """
+def print_estimate(asked, endpoint):
+    """Print requests, tokens, money and hours; answers are taken to be as long as the examples."""
     rows = {"all": Counter()}
     for request in asked:
         tokens = [count_tokens(m["content"]) + 4 for m in request.body["messages"]]
@@ -139,7 +151,7 @@ def print_estimate(asked, endpoint, money):
         for row in (rows["all"], rows.setdefault(request.kind, Counter())):
             row.update(requests=1, prompts=sum(tokens), answers=sum(answers) / len(answers))
     for kind, row in rows.items():
-        cost = money(row["prompts"], row["answers"])
+        cost = endpoint.money(row["prompts"], row["answers"])
         print(f"{kind:<20}{row['requests']:>9,} requests, {row['prompts']:>13,} tokens in, "
               f"{row['answers']:>13,.0f} out, money {cost:>10,.2f}")
     if endpoint.rpm:
