@@ -9,7 +9,9 @@ It writes pairs.tsv, which `generate_data.py expand` reads, metadata.json and co
 """
 import re
 from array import array
+from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,27 +99,21 @@ def concept_filter(phrases, most=100, least=3, seed=0):
     Returns (stays, before, after): bool for each caption, and how often each phrase occurs in all
     captions and in those that stay.
     """
-    number = {}
-    numbers = array("i")
-    lengths = array("i")
-    for found in phrases:
-        numbers.extend(number.setdefault(phrase, len(number)) for phrase in sorted(found))
-        lengths.append(len(found))
-    numbers = np.frombuffer(numbers, np.int32)
-    owner = np.repeat(np.arange(len(lengths)), lengths)      # the caption of each occurrence
-    before = np.bincount(numbers, minlength=len(number))
-    by_phrase = owner[np.argsort(numbers, kind="stable")]
-    ends = np.cumsum(before)
-    stays = np.zeros(len(lengths), bool)
+    found_in = defaultdict(partial(array, "i"))        # {phrase: the captions that have it}
+    n = 0
+    for phrases_of_caption in phrases:
+        for phrase in sorted(phrases_of_caption):
+            found_in[phrase].append(n)
+        n += 1
+    stays = np.zeros(n, bool)
     rng = np.random.default_rng(seed)
-    for phrase in np.argsort(before, kind="stable"):
-        if before[phrase] < least:
-            continue
-        captions = by_phrase[ends[phrase] - before[phrase]:ends[phrase]]
-        if len(captions) > most:
-            captions = rng.choice(captions, most, replace=False)
-        stays[captions] = True
-    after = np.bincount(numbers[stays[owner]], minlength=len(number))
+    for captions in sorted(found_in.values(), key=len):
+        if len(captions) >= least:
+            if len(captions) > most:
+                captions = rng.choice(captions, most, replace=False)
+            stays[np.asarray(captions)] = True
+    before = np.array([len(captions) for captions in found_in.values()])
+    after = np.array([stays[np.asarray(captions)].sum() for captions in found_in.values()])
     return stays, before, after
 
 
@@ -157,7 +153,7 @@ def filter_pairs(config):
     counts = {"pairs": len(pairs), "kept": int(stays.sum()), "phrases": len(before),
               "phrases_frequent": int(frequent.sum()),
               "phrases_covered": int((frequent & (after > 0)).sum()),
-              "finder": "spaCy" if has_spacy else "ours; spaCy's en_core_web_sm is not installed"}
+              "finder": "spacy" if has_spacy else "light"}
     write_json(out / "metadata.json", {**counts, "settings": asdict(config)})
     labels = {f"all {len(pairs):,} pairs": before, f"kept {counts['kept']:,} pairs": after}
     plot_coverage(out / "coverage.png", labels, config.least)

@@ -310,7 +310,7 @@ def read_body(response, key):
         content += part
         if len(content) > MOST_BYTES:
             raise TryAgain(f"a reply of more than {MOST_BYTES:,} bytes")
-    text = content.decode("utf-8-sig", "replace")
+    text = content.decode("utf-8-sig", "replace") or response.headers.get("Location", "")
     with suppress(ValueError, RecursionError):            # written anew, a key has one spelling
         text = json.dumps(json.loads(text, parse_int=lambda digits: int(digits[:20])))
     if len(key) >= 8:
@@ -340,8 +340,7 @@ def read_refusal(response, value, where):
     """What a response that is no success means: an empty reply if a filter refused, or an error."""
     error = value.get("error") if isinstance(value, dict) else None
     fields = error if isinstance(error, dict) else {}
-    words = str(fields.get("message") or error or value or response.headers.get("Location"))
-    words = " ".join(words.split())[:500]
+    words = " ".join(str(fields.get("message") or error or value).split())[:500]
     signs = (fields.get("code"), fields.get("type"))
     if "content_filter" in signs:
         return {"choices": [{"message": {"content": "", "refusal": words},
@@ -483,7 +482,7 @@ class Client:
                     raise ValueError(f"{reason}: the server asks for a wait of {error.after:.0f} "
                                      f"seconds; --max_wait {endpoint.max_wait:g}") from error
                 if attempt < endpoint.attempts:           # twice as long each time, jittered
-                    back_off = min(60, 0.25 * 2 ** attempt) * random.uniform(0.5, 1)
+                    back_off = min(60, 0.25 * 2 ** min(attempt, 8)) * random.uniform(0.5, 1)
                     self.stopping.wait(back_off if error.after is None else error.after)
             else:
                 self.keep(request, reply)
