@@ -171,7 +171,24 @@ def report(data, problems, table, stats=False):
         lines.append(line)
         if stats and good:
             lines += measures(data, table[good])
+    if data.template is None:
+        lines += unfit_templates(records, problems)
     return lines
+
+
+def unfit_templates(records, problems):
+    """For data whose template is not known yet: a line for each whose STOP is in some texts."""
+    samples = {template: [] for template in TEMPLATES.values() if template.STOP.strip()}
+    for i, record in enumerate(records):
+        if i in problems:
+            continue
+        texts = [turn["value"] for turn in record["conversations"]]
+        for template, found in samples.items():
+            if any(template.STOP in text for text in texts):
+                found.append(i)
+    return [f"--template {template.name} would refuse {len(found)} samples, which hold its "
+            f"{template.STOP!r}, e.g. {records.where(found[0])}"
+            for template, found in samples.items() if found]
 
 
 def first_renamed(data, i):

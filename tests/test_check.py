@@ -182,6 +182,17 @@ def test_texts_that_hold_STOP_or_a_special_token_are_bad(template, bad, tmp_path
         assert f"holds {word!r}" in found[i] and template in found[i], found[i]
 
 
+def test_without_a_template_the_check_lists_those_that_would_not_do(tmp_path, capsys):
+    """Who checks data before there is a model hears of it, too."""
+    (tmp_path / "chat.json").write_text(json.dumps([chat("What?", "A."), chat("What?", "### A.")]))
+    command = ["check", str(tmp_path / "chat.json"), "--workers", "0"]
+    assert data_module.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "--template llava_v0 would refuse 1 samples, which hold its '###'" in printed
+    assert "chat.json[1]" in printed and "vicuna_v1" not in printed
+    assert data_module.main([*command, "--template", "llava_v0"]) == 1
+
+
 @pytest.mark.parametrize("more, says", [
     ({"video": "clip.mp4"}, "'video' is not read"), ({"images": ["1.jpg"]}, "'images' is not read"),
     ({"Image": "1.jpg"}, "'Image' is not read"), ({"audio": "a.wav"}, "'audio' is not read"),
