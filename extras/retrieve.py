@@ -370,7 +370,7 @@ def index_corpus(config):
 
         is_readable = features["image"].any(1)
         bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
-        left_out = read_lines(out / "left_out.jsonl")
+        left_out = read_lines(out / "left_out.jsonl", kind=list)
         left_out += [(pair.where, pair.problem()) for pair in bad]
         report = left_out_report(left_out)
         if not is_readable.any():

@@ -126,11 +126,11 @@ def split_json(text):
         raise json.JSONDecodeError("Expecting nothing behind the array", text, at + 1)
 
 
-def read_lines(path, repair=False):
+def read_lines(path, repair=False, kind=dict):
     """The records of a JSON-lines file that we append to, without a last line that a kill tore.
 
     `repair` cuts a torn line off the file, as whoever goes on to append must. A file that does not
-    exist has no records. Raises ValueError that names a line which is not a JSON object.
+    exist has no records. Raises ValueError that names a line which is not JSON of this kind.
     """
     if not os.path.exists(path):
         return []
@@ -143,7 +143,7 @@ def read_lines(path, repair=False):
             if not line.endswith(b"\n"):
                 break                    # a kill tore it
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-        records.append(typed(record, dict, f"{path}: line {number}"))
+        records.append(typed(record, kind, f"{path}: line {number}"))
         intact += line
     if repair:
         os.truncate(path, len(intact))

@@ -77,7 +77,12 @@ def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path):
     path.write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
     with pytest.raises(ValueError, match="log.jsonl: line 2 is not JSON"):
         files.read_lines(path)
-    assert files.read_lines(tmp_path / "none.jsonl") == []
+    path.write_text('{"a": 1}\n3\n')
+    with pytest.raises(ValueError, match="log.jsonl: line 2: 3 where an object belongs"):
+        files.read_lines(path)
+    path.write_text('{"a"')
+    assert files.read_lines(path, repair=True) == files.read_lines(tmp_path / "none.jsonl") == []
+    assert path.read_text() == "", "whoever appends would go on behind the torn line"
 
 
 @pytest.mark.parametrize("change, says", [
