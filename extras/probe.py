@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw, ImageEnhance
 import sample
 from data import collate, sample_of
 from model import IGNORE
-from parts import checkpoints
 from parts.files import run_command, run_main
 from parts.pictures import open_image
-from parts.views import view_from, view_of
+from parts.ranks import TRAINING
+from parts.views import view_of
 
 MAP_SIDE = 448           # pixels of a map's longer side
 
@@ -68,8 +68,7 @@ def with_answer(talker, turns, pictures, answer):
 def model_inputs(talker, samples):
     """What model.forward takes."""
     batch = collate(samples, talker.view)
-    inputs = ("input_ids", "labels", "X_v", "visual_index")
-    return {name: batch[name].to(talker.model.device) for name in inputs}
+    return {name: batch[name].to(talker.model.device) for name in TRAINING}
 
 
 def rank_answers(talker, turns, pictures, answers):
@@ -115,8 +114,10 @@ def print_alternatives(config):
     spell = talker.model.tokenizer.decode
     steps = zip(*alternatives(talker, turns, pictures, config.top), strict=True)
     for i, ids, p in steps:
-        others = [f"{spell(j)!r} {x:.3f}" for j, x in zip(ids.tolist(), p.tolist(), strict=True)]
-        print(f"{spell(i.item())!r:<16}" + "  ".join(others))
+        line = f"{spell(i.item())!r:<16}"
+        for j, likelihood in zip(ids.tolist(), p.tolist(), strict=True):
+            line += f"{spell(j)!r} {likelihood:.3f}  "
+        print(line.rstrip())
 
 
 # -----------------------------------------------------------------------------
@@ -234,11 +235,11 @@ def grids_of(view, width, height):
 
 def overlay(picture, heat):
     """The picture (PIL) under its map, the brightest part being where most attention lies."""
-    heat = Image.fromarray(np.uint8(255 * heat / max(heat.max(), 1e-12)))
-    heat = heat.resize(picture.size, Image.Resampling.BILINEAR)
-    strength = np.asarray(heat, np.float32)[..., None] / 255                 # (H, W, 1)
-    colours = matplotlib.colormaps["inferno"](strength[..., 0])[..., :3] * 255
-    dimmed = np.asarray(picture, np.float32) * 0.35 * (1 - strength)
+    heat = Image.fromarray(heat / max(heat.max(), 1e-12))
+    heat = np.asarray(heat.resize(picture.size, Image.Resampling.BILINEAR))      # (H, W)
+    colours = matplotlib.colormaps["inferno"](heat)[..., :3] * 255               # (H, W, 3)
+    strength = heat[..., None]
+    dimmed = np.asarray(picture) * 0.35 * (1 - strength)
     return Image.fromarray(np.uint8(dimmed + colours * (0.35 + 0.65 * strength)))
 
 
@@ -283,7 +284,6 @@ class TilesConfig:
     image: str                           # a picture: path or http(s) address
     out: str                             # picture to write
     aspect: str = "anyres"               # LLaVA-NeXT's; hd is LLaVA-1.5-HD's
-    model: str = None                    # checkpoint whose own tiles are drawn
 
     CHOICES = {"aspect": ["anyres", "anyres_hf", "hd", "hd_tiles"]}
 
@@ -291,18 +291,11 @@ class TilesConfig:
 def draw_tiles(config):
     """Draw how a picture is seen: numbered tiles, what is cut off (dark), row ends (orange)."""
     view = view_of(config.aspect, 224 if config.aspect.startswith("hd") else 336, 14)
-    if config.model:
-        settings, meta = checkpoints.load_settings(config.model)
-        view = view_from(meta, settings.vision_config)
-    if not view.tiling:
-        raise ValueError(f"{config.model} sees pictures as {view.aspect}, not in tiles")
     picture = open_image(config.image)
     plot_tiles(picture, view).save(config.out)
     plan = view.tiling.plan(*picture.size)
-    print(f"{picture.width} x {picture.height} pixels, scaled to {plan.scaled[0]} x "
-          f"{plan.scaled[1]} on {plan.grid[0]} x {plan.grid[1]} tiles of {view.size}")
-    print(f"{len(plan.rows)} rows x ({len(plan.columns)} + 1 row end), in all "
-          f"{view.tokens(*picture.size):,} tokens; wrote {config.out}")
+    print(f"{picture.size} pixels, scaled to {plan.scaled} on {plan.grid} tiles of {view.size}: "
+          f"{plan.tokens:,} tokens; wrote {config.out}")
 
 
 def plot_tiles(picture, view):
@@ -311,9 +304,9 @@ def plot_tiles(picture, view):
     tile, patch = view.size, view.patch
     wide, high = plan.canvas
     left = tile + patch if view.tiling.global_picture else 0
-    places = [(left + x, y) for y in range(0, high, tile) for x in range(0, wide, tile)]
-    if left:
-        places.insert(0, (0, (high - tile) // 2))
+    places = [(0, (high - tile) // 2)] if left else []
+    for y in range(0, high, tile):
+        places += [(left + x, y) for x in range(0, wide, tile)]
     image = Image.new("RGB", (left + wide + patch, high), "white")
     for square, place in zip(view.squares(picture), places, strict=True):
         image.paste(square, place)

