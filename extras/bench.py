@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
-    AutoModelForCausalLM,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaForConditionalGeneration,
 )
 
@@ -93,9 +93,7 @@ def complete(config):
 def random_llava(config):
     """A LLaVA of that size with random weights."""
     torch.manual_seed(0)
-    f_phi = AutoModelForCausalLM.from_config(LlamaConfig(
-        **SIZES[config.size], max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
-        pad_token_id=3))
+    f_phi = LlamaForCausalLM(LlamaConfig(**SIZES[config.size], max_position_embeddings=4096))
     shape = TOY_G if config.size == "toy" else SMALL_G
     g = VisionTower(CLIPVisionConfig(**shape, num_attention_heads=4, num_hidden_layers=2))
     tokenizer = load_tokenizer(str(ROOT / "toy/pretrained/llm"))
@@ -298,31 +296,20 @@ CONTESTANTS = {
 # Processes that take turns
 
 
-def take_turns():
-    """What a contestant's process does: it reads a job, then turns, a line each, and replies."""
+def take_turns(job):
+    """What a contestant's process does: it reads numbers of turns and replies, a line each."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                        # what libraries print is no reply
-    job = json.loads(sys.stdin.readline())
     config = Config(**job["config"])
     turn = CONTESTANTS[job["command"]][job["contestant"]](config, job["weights"])
-    print("ready", file=replies, flush=True)
+    print("0", file=replies, flush=True)     # it is ready
     for line in sys.stdin:
         reply = turn(int(line)) | {"peak": peak_memory(choose_device(config.device))}
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def ask_contestant(process, message):
-    """Send a contestant a line and wait for one. Raises ValueError if it has ended."""
-    process.stdin.write(f"{message}\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise ValueError("a contestant failed; its error stands above")
-    return line
-
-
 def race(command, config):
-    """Let contestants take turns: {contestant: [what it reports of each timed turn]}."""
+    """Let contestants take turns: {contestant: {what it reports: of each timed turn}}."""
     names = [name for name in CONTESTANTS[command] if name != "beside" or config.beside]
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -332,18 +319,27 @@ def race(command, config):
             job = {"command": command, "contestant": name, "weights": folder,
                    "config": asdict(config)}
             processes[name] = stack.enter_context(subprocess.Popen(
-                [sys.executable, "-m", "extras.bench", "turns"], text=True, stdin=subprocess.PIPE,
-                cwd=config.beside if name == "beside" else ROOT, stdout=subprocess.PIPE))
-            ask_contestant(processes[name], json.dumps(job))
+                [sys.executable, "-m", "extras.bench", "turns", json.dumps(job)], text=True,
+                cwd=config.beside if name == "beside" else ROOT, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE))
+            read_reply(name, processes[name])
         replies = {name: [] for name in names}
         for k in range(WARM + config.repeats):
             for name, process in processes.items():
-                replies[name].append(json.loads(ask_contestant(process, k)))
-    return {name: found[WARM:] for name, found in replies.items()}
+                print(k, file=process.stdin, flush=True)
+                replies[name].append(read_reply(name, process))
+    return {name: to_arrays(found[WARM:]) for name, found in replies.items()}
 
 
-def column(replies, key):
-    return np.array([reply[key] for reply in replies])
+def read_reply(name, process):
+    line = process.stdout.readline()
+    if not line:
+        raise ValueError(f"{name}: this contestant failed; its error stands above")
+    return json.loads(line)
+
+
+def to_arrays(replies):
+    return {key: np.array([reply[key] for reply in replies]) for key in replies[0]}
 
 
 def ratio_of(theirs, ours):
@@ -352,29 +348,28 @@ def ratio_of(theirs, ours):
     return f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
 
 
-def mean_loss(replies):
-    """The loss per answer token of all timed steps."""
-    return float(np.average(column(replies, "loss"), weights=column(replies, "answers")))
-
-
 def bench_train(config):
     """Seconds and memory of a training step, and how many times as long as ours others take."""
     config = complete(config)
+    print(config)
     replies = race("train", config)
-    losses = {name: mean_loss(found) for name, found in replies.items()}
+    ours = replies["ours"]
     tolerance = 2e-2 if config.dtype in ("bf16", "fp16") else 1e-4
-    assert max(losses.values()) < (1 + tolerance) * min(losses.values()), f"other losses: {losses}"
-    print(f"{config}\nloss {losses['ours']:.4f}")
-    print("                s/step  tokens/s  padding  peak GB   time, ours = 1 (range)")
-    our_pace = column(replies["ours"], "seconds") / column(replies["ours"], "real")
+    print(f"{'':<14}{'s/step':>8}{'tokens/s':>10}{'padding':>9}{'peak GB':>9}   time, ours = 1")
     for name, found in replies.items():
-        seconds, real = column(found, "seconds"), column(found, "real")
-        padding = 1 - real.sum() / column(found, "padded").sum()
-        speed = real.sum() / seconds.sum()
-        peak = found[-1]["peak"] / 1e9
-        ratio = ratio_of(seconds / real, our_pace)
-        print(f"{name:<14}{seconds.mean():>8.3g}{speed:>10.0f}{padding:>9.1%}{peak:>9.2f}   "
-              f"{ratio}")
+        assert np.isclose(mean_loss(found), mean_loss(ours), tolerance), f"{name}: another loss"
+        pace = found["seconds"] / found["real"]
+        speed = 1 / pace.mean()
+        padding = 1 - found["real"].sum() / found["padded"].sum()
+        peak = found["peak"].max() / 1e9
+        ratio = ratio_of(pace, ours["seconds"] / ours["real"])
+        print(f"{name:<14}{found['seconds'].mean():>8.3g}{speed:>10.0f}{padding:>9.1%}{peak:>9.2f}"
+              f"   {ratio}")
+
+
+def mean_loss(found):
+    """The loss per answer token of all timed steps."""
+    return float(np.average(found["loss"], weights=found["answers"]))
 
 
 def bench_generate(config):
@@ -384,13 +379,12 @@ def bench_generate(config):
     for n in sorted({1, config.micro_batch_size}):
         replies = race("generate", replace(config, micro_batch_size=n))
         ours = replies["ours"]
-        print(f"{n} at once: tokens/s   s to the first   time behind it, ours = 1 (range)")
+        print(f"{n} at once: tokens/s   s to the first   time behind it, ours = 1")
         for name, found in replies.items():
-            assert found[-1]["ids"] == ours[-1]["ids"], f"{name}, {n} at once: other tokens"
-            seconds = column(found, "seconds")
-            speed = n * (config.new_tokens - 1) / np.median(seconds)
-            first = np.median(column(found, "first"))
-            ratio = ratio_of(seconds, column(ours, "seconds"))
+            assert np.array_equal(found["ids"], ours["ids"]), f"{name}: other tokens than ours"
+            speed = n * (config.new_tokens - 1) / np.median(found["seconds"])
+            first = np.median(found["first"])
+            ratio = ratio_of(found["seconds"], ours["seconds"])
             print(f"{name:<14}{speed:>8.1f}{first:>17.3g}   {ratio}")
 
 
@@ -406,6 +400,7 @@ def padding_of(lengths, batches):
 
 def bench_data(config):
     """Padding of an epoch's micro-batches, on 1 and on 8 ranks; pictures a second of one core."""
+    config = complete(config)
     for stage, G, at_once in ((1, 128, 16), (2, 32, 4), (2, 128, 16)):
         rng = np.random.default_rng(0)
         _, lengths = draw_epoch("135m", stage, 256, rng, n=100_000)
@@ -432,9 +427,8 @@ def bench_pictures(config, size=224, n=40):
     """A JPEG of COCO's size, read and preprocessed, beside transformers' processor."""
     square = {"height": size, "width": size}
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
-    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG")
+    Image.effect_noise((40, 30), 64).resize((640, 480)).convert("RGB").save(file, "JPEG")
     torch.set_num_threads(1)             # as in a DataLoader's worker
 
     def ours():
@@ -445,10 +439,10 @@ def bench_pictures(config, size=224, n=40):
 
     assert torch.equal(ours(), theirs()), "other pixels"
     times = [(timeit(ours, number=n), timeit(theirs, number=n)) for _ in range(config.repeats)]
-    times = np.array(times)
-    speed = n / np.median(times[:, 0])
+    our_times, their_times = np.array(times).T
+    speed = n / np.median(our_times)
     print(f"JPEG of 640 x 480 to {size} x {size}: ours {speed:.0f} pictures/s a core; "
-          f"CLIPImageProcessorPil takes {ratio_of(times[:, 1], times[:, 0])} times as long; "
+          f"CLIPImageProcessorPil takes {ratio_of(their_times, our_times)} times as long; "
           "equal pixels")
 
 
@@ -497,8 +491,8 @@ COMMANDS = {"train": (bench_train, Config), "generate": (bench_generate, Config)
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv == ["turns"]:
-        return take_turns()
+    if argv[:1] == ["turns"]:
+        return take_turns(json.loads(argv[1]))
     return run_command(COMMANDS, argv, __doc__)
 
 

@@ -41,7 +41,7 @@ def test_our_steps_and_transformers_have_one_loss(size, stage, tmp_path, monkeyp
     for prepare in (bench.our_training, bench.their_training):
         turn = prepare(config, str(tmp_path))
         replies = [turn(k) for k in range(bench.WARM, bench.WARM + config.repeats)]
-        losses.append(bench.mean_loss(replies))
+        losses.append(bench.mean_loss(bench.to_arrays(replies)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_two_checkouts_take_turns_in_processes_of_their_own(tmp_path):
 def test_a_contestant_that_fails_is_no_endless_wait(tmp_path):
     """Its own error is on the terminal, and ours says that it failed."""
     config = [*"train --size toy --repeats 1 --device cpu --beside".split(), str(tmp_path)]
-    with pytest.raises(ValueError, match="failed; its error stands above"):
+    with pytest.raises(ValueError, match="beside: this contestant failed; its error stands above"):
         bench.main(config)               # a folder without this project
 
 
