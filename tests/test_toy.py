@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import eval as eval_py
 import generate_data
@@ -55,6 +56,20 @@ def test_a_world_is_a_function_of_its_seed(toy_world, tmp_path):
     world.main(["world", "--out", str(tmp_path), "--pictures", "60"])
     for name in ("pairs.jsonl", "annotations/captions_train.json", "images/000000000007.png"):
         assert (tmp_path / name).read_bytes() == (toy_world / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_world_of_REACT_is_dark_where_CLIP_has_not_been(tmp_path):
+    """Diss. Ch. 2 in miniature: a corpus near the classes, and pictures that CLIP knows less of."""
+    world.main(["react", "--out", str(tmp_path)])
+    assert len((tmp_path / "classes.txt").read_text().splitlines()) == len(world.TARGETS)
+    greys = {}
+    for name, count in (("corpus", 6000), ("test", 1400), ("captions", 300)):
+        rows = [line.split("\t") for line in (tmp_path / f"{name}.tsv").read_text().splitlines()]
+        assert len(rows) == count and all(text for _, text in rows)
+        files = [tmp_path / "images" / picture for picture, _ in rows]
+        greys[name] = sum(Image.open(file).getpixel((0, 0))[0] < 130 for file in files) / count
+    assert greys["test"] == 1 and greys["captions"] == 0 and 0.6 < greys["corpus"] < 0.73
 
 
 def test_what_the_teacher_says_is_true_by_its_own_judge():
