@@ -19,9 +19,10 @@ python eval.py scienceqa_data --labels $D --split test --format $FORMAT --questi
 python eval.py answer --model $OUT/model --questions $OUT/questions.jsonl --images $D/images/test --answers $OUT/answers.jsonl
 python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --json $OUT/scores.json
 if [ -n "${EXPERT:-}" ]; then
-    expert() { python -m extras.scienceqa_gpt4 "$@" --labels $D --base_url "$EXPERT" --model "${EXPERT_MODEL:-gpt-4}"; }
-    expert answer --out $OUT/expert.jsonl
-    expert judge --answers $OUT/answers.jsonl --second $OUT/expert.jsonl --out $OUT/verdicts.jsonl
+    M=${EXPERT_MODEL:-gpt-4}
+    python -m extras.scienceqa_gpt4 answer --labels $D --base_url "$EXPERT" --model "$M" --out $OUT/expert.jsonl
+    python -m extras.scienceqa_gpt4 judge --labels $D --base_url "$EXPERT" --model "$M" --answers $OUT/answers.jsonl \
+        --second $OUT/expert.jsonl --out $OUT/verdicts.jsonl
     python eval.py score scienceqa --labels $D --answers $OUT/answers.jsonl --second $OUT/expert.jsonl \
         --requery $OUT/verdicts.jsonl --json $OUT/ensembles.json
 fi

@@ -45,7 +45,7 @@ DISSERTATION = [
     ("Fig. 2.3", "gated blocks in a locked tower", "parts/gated.py", "GatedBlock"),
     ("Table 2.6", "which parameters of CLIP train", "extras/react.py", ""),
     ("Sec. 4.3", "LLaVA-1.5, step by step", "train.py", ""),
-    ("Table 4.3; Table 4.4", "the benchmarks", "eval.py", ""),
+    ("Sec. 4.4; Table 4.3; Table 4.4", "the benchmarks", "extras/benchmarks.py", ""),
     ("Sec. 4.5", "less data", "train.py", "Config"),
     ("Sec. 4.7", "LLaVA-NeXT: tiles", "parts/tiles.py", ""),
 ]
