@@ -127,7 +127,7 @@ def shapes_of(table):
 
 def weights_of_config(config):
     """{our name: meta tensor} of every weight of transformers' model of a LlavaConfig."""
-    with torch.device("meta"):
+    with torch.device("meta"), named_errors("config.json describes no model"):
         wanted = hf_keys(AutoModelForImageTextToText.from_config(config).state_dict())
     if config.text_config.tie_word_embeddings:
         del wanted[HEAD]

@@ -73,10 +73,7 @@ COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def hf_keys(state):
-    """{name: anything} under the names of the hub's files, from these or from transformers 5's.
-
-    Raises ValueError if both kinds are mixed, so that two weights would be one.
-    """
+    """{name: anything} under the names of the hub's files, from these or from transformers 5's."""
     renamed = {}
     for name, value in state.items():
         if COMPUTED.search(name):
@@ -84,7 +81,7 @@ def hf_keys(state):
         for pattern, old_name in NEW_NAMES.items():
             name = re.sub(pattern, old_name, name)
         if name in renamed:
-            raise ValueError(f"two weights are {name}: old and new llava-hf names are mixed")
+            raise ValueError(f"{name} stands twice: old and new llava-hf names are mixed")
         renamed[name] = value
     return renamed
 
@@ -292,11 +289,10 @@ def foreign_view(config, folder):
             patch=config.vision_config.patch_size, rule="hf")
         return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
     for name in ("processor_config.json", "preprocessor_config.json"):   # of transformers 5, 4
+        path = os.path.join(folder, name)
         if has_file(folder, name):
-            path = os.path.join(folder, name)
             processor = read_value(path)
-            processor = typed(processor.get("image_processor", processor), dict, path)
-            if processor.get("do_pad"):
+            if typed(processor.get("image_processor", processor), dict, path).get("do_pad"):
                 return {"aspect": "pad"}
     return {"aspect": "crop"}
 
@@ -380,7 +376,12 @@ def load(cls, folder, dtype=torch.float32):
     the folder holds no checkpoint, ValueError for keys that are missing or left over.
     """
     if has_file(folder, "adapter_config.json") and not has_file(folder, "config.json"):
-        model = load(cls, base_of(folder), dtype)
+        base = adapter_settings(folder)["base_model_name_or_path"]
+        if not has_file(base, "config.json"):
+            raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no "
+                                    "checkpoint folder here; put its place into its adapter_config"
+                                    ".json (base_model_name_or_path), or pass a merged checkpoint")
+        model = load(cls, base, dtype)
         load_adapter(model, folder)
         merge_adapters(model.f_phi)
         return model
@@ -516,14 +517,12 @@ ADAPTER_KIND = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "
 
 def peft_state(model, state):
     """{PEFT's name: tensor} of what LoRA trains, from the model's `state` dict."""
-    body = f"f_phi.{model.f_phi.base_model_prefix}"
     found = {}
-    for name in adapters(model.f_phi.base_model):
-        for matrix in ("lora_A", "lora_B"):
-            theirs = f"{PEFT}language_model.{name}.{matrix}.weight"
-            found[theirs] = state[f"{body}.{name}.{matrix}"]
     for name, value in to_hf_keys(model, state).items():
-        if name.startswith("multi_modal_projector."):
+        if ".lora_" in name:
+            layer = name.removeprefix("language_model.model.")
+            found[f"{PEFT}language_model.{layer}.weight"] = value
+        elif name.startswith("multi_modal_projector."):
             found[PEFT + name] = value
     return found
 
@@ -531,9 +530,9 @@ def peft_state(model, state):
 def save_adapter(model, folder, base, state):
     """Write adapters and W as a folder for PEFT: on AutoModelForImageTextToText of `base`.
 
-    Processor, tokenizer and template lie in it, too: `base`, the checkpoint folder that training
-    started from, may be a stage 1, which knows neither this view nor any turns. vLLM takes no
-    adapter that brings modules of its own, such as W: it needs the merged checkpoint.
+    Processor, tokenizer and template lie in it, too, for `base`, from which training started, may
+    be a stage 1, which knows neither this view nor any turns. vLLM needs the merged checkpoint: it
+    takes no adapter that brings modules of its own, such as W.
     """
     layers = adapters(model.f_phi.base_model)
     names = sorted({name.split(".")[-1] for name in layers})
@@ -569,16 +568,6 @@ def adapter_settings(folder):
     return config
 
 
-def base_of(folder):
-    """The checkpoint folder of an adapter's folder. Raises FileNotFoundError if it is not there."""
-    base = adapter_settings(folder)["base_model_name_or_path"]
-    if not has_file(base, "config.json"):
-        raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no checkpoint "
-                                "folder here; put its place into base_model_name_or_path of "
-                                f"{folder}/adapter_config.json, or pass a merged checkpoint")
-    return base
-
-
 def load_adapter(model, folder):
     """Put a saved adapter on `model`, its base; W, tokenizer and meta become the adapter's.
 
@@ -601,7 +590,6 @@ def load_adapter(model, folder):
         parameters[name].copy_(value)
     if has_file(folder, "minllava.json"):
         meta = read_value(os.path.join(folder, "minllava.json"))
-        check_meta({"aspect": "crop", "tiling": None} | meta, model.g.config,
-                   model.newline is not None, folder)
-        model.meta = meta
+        model.meta = {"aspect": "crop", "tiling": None} | meta
+        check_meta(model.meta, model.g.config, model.newline is not None, folder)
         model.tokenizer = read_tokenizer(folder)
