@@ -87,6 +87,8 @@ def read_rows(path):
             rows = list(csv.DictReader(sheet, delimiter="\t", restval=""))
         except csv.Error as error:
             raise ValueError(f"{path}: no sheet of cells between tabs: {error}") from error
+        if any(None in row for row in rows):
+            raise ValueError(f"{path}: a row has more cells than the first; is the file whole?")
     elif path.endswith(".txt"):
         lines = read_text(path).replace("\r", "").split("\n")
         rows = [line.split("\t") for line in lines if line.strip()]
@@ -193,6 +195,7 @@ def tally(pairs):
 # Yes or no: POPE, MME
 
 YES_NO = ("yes", "no")
+SPLITS = ["adversarial", "popular", "random"]
 POPE_VERSION = ("The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, "
                 "3000 adversarial labels.")
 GROUPS = {
@@ -262,9 +265,12 @@ def score_pope(config, labels):
         question = questions[name]
         key = question["image"], bare_question(question["text"])
         found[question["category"]].append((key, read(answer["text"])))
+    splits = [Path(path).stem.rpartition("_")[2] for path in labels]     # coco_pope_random.json
+    if sorted(splits) != SPLITS or found.keys() - set(SPLITS):
+        raise ValueError(f"--labels {' '.join(labels)}: one file for each of {', '.join(SPLITS)}, "
+                         "called after it, and questions of these categories are needed")
     scores = {}
-    for path, rows in labels.items():
-        split = re.sub(".*(random|popular|adversarial).*", r"\1", Path(path).name)
+    for split, (path, rows) in zip(splits, labels.items(), strict=True):
         wanted = []
         truths = []
         for row in rows:
@@ -275,11 +281,8 @@ def score_pope(config, labels):
         if config.official:
             answers = [answer for _, answer in found[split]]
         scores |= pope_measures(split, answers, truths)
-    f1 = [scores.get(f"{split}.f1", "") for split in ("random", "popular", "adversarial")]
-    if "" in f1 or len(labels) != 3:
-        raise ValueError(f"--labels {' '.join(labels)}: one file each for random, popular and "
-                         "adversarial is needed, called after its split")
-    scores["f1"] = None if None in f1 else sum(f1) / 3
+    f1 = [scores[f"{split}.f1"] for split in SPLITS]
+    scores["f1"] = None if None in f1 else sum(f1) / len(f1)
     return scores, []
 
 
@@ -300,8 +303,9 @@ def score_mme(config, labels):
     read = mme_official if config.official else yes_or_no
     found = []
     for name, prompt, text in read_predictions(config.answers):      # an id is TASK/.../PICTURE
-        task, *_, picture = name.split("/")
-        found.append(((task, picture.split(".")[0], bare_question(prompt)), read(text)))
+        task, _, picture = name.partition("/")
+        key = task, Path(picture).name.split(".")[0], bare_question(prompt)
+        found.append((key, read(text)))
     answers = match_answers(keys, found, config.answers)
     pictures = defaultdict(list)                 # {(task, picture): [right, right]}
     for (task, picture, _), answer, truth in zip(keys, answers, truths, strict=True):
@@ -448,7 +452,10 @@ def mmbench_data(config):
     for index, row in rows.items():
         name = f"{index % ROTATION}.jpg"
         picture = pictures.get(row["image"], row["image"])       # a cell may name another row
-        Path(config.images, name).write_bytes(base64.b64decode(picture))
+        try:
+            Path(config.images, name).write_bytes(base64.b64decode(picture))
+        except ValueError as error:
+            raise ValueError(f"--labels: the picture of row {index}: {error}") from error
         options = options_of(row)
         lines = [row["question"]]
         if (row.get("hint") or "nan").lower() not in ("nan", "none"):
@@ -472,8 +479,9 @@ def score_seed_bench(config, labels):
     """
     questions = read_label_records(labels, "questions", "question_id", data_type=str, answer=str)
     types = {}
-    for path, (data, *_) in labels.items():
-        types |= {number: name for name, number in typed(data["question_type"], dict, path).items()}
+    for path, rows in labels.items():
+        numbers = typed_fields(rows[0], path, question_type=dict)["question_type"]
+        types |= {str(number): name for name, number in numbers.items()}
     answered = {name for name, _, _ in read_predictions(config.answers)}
     kinds = {question["data_type"] for name, question in questions.items()
              if config.official or name in answered}
@@ -484,7 +492,7 @@ def score_seed_bench(config, labels):
     upload = []
     for (name, question), text in zip(asked.items(), texts, strict=True):
         right = text == one_of(LETTERS, question["answer"], name)
-        kind = types[question["question_type_id"]]
+        kind = types[one_of(types, str(question.get("question_type_id")), name)]
         pairs += [("all", right), (question["data_type"], right), (kind, right)]
         pairs.append(("unparsed", text not in LETTERS))
         upload.append({"question_id": name, "prediction": text or ""})
@@ -588,7 +596,7 @@ def score_mmmu(config, labels):
         letter = ""
         if row["question_type"] == "multiple-choice":
             letter = choice_named(text, listed_value(row.get("options")))
-            right = letter == one_of(CAPITALS, truths[0], name)
+            right = letter == one_of(CAPITALS, "".join(truths), name)
         else:
             right = open_is_right(text, truths)
         subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", name)
@@ -620,12 +628,13 @@ def score_mathvista(config, labels):
 
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
-    problems = read_label_records(labels, key=None, question_type=str, answer_type=str)
+    problems = read_label_records(labels, key=None, question_type=str, answer_type=str,
+                                  answer=str)
     pairs = []
     texts = texts_by_id(config, problems)
     for problem, text in zip(problems.values(), texts, strict=True):
         value = value_named(problem, text)
-        pairs.append(("accuracy", value == str(problem["answer"]).strip()))
+        pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))
     return tally(pairs), ["unparsed answers are counted as wrong"]
 
@@ -636,7 +645,7 @@ def score_mathvista(config, labels):
 
 def vqa_accuracy(text, humans):
     """min(1, matches / 3), averaged over the ten sets of nine humans: 0, 0.3, 0.6, 0.9 or 1."""
-    if len(humans) != 10:
+    if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
         raise ValueError(f"VQA's accuracy is defined for ten human answers, found {humans}")
     matches = [normalise(human) for human in humans].count(normalise(text))
     return (0, 0.3, 0.6, 0.9, 1)[min(4, matches)]
@@ -646,10 +655,12 @@ def vqa_scores(config, rows, texts, key):
     """The accuracy on rows with human answers; for the server, all texts by the rows' `key`."""
     upload = []
     pairs = []
+    has_humans = any("answers" in row for row in rows)
     for row, text in zip(rows, texts, strict=True):
         upload.append({key: row[key], "answer": normalise(text or "")})
-        if config.labels and "answers" in row:
-            humans = [a["answer"] if isinstance(a, dict) else a for a in row["answers"]]
+        if has_humans:
+            answers = typed(row.get("answers"), list, f"--labels: answers of {row[key]}")
+            humans = [a.get("answer") if isinstance(a, dict) else a for a in answers]
             right = vqa_accuracy(text, humans)
             pairs.append(("accuracy", right))
             if row.get("answer_type") == "unanswerable":
@@ -666,7 +677,7 @@ def score_vqav2(config, labels):
     """
     rows = read_label_records(labels, "annotations", "question_id", answers=list)
     if not labels:
-        rows = read_by_id(config.questions)
+        rows = read_by_id(config.questions, "text")
     texts = texts_by_id(config, rows, missing_ok=not labels)
     note = f"{texts.count(None):,} of {len(texts):,} questions have no answer"
     return vqa_scores(config, rows.values(), texts, "question_id"), [note]

@@ -13,9 +13,10 @@ from functools import cache
 
 from tqdm import tqdm
 
-from parts.files import read_json, read_lines, write_lines
+from parts.files import read_json, read_lines, typed, write_lines
 from parts.pictures import image_path, image_problem, load_image
 from parts.records import image_names
+from parts.scoring import id_of, typed_fields
 
 
 def read_questions(path, folder):
@@ -26,14 +27,15 @@ def read_questions(path, folder):
     questions = list(read_json(path))
     problem_of = cache(image_problem)    # many questions can show one picture
     for i, question in enumerate(questions):
-        place = f"{path}[{i}]"
-        text = question.get("text") if isinstance(question, dict) else None
-        if not isinstance(text, str) or "question_id" not in question:
-            raise ValueError(f"{place}: a question needs question_id and text")
-        for name in image_names(question):
-            problem = problem_of(folder, name)
+        where = f"{path}[{i}]"
+        where = f"{where} (id {id_of(question, 'question_id', where)})"
+        typed_fields(question, where, text=str)
+        for name in typed(image_names(question), list, f"{where}: image"):
+            problem = problem_of(folder, typed(name, str, f"{where}: image"))
             if problem:
-                raise ValueError(f"{place} (id {question['question_id']}): {problem}")
+                raise ValueError(f"{where}: {problem}")
+    if not questions:
+        raise ValueError(f"{path}: no question is in it")
     return questions
 
 
@@ -53,8 +55,12 @@ class AnswerFile:
         self.file = open(path, "a", encoding="utf-8")
         try:                             # the system drops this lock with the process
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = os.path.samestat(os.fstat(self.file.fileno()), os.stat(path))
         except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it") from None
+            is_free = False
+        if not is_free:                  # or it was finished, and so replaced, just now
+            raise ValueError(f"{path}: another process is writing it; wait for it, or name another "
+                             "file")
         self.answers = self.read()
         self.left = self.unanswered()
         read_lines(path, repair=True)    # a kill may have torn the last line
@@ -62,9 +68,10 @@ class AnswerFile:
     def read(self):
         """What an earlier run left."""
         answers = read_lines(self.path)
-        for record in answers:
-            if not isinstance(record, dict) or {"prompt", "model_id"} - record.keys():
-                raise ValueError(f"{self.path} is not an answers file; name another file")
+        for i, record in enumerate(answers):
+            where = f"{self.path} is not an answers file; name another file: record {i}"
+            id_of(record, "question_id", where)
+            typed_fields(record, where, prompt=str, text=str, model_id=str)
             if record["model_id"] != self.model_id:
                 raise ValueError(f"{self.path} holds answers of {record['model_id']}, not of "
                                  f"{self.model_id}; name another file")
@@ -126,7 +133,7 @@ def question_key(question):
 
 
 def answer_key(record):
-    return record.get("question_id"), record["prompt"]
+    return record["question_id"], record["prompt"]
 
 
 def likeness(question):

@@ -1,13 +1,17 @@
 """How it is scored (Sec. 5): LLaVA-Bench by a judge, MM-Vet, ScienceQA."""
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import lines
+from conftest import ROOT, lines
 
 import eval as eval_py
 from extras import judges, published
 from parts.files import read_lines, write_json, write_lines
+from parts.questions import AnswerFile
 from parts.scienceqa import science_turn
 
 KINDS = ("conv", "detail", "complex")
@@ -153,7 +157,7 @@ def test_scienceqa_has_the_formats_of_the_released_converter(form, answer):
 
 
 def test_published_scienceqa_counts_what_the_result_file_stores(tmp_path, capsys):
-    """The released run's 90.92 beside 90.90: a letter that a problem lacks was drawn, and stored."""
+    """The released 90.92 beside 90.90: a letter that its problem lacks was drawn, and stored."""
     write_scienceqa(tmp_path)                                    # truth: A B C A B C
     outputs = {str(i): f"The answer is {letter}." for i, letter in enumerate("ABCABE")}
     stored = {str(i): i % 3 for i in range(6)}
@@ -193,6 +197,109 @@ def test_mm_vet_grades_are_means_in_percent(tmp_path, serve, capsys):
     numbers, _ = judges.mm_vet_scores(str(tmp_path / "g.json"), str(tmp_path / "mm-vet.json"))
     assert (numbers["total"], numbers["rec"], numbers["ocr"]) == (75, 100, 50)
     assert np.isfinite(numbers["total_std"])
+
+
+@pytest.mark.parametrize("content, grade", [
+    ("0.7", 0.7), ("0.7\nThe answer is mostly right.", 0.7), ("1.0 because", 1), (" .5", 0.5),
+    ("Correctness: 0.7", 0.7), ("**0.7**", 0.7), ("-0.5", None), ("7", None), ("70%", None),
+    ("1/2", None), ("nan", None), ("It is right", None), ("", None)])
+def test_a_grade_is_a_number_from_0_to_1_in_the_first_line(content, grade):
+    """OFFICIAL: the first word; a number that stands alone elsewhere in the line will do, too."""
+    assert judges.parse_grade(content) == grade
+
+
+@pytest.mark.parametrize("finish, tries", [("stop", 5), ("length", 1)])
+def test_a_judge_without_numbers_gives_no_grades(finish, tries, tmp_path, serve):
+    """No zeros in every column; what --max_tokens cuts off is not paid for five times."""
+    labels = {"v1_0": {"question": "What?", "answer": "x", "capability": ["rec"]}}
+    write_json(tmp_path / "mm-vet.json", labels)
+    write_json(tmp_path / "a.json", {"v1_0": "an answer"})
+    url, log = serve(text="The answer is", finish=finish)
+    with pytest.raises(ValueError, match="1 of 1 gradings have no number, e.g. v1_0"):
+        run(judges, "grade_mm_vet", "--labels", tmp_path / "mm-vet.json", "--answers",
+            tmp_path / "a.json", "--grades", tmp_path / "g.json", "--base_url", url)
+    assert len(lines(log)) == tries
+
+
+@pytest.mark.parametrize("grade, says", [
+    ({"score": [2]}, "score from 0 to 1"), ({"score": ["1"]}, "v1_0: '1' where a number belongs"),
+    ({"score": []}, "score from 0 to 1"), ({}, "v1_0: score: None where a list belongs"),
+    ({"score": [1], "content": [7]}, "v1_0: 7 where text belongs"),
+    ({"score": [float("nan")]}, "score from 0 to 1")])
+def test_odd_grades_are_named(grade, says, tmp_path):
+    write_json(tmp_path / "g.json", {"v1_0": grade})
+    with pytest.raises(ValueError, match=says):
+        run(judges, "score", "mm_vet", "--grades", tmp_path / "g.json")
+
+
+def test_a_name_that_stands_twice_is_no_grade(tmp_path):
+    """The last of the two would win in silence."""
+    (tmp_path / "g.json").write_text('{"v1_0": {"score": [1]}, "v1_0": {"score": [0]}}')
+    with pytest.raises(ValueError, match="the key 'v1_0' stands twice"):
+        run(judges, "score", "mm_vet", "--grades", tmp_path / "g.json")
+
+
+@pytest.mark.parametrize("pair, says", [
+    ([80, 90], "1 of 3 judgements failed: 0"), ([0, 8], "1 of 3 judgements failed: 0"),
+    ([8], "two numbers are needed"), ([8, None], "tuple of 0: None where a number belongs"),
+    ("8 7", "tuple of 0: '8 7' where a list belongs"), ([8, float("nan")], "two numbers")])
+def test_scores_that_were_not_asked_for_are_no_judgement(pair, says, tmp_path):
+    """The judge is asked for 1 to 10; 80 of 100 would move the mean of all."""
+    write_lines(tmp_path / "r.jsonl", [
+        {"question_id": i, "category": "conv", "tuple": [8, 6] if i else pair} for i in range(3)])
+    with pytest.raises(ValueError, match=says):
+        run(eval_py, "score", "llava_bench", "--reviews", tmp_path / "r.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------
+# A file of answers that grows
+
+HOLD = """
+import sys
+from parts.questions import AnswerFile
+file = AnswerFile("q.jsonl", ".", "a.jsonl", "my_model")
+for part in file.batches(1):
+    file.write(part, ["An answer."])
+    if len(file.answers) == int(sys.argv[1]):
+        print("waiting", flush=True)
+        sys.stdin.read(1)
+file.finish()
+"""
+
+
+def start_answering(folder, wait_at):
+    """A process that answers the questions, and waits behind so many answers."""
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(wait_at)], cwd=folder, text=True,
+                            env=os.environ | {"PYTHONPATH": ROOT}, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes_do_not_answer_into_one_file(tmp_path):
+    """The second is refused, also while the first waits; after a kill another goes on."""
+    write_lines(tmp_path / "q.jsonl", [{"question_id": i, "text": f"{i}?"} for i in range(6)])
+    first = start_answering(tmp_path, 3)
+    assert first.stdout.readline() == "waiting\n"
+    _, errors = start_answering(tmp_path, 9).communicate()
+    assert "a.jsonl: another process is writing it" in errors
+    first.kill()
+    first.wait()
+    second = start_answering(tmp_path, 9)
+    second.communicate()
+    answers = read_lines(tmp_path / "a.jsonl")
+    assert second.returncode == 0 and [row["question_id"] for row in answers] == list(range(6))
+
+
+@pytest.mark.parametrize("question, says", [
+    (7, "q.jsonl.0.: 7 where an object belongs"), ({"text": "?"}, "question_id, a whole number"),
+    ({"question_id": [1], "text": "?"}, "question_id, a whole number"),
+    ({"question_id": 1, "text": None}, "id 1.: text: None where text belongs"),
+    ({"question_id": 1, "text": "?", "image": 5}, "id 1.: image: 5 where a list belongs"),
+    ({"question_id": 1, "text": "?", "image": [5]}, "id 1.: image: 5 where text belongs")])
+def test_an_odd_question_is_named_before_any_is_asked(question, says, tmp_path):
+    write_lines(tmp_path / "q.jsonl", [question])
+    with pytest.raises(ValueError, match=says):
+        AnswerFile(tmp_path / "q.jsonl", tmp_path, tmp_path / "a.jsonl", "my_model")
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_the_published_relative_score_is_rounded_only_over_several_runs(tmp_path, capsys):
