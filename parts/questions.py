@@ -13,7 +13,7 @@ from functools import cache
 
 from tqdm import tqdm
 
-from parts.files import read_json, read_lines, typed, write_lines
+from parts.files import read_json, read_lines, write_lines
 from parts.pictures import image_path, image_problem, load_image
 from parts.records import image_names
 from parts.scoring import id_of, typed_fields
@@ -30,8 +30,12 @@ def read_questions(path, folder):
         where = f"{path}[{i}]"
         where = f"{where} (id {id_of(question, 'question_id', where)})"
         typed_fields(question, where, text=str)
-        for name in typed(image_names(question), list, f"{where}: image"):
-            problem = problem_of(folder, typed(name, str, f"{where}: image"))
+        try:
+            names = image_names(question)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        for name in names:
+            problem = problem_of(folder, name)
             if problem:
                 raise ValueError(f"{where}: {problem}")
     if not questions:
