@@ -311,7 +311,8 @@ KINDS = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"),
 KIND_OF = {theirs: kind for kind, (theirs, _) in KINDS.items()} | {kind: kind for kind in KINDS}
 KIND_OF["llava"] = "llama"       # v1
 OUR_ASPECT = {"square": "crop", "pad": "pad", "anyres": "anyres"}    # of image_aspect_ratio
-ORIGINAL_ASPECT = {"crop": "square", "pad": "pad", "anyres": "anyres", "anyres_hf": "anyres"}
+ORIGINAL_ASPECT = {"crop": "square", "pad": "pad", "anyres": "anyres", "anyres_hf": "anyres",
+                   "anyres_4": "anyres"}
 
 
 def check_setting(folder, name, found, allowed):

@@ -25,7 +25,7 @@ from model import IGNORE
 from parts.files import run_command, run_main
 from parts.pictures import open_image
 from parts.ranks import TRAINING
-from parts.views import view_of
+from parts.views import TILINGS, view_of
 
 MAP_SIDE = 448           # pixels of a map's longer side
 
@@ -285,7 +285,7 @@ class TilesConfig:
     out: str                             # picture to write
     aspect: str = "anyres"               # LLaVA-NeXT's; hd is LLaVA-1.5-HD's
 
-    CHOICES = {"aspect": ["anyres", "anyres_hf", "hd", "hd_tiles"]}
+    CHOICES = {"aspect": list(TILINGS)}
 
 
 def draw_tiles(config):

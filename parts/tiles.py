@@ -133,6 +133,10 @@ NEXT = Tiling(
     global_picture="stretched",
     rule="original")
 
+# The grids of Diss. Sec. 4.7 itself.
+UP_TO_FOUR = ((672, 672), (336, 672), (336, 1008), (336, 1344), (672, 336), (1008, 336),
+              (1344, 336))
+
 # Diss. Sec. 4.3: tiles of 224 pixels and a global picture, resized and padded, which the ablation
 # leaves out (HD._replace(global_picture=None)). Neither code nor weights were released. OURS: all
 # grids of up to six tiles, chosen and unpadded as in NeXT; padded with CLIP's mean, as LLaVA-1.5.

@@ -12,7 +12,16 @@ from PIL import Image
 
 from parts import tiles
 
-ASPECTS = ("crop", "pad", "anyres", "anyres_hf", "hd", "hd_tiles")
+TILINGS = {
+    "anyres": tiles.NEXT,
+    "anyres_hf": tiles.NEXT._replace(rule="hf"),         # as transformers tiles, where it differs
+    "anyres_4": tiles.NEXT._replace(pinpoints=tiles.UP_TO_FOUR),
+    "hd": tiles.HD,
+    # COURSE: tiles without the picture of the whole (Diss. Sec. 4.4)
+    "hd_tiles": tiles.HD._replace(global_picture=None),
+    "hd_448": tiles.HD._replace(pinpoints=((448, 448),)),    # each picture in 2 x 2 tiles
+}
+ASPECTS = ("crop", "pad", *TILINGS)
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_PADDED = 8192                        # pixels; a larger picture shrinks when it is padded
@@ -90,15 +99,9 @@ class View(NamedTuple):
 
 def view_of(aspect, size, patch):
     """The View of an aspect for a g of that size."""
-    tiling = None
-    if aspect.startswith("anyres"):
-        tiling = tiles.NEXT.at(size, patch)
-    if aspect.startswith("hd"):
-        tiling = tiles.HD.at(size, patch)
-    if aspect == "anyres_hf":            # as transformers tiles, where it differs
-        tiling = tiling._replace(rule="hf")
-    if aspect == "hd_tiles":             # COURSE: without the global picture (Diss. Sec. 4.4)
-        tiling = tiling._replace(global_picture=None)
+    tiling = TILINGS.get(aspect)
+    if tiling:
+        tiling = tiling.at(size, patch)
     return View(aspect, size, patch, tiling)
 
 

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.image_processing_utils import select_best_resolution
 
 from parts.tiles import HD, MEAN_COLOUR, NEWLINE, NEXT, Tiling, cut_tiles, tile_index
-from parts.views import CLIP_MEAN, preprocess
+from parts.views import CLIP_MEAN, preprocess, view_of
 
 HF = NEXT._replace(rule="hf")
 ALONE = HD._replace(global_picture=None)          # the ablation: tiles without a global picture
@@ -213,3 +213,12 @@ def test_the_map_shows_the_picture(tiling):
         want = patch_means(canvas)[np.ix_(plan.rows, plan.columns)]
         np.testing.assert_allclose(shown[:, :-1], want)
         assert (shown[:, -1] == NEWLINE).all(), "a row does not end in newline"
+
+
+@pytest.mark.parametrize("aspect, size, grid", [
+    ("anyres", (1344, 336), (3, 1)), ("anyres_4", (1344, 336), (4, 1)),
+    ("anyres_4", (300, 2000), (1, 4)), ("hd", (900, 200), (5, 1)), ("hd_448", (900, 200), (2, 2))])
+def test_the_texts_grids_and_a_pinned_one(aspect, size, grid):
+    """Diss. Sec. 4.7: 2x2, 1x{2,3,4} and {2,3,4}x1 tiles; Diss. Sec. 4.4: HD at 448 x 448."""
+    side = 224 if aspect.startswith("hd") else 336
+    assert view_of(aspect, side, 14).tiling.plan(*size).grid == grid
