@@ -92,14 +92,16 @@ def read_prompts(folder=PROMPTS):
         shots = []                                  # as released, 2, 3 and 3 of them (Sec. 3)
         for path in sorted(Path(folder, kind).glob("*_caps.txt")):
             response = path.with_name(path.name.replace("_caps", "_conv"))
-            shots.append((path.read_text(), response.read_text()))
-        prompts[kind] = Path(folder, kind, "system_message.txt").read_text(), shots
+            shots.append((files.read_text(path), files.read_text(response)))
+        prompts[kind] = files.read_text(Path(folder, kind, "system_message.txt")), shots
+    if not detail_questions(folder):
+        raise ValueError(f"{folder}/detail_instructions.txt: one question a line is needed")
     return prompts
 
 
 def detail_questions(folder=PROMPTS):
     """Ways to ask for a detailed description: ours are 16, the paper has its own list."""
-    return Path(folder, "detail_instructions.txt").read_text().strip().splitlines()
+    return files.read_text(Path(folder, "detail_instructions.txt")).strip().splitlines()
 
 
 def context_text(kind, context):
@@ -332,8 +334,8 @@ def expanded_pairs(config):
     questions = files.brief_instructions()
     for image, caption in annotations.read_caption_pairs(config.pairs, config.columns):
         if not caption or "://" in image:           # CC3M's file has addresses
-            raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; download the "
-                             "pictures and name the files; a caption has words")
+            raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; the name of a "
+                             "picture that is downloaded, and words are needed")
         turns = conversation([(rng.choice(questions), caption)], rng)
         yield {"id": Path(image).stem, "image": image, "conversations": turns}
 

@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import requests
 from requests import exceptions
@@ -66,7 +67,8 @@ class Endpoint:
     def __post_init__(self):
         check_least(self, temperature=0, max_tokens=1, workers=1, rpm=0, timeout=0.001, attempts=1,
                     max_wait=0, show=0, price_in=0, price_out=0)
-        if re.search(r"[@?#]", self.base_url):           # it is written into files and messages
+        address = urlsplit(self.base_url)                 # it is written into files and messages
+        if "@" in address.netloc or address.query or address.fragment:
             raise ValueError("--base_url: an address without user, password or parameters is "
                              "needed; a key belongs into OPENAI_API_KEY")
 
@@ -302,8 +304,8 @@ def ask(base_url, body, timeout=120):
 def read_body(response, key):
     """The JSON value of a response, or its text if it is none; the key is masked in it.
 
-    Raises TryAgain if it is too long. A key of a few letters is none, but what a server without
-    keys is given.
+    Raises TryAgain if it is too long. A word, or a few letters, is no key, but what a server
+    without keys is given: it stays, for answers may have it.
     """
     content = bytearray()
     for part in response.iter_content(2 ** 16):
@@ -313,7 +315,7 @@ def read_body(response, key):
     text = content.decode("utf-8-sig", "replace") or response.headers.get("Location", "")
     with suppress(ValueError, RecursionError):            # written anew, a key has one spelling
         text = json.dumps(json.loads(text, parse_int=lambda digits: int(digits[:20])))
-    if len(key) >= 8:
+    if len(key) >= 8 and not key.isalpha():
         text = text.replace(json.dumps(key)[1:-1], "OPENAI_API_KEY")
     try:
         return json.loads(text)

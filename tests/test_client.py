@@ -280,6 +280,13 @@ def test_the_key_is_sent_but_never_written(serve, tmp_path, monkeypatch, capfd, 
     assert "secret" not in files + "".join(capfd.readouterr()) + str(raised.value), "half a key"
 
 
+def test_a_word_that_stands_for_a_key_stays_in_answers(serve, monkeypatch):
+    """Servers without keys are given one like it, and a word may be part of any answer."""
+    monkeypatch.setenv("OPENAI_API_KEY", "anything")
+    url, _ = serve(reply=[200, completion("Is anything red?")])
+    assert client.content_of(client.ask(url, make_requests(1)[0].body)) == "Is anything red?"
+
+
 @pytest.mark.parametrize("key", ["sk-SECRET\n123", "sk-SECRÉT"])
 def test_a_key_that_no_header_holds_is_an_error_without_it(serve, monkeypatch, key):
     """And so is one in an address, which would be written into files and messages."""
