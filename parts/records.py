@@ -106,7 +106,14 @@ class Records:
 
 
 def image_names(record):
-    """The names of a sample's pictures: none, one, or several. ValueError for anything else."""
+    """The names of the pictures of a sample or a question: none, one, or several.
+
+    Raises ValueError for anything else in "image", and for media that stand under another key.
+    """
+    unread = unread_keys(record, "image")
+    if unread:
+        raise ValueError(f"{unread[0]!r} is not read; file names of pictures, and nothing else, "
+                         "go in 'image'")
     images = record.get("image")
     if images is None or images == "":
         return []
@@ -121,9 +128,6 @@ def record_problem(record, folder):
     if not isinstance(record, dict):
         kind = type(record).__name__
         return f"a {kind} where an object with id, image and conversations belongs"
-    unread = unread_keys(record, "image")
-    if unread:
-        return f"{unread[0]!r} is not read; file names of pictures, and nothing else, go in 'image'"
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         return "no conversations; a list of {from, value} turns is needed"

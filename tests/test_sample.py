@@ -310,6 +310,7 @@ def test_two_processes_do_not_write_one_file(ask_file, tmp_path):
     ({"question_id": "torn", "image": "text.png", "text": "?"}, r"\(id torn\).*text\.png"),
     ({"question_id": "out", "image": "../x.png", "text": "?"}, r"\.\./x\.png.*leaves"),
     ({"question_id": "mute", "image": "0_0.tiff"}, "text"),
+    ({"question_id": "clip", "video": "a.mp4", "text": "?"}, r"\(id clip\).*'video' is not read"),
     ({"text": "?"}, "question_id")])
 def test_a_bad_question_is_named_before_any_is_asked(bad, error, ask_file, chats, tmp_path):
     """File, index, id, and what is wrong with it."""
