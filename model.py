@@ -197,9 +197,8 @@ class LLaVA(nn.Module):
         """
         logits = logits.float()
         logits[:, self.image_id] = -torch.inf
-        if not logits.amax(-1).isfinite().all():          # of NaN and others, the maximum is NaN
-            raise ValueError("the language model's logits are not finite: a weight is NaN or "
-                             "infinite, or --dtype fp16 is too small for them; try bf16 or fp32")
+        best = logits.amax(-1)                            # NaN where any of a row is
+        checkpoints.check_finite({"logits": best}, "no word can be drawn (fp16? try bf16 or fp32)")
         return sample_id(logits, **sampling)                              # (B,)
 
     def has_ended(self, ids, stop):
