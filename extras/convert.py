@@ -201,6 +201,8 @@ def add_lora(table, folder):
             raise ValueError(f"{path}: {key} is {lora[key]!r}; only plain LoRA can be merged")
     r = typed(lora.get("r"), int, f"{path}: r")
     alpha = typed(lora.get("lora_alpha"), float, f"{path}: lora_alpha")
+    if r < 1:
+        raise ValueError(f"{path}: r is {r}; a rank of 1 or more is needed")
     scale = alpha / (math.sqrt(r) if lora.get("use_rslora") else r)
     path = next(folder.glob("adapter_model.*"), folder / "adapter_model.safetensors")
     found = {PEFT_PREFIX.sub("", key): value for key, value in load_tensors(path).items()}

@@ -526,7 +526,7 @@ def test_a_setting_that_would_be_another_model_is_refused(tmp_path, change, word
 
 
 @pytest.mark.parametrize("change", [
-    {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_alpha": "8"}])
+    {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_alpha": "8"}, {"r": 0}])
 def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path, change):
     """A merge that leaves half of an adapter out gives a model that nobody trained."""
     parts = Parts(tmp_path)
