@@ -137,10 +137,15 @@ def absence(folder, name):
     path = os.path.join(folder, name)
     if os.path.islink(path):
         return f"image {name!r} is a link to {os.readlink(path)}, which is not there"
+    return f"image {name!r} is not in {folder}{what_is_there(folder, name)}"
+
+
+def what_is_there(folder, name):
+    """The end of a message on a name with folders in it: whether it is there without them."""
     base = os.path.basename(name.replace("\\", "/"))
     if base != name and os.path.isfile(os.path.join(folder, base)):
-        return f"image {name!r} is not in {folder}, but {base} is; names are relative to --images"
-    return f"image {name!r} is not in {folder}"
+        return f"; {base} is there"
+    return ""
 
 
 # -----------------------------------------------------------------------------
@@ -162,8 +167,8 @@ def image_path(folder, name):
         wanted = os.path.relpath(wanted, folder)
     *parents, base = os.path.normpath(wanted).split(os.sep)
     if ".." in (*parents, base):         # normpath leaves it at the head alone
-        raise ValueError(f"image {name!r} leaves the image folder {folder}; "
-                         "names are relative to --images")
+        raise ValueError(f"image {name!r} leaves the image folder {folder}; names are relative to "
+                         f"--images{what_is_there(folder, name)}")
     path = os.path.join(folder, wanted)
     if os.path.lexists(path):
         return path

@@ -154,9 +154,9 @@ def test_what_is_not_found_is_said_with_what_is_there(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "2.jpg")
     (tmp_path / "images" / "3.jpg").symlink_to("gone.jpg")
     for name, says in (("../1.jpg", "leaves the image folder"), ("..\\1.jpg", "leaves"),
-                       (str(tmp_path / "1.jpg"), "leaves"), ("C:\\data\\2.jpg", "but 2.jpg is"),
-                       ("coco/2.jpg", "but 2.jpg is"), ("3.jpg", "a link to gone.jpg"),
-                       ("4.jpg", "is not in"), ("a\0b.jpg", "null"), ("x" * 300, "too long")):
+                       (str(tmp_path / "1.jpg"), "leaves"), ("C:\\data\\2.jpg", "; 2.jpg is there"),
+                       ("coco/2.jpg", "; 2.jpg is there"), ("/data/2.jpg", "; 2.jpg is there"),
+                       ("3.jpg", "a link to gone.jpg"), ("4.jpg", "is not in"), ("a\0b.jpg", "null"), ("x" * 300, "too long")):
         assert says in image_problem(tmp_path / "images", name), name
 
 
