@@ -5,7 +5,9 @@ The concept filter of CC3M: 3M image-caption pairs to 595K that cover all concep
 
     captions --noun phrases--> how often each occurs --from the rarest up--> which pairs stay
 
-It writes pairs.tsv, which `generate_data.py expand` reads, metadata.json and coverage.png.
+Noun phrases are found by spaCy, as in the paper, where its en_core_web_sm is installed, and else by
+a rough finder of our own. pairs.tsv is what `generate_data.py expand` reads; metadata.json has the
+counts, coverage.png shows them.
 """
 import re
 from array import array
