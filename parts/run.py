@@ -153,7 +153,7 @@ class Run:
             facts = self.facts()
             facts |= {"step": step, "parts": self.digests(unfinished, os.listdir(unfinished))}
             if self.machine.rank == 0:
-                write_json(unfinished / "state.json", facts)
+                write_json(unfinished / "state.json", facts, indent=None)
                 shutil.rmtree(path, ignore_errors=True)
                 unfinished.rename(path)
         self.drop_old_states(folder)
@@ -179,8 +179,11 @@ class Run:
 
         Raises ValueError for a state of other flags, data or weights, or that is damaged.
         """
-        if self.writes:
-            read_lines(self.log_file, repair=True)       # a kill may have torn the last line
+        if self.writes:                  # a kill may have torn the log's last line
+            for number, record in enumerate(read_lines(self.log_file, repair=True), 1):
+                where = f"{self.log_file}: line {number}"
+                typed(record.get("step"), int, f"{where}: step")
+                typed(record.get("loss", record.get("val_loss")), float, f"{where}: loss")
         folder = self.out / "train_state"
         states = saved_states(folder)
         if not states or not self.resumes:
@@ -459,8 +462,8 @@ def dry_run(take_step, micro, accumulated, machine):
     lines = [f"{n} at once: {peak / 1e9:.2f} GB at the peak" for n, peak in peaks.items()]
     fitting = [n for n in divisors(share)
                if n < too_large and extrapolate(peaks, n) <= 0.9 * memory]
-    advice = ("nothing fits: --checkpoint_activations all, --shard over more devices, --offload, "
-              "or adapters (--lora_rank)")
+    advice = ("nothing fits: --checkpoint_activations all, --shard over more devices, or adapters "
+              "(--lora_rank)")
     if fitting:
         advice = f"take --micro_batch_size {fitting[-1]}"
     return [*lines, f"{memory / 1e9:.2f} GB are here, of which a tenth stays free", advice]

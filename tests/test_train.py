@@ -491,14 +491,15 @@ def damage(state, how):
         content[len(content) // 2:] = bytes(len(content) - len(content) // 2)
         part.write_bytes(content)
     else:
-        part.write_text(json.dumps(json.loads(part.read_text()) | {"step": "8"}))
+        part.write_text(json.dumps(lines(part)[0] | {"step": "8"}))
 
 
 @pytest.mark.parametrize("how, says", [
     ("no __0_0.distcp", "is damaged: __0_0.distcp"), ("no .metadata", "is damaged: .metadata"),
     ("zeroed __0_0.distcp", "is damaged: __0_0.distcp"),
     ("no state.json", "state.json: no such file"), ("zeroed state.json", "state.json"),
-    ("wrong state.json", "state.json: step: '8' where a whole number belongs")])
+    ("wrong state.json", "state.json: step: '8' where a whole number belongs"),
+    ("wrong ../../log.jsonl", "log.jsonl: line 1: step: '8' where a whole number belongs")])
 def test_a_damaged_state_is_named(how, says, flags, straight, tmp_path):
     """A part that is missing or zeroed would go on with other weights, and exit status 0."""
     shutil.copytree(straight(1), tmp_path / "out")
