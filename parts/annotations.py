@@ -112,10 +112,10 @@ def coco_records(captions, instances, counts):
         caption = row.get("caption")
         if key not in images:
             counts["captions of no image"] += 1
-        elif caption is None:
+        elif caption is None or not typed(caption, str, f"{where}: caption").strip():
             counts["captions that are empty"] += 1
         else:
-            sentences[key].append(typed(caption, str, f"{where}: caption"))
+            sentences[key].append(caption)
     if not sentences:
         raise ValueError(f"{captions}: none of its captions is of one of its {len(images)} images; "
                          "COCO's captions_*.json, or JSON lines, are needed")
@@ -123,8 +123,12 @@ def coco_records(captions, instances, counts):
     counts["images without captions"] += len(images) - len(sentences)
     for key, row in images.items():
         if key in sentences:
-            yield {"id": Path(row["file_name"]).stem, "image": row["file_name"],
-                   "captions": sentences[key], "instances": boxes.get(key, [])}
+            yield {
+                "id": Path(row["file_name"]).stem,
+                "image": row["file_name"],
+                "captions": sentences[key],
+                "instances": boxes.get(key, []),
+            }
 
 
 def coco_boxes(images, instances, counts):
@@ -141,21 +145,28 @@ def coco_boxes(images, instances, counts):
             continue
         if category is None:
             raise ValueError(f"{where}: no category has its category_id {row['category_id']}")
-        x, y, w, h = four_numbers(row.get("bbox"), f"{where}: bbox")
-        size = [image.get("width"), image.get("height")]
-        width, height = (typed(side, float, f"{where}: a side of its image") for side in size)
-        if w == 0 or h == 0:
+        corners = corners_of(row, image, where)
+        if corners is None:
             counts["boxes without area"] += 1
-        elif width > 0 and height > 0:
-            corners = [x / width, y / height, (x + w) / width, (y + h) / height]
-            boxes[id_value(image, "id", where)].append(
-                {"category": category, "bbox": corners, "annotation": where})
         else:
-            raise ValueError(f"{where}: its image has {width} x {height} pixels")
+            key = id_value(image, "id", where)
+            boxes[key].append({"category": category, "bbox": corners, "annotation": where})
     if not boxes:
         raise ValueError(f"{instances}: none of its boxes is of a picture with captions; the two "
                          "files of one split are needed")
     return boxes
+
+
+def corners_of(row, image, where):
+    """A box as [x1, y1, x2, y2], fractions of its image, or None if it has no area."""
+    x, y, w, h = four_numbers(row.get("bbox"), f"{where}: bbox")
+    width = typed(image.get("width"), float, f"{where}: the width of its image")
+    height = typed(image.get("height"), float, f"{where}: the height of its image")
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{where}: its image has {width} x {height} pixels")
+    if w == 0 or h == 0:
+        return None
+    return [x / width, y / height, (x + w) / width, (y + h) / height]
 
 
 # --------------------------------------------------------------------------------------------------
