@@ -81,12 +81,8 @@ def original_names(names, mlp, tower):
     prefixes = PREFIXES | (MLP if mlp else LINEAR)
     if tower:
         prefixes |= TOWER
-    found = {}
-    for name in names:
-        for ours, theirs in prefixes.items():
-            if name.startswith(ours):
-                found[name] = theirs + name.removeprefix(ours)
-    return found
+    return {name: theirs + name.removeprefix(ours) for name in names
+            for ours, theirs in prefixes.items() if name.startswith(ours)}
 
 
 # -----------------------------------------------------------------------------
@@ -256,16 +252,12 @@ def load_original_tokenizer(folder):
         return checkpoints.load_tokenizer(alone)
 
 
-class Source(NamedTuple):
-    """What --model is, put together with its base."""
-    table: dict                  # under the original's names
-    config_folder: Path          # where its config.json is
-    tokenizer_folder: Path
-    stage: int                   # that made it
-
-
 def find_source(args, folder):
-    """The `Source` of a folder: a whole model, or a part of one and --llm under it."""
+    """What --model is, put together with its base, --llm, where it is only a part.
+
+    Returns (table under the original's names, the folder of its config.json, that of its tokenizer,
+    the stage that made it).
+    """
     files = weight_files(folder)
     is_lora = has_file(folder, "adapter_config.json")
     rest = folder / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
@@ -283,7 +275,7 @@ def find_source(args, folder):
     if part == "a whole model":
         if args.llm:
             raise ValueError(f"{folder} is {part}: leave out --llm, or say --delta if it is one")
-        return Source(table_of(files), folder, folder, 2)
+        return table_of(files), folder, folder, 2
     if not args.llm:
         raise ValueError(f"{folder} is {part} without its base: pass --llm, the language model "
                          "that it was trained on")
@@ -300,7 +292,7 @@ def find_source(args, folder):
         table = add_lora(table, folder)
     config_folder = folder if has_file(folder, "config.json") else base
     tokenizer_folder = folder if has_file(folder, "tokenizer_config.json") else base
-    return Source(table, config_folder, tokenizer_folder, 1 if part == "a projector" else 2)
+    return table, config_folder, tokenizer_folder, 1 if part == "a projector" else 2
 
 
 # -----------------------------------------------------------------------------

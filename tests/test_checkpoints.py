@@ -22,7 +22,6 @@ from model import IGNORE, IMAGE, LLaVA
 from parts import checkpoints
 from parts.decoders import decoder_for
 from parts.engine import Engine
-from parts.gated import gate
 from parts.templates import TEMPLATES, chat_template
 from parts.views import ASPECTS, view_from, view_of
 
@@ -112,7 +111,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("projector, aspect", MEMBERS)
 def test_transformers_computes_what_we_compute(projector, aspect, tmp_path):
     """Sec. 4.1, Diss. Sec. 4.3, 4.7: our folder there, with pixels of its own processor: logits,
-    loss, gradients to 1e-5, and greedy answers to three prompts padded on the left."""
+    loss and gradients to 1e-5."""
     ours = see(tiny_llava(projector=projector), aspect)
     ours.save_pretrained(tmp_path)
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
@@ -129,16 +128,6 @@ def test_transformers_computes_what_we_compute(projector, aspect, tmp_path):
     mine = ours.W if projector == "linear" else ours.W[0]
     grad = theirs.model.multi_modal_projector.linear_1.weight.grad
     torch.testing.assert_close(mine.weight.grad, grad, atol=1e-5, rtol=1e-4)
-
-    samples = [sample(ours, [f"{IMAGE}\n{'Why? ' * k}"], [PICTURES[k]]) for k in range(3)]
-    batch, mask = batch_of(ours, samples, side="left")
-    del batch["labels"]
-    out = theirs.generate(input_ids=batch["input_ids"], attention_mask=mask, max_new_tokens=12,
-                          do_sample=False, suppress_tokens=[ours.image_id],
-                          **pixels_of(tmp_path, PICTURES[:3]))
-    want = [ours.to_text(row) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
-    assert ours.generate(**batch, attention_mask=mask, max_new_tokens=12) == want
-    assert any(want), "no model said anything, so that this test says nothing"
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])
@@ -166,16 +155,6 @@ def test_the_processor_in_the_folder_makes_our_ids_and_pixels(template, aspect, 
         assert torch.equal(theirs["input_ids"], ours["input_ids"]), f"{image.size}: other ids"
         X_v = theirs["pixel_values"].flatten(0, -4)
         assert torch.equal(X_v, ours["X_v"]), f"{image.size}: other pixels than we train on"
-
-
-def test_the_chat_template_of_stage_1_has_images_alone():
-    """As data.render: `plain` knows no question."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = chat_template(TEMPLATES["plain"])
-    turn = {"role": "user", "content": f"{IMAGE}\nWhat?"}
-    assert tokenizer.apply_chat_template([turn], tokenize=False) == IMAGE
-    with pytest.raises(Exception, match="system message of this model is fixed"):
-        tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}])
 
 
 @pytest.mark.parametrize("family, tied", FAMILIES)
@@ -278,17 +257,6 @@ def test_save_and_load_is_bit_exact(family, tied, aspect, dtype, tmp_path):
                  "preprocessor_config.json"):
         same = (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert same, f"{name} changes when it is saved again"
-
-
-def test_a_gated_tower_comes_back_under_a_name_that_no_other_program_knows(tmp_path):
-    """REACT's blocks: transformers would leave them out, and run another model."""
-    model = tiny_llava()
-    gate(model.g, 2)
-    torch.nn.init.ones_(model.g.encoder.layers[-1].gated.alpha_attn)
-    model.save_pretrained(tmp_path)
-    assert_same(model, LLaVA.from_pretrained(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == ["GatedLlavaForConditionalGeneration"]
 
 
 def test_a_sharded_folder_loads_equally_strictly_and_under_any_name(saved):
