@@ -1,0 +1,205 @@
+"""200 mutated inputs for each command that reads files without a GPU: a result or a clear error,
+never another exception, and never another result where a mutation leaves the meaning."""
+import copy
+import gzip
+import importlib
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import test_retrieve
+
+clip = test_retrieve.clip
+OTHERS = [None, True, False, 0, -1, 2.5, 10 ** 30, math.nan, math.inf, "", "x", "a\0b", "\ud83d",
+          [], {}, [None], {"a": [1]}]
+
+
+def rows(**fields):
+    """Three records; "#" in a text stands for a record's number, and "ID" for the number itself."""
+    text = json.dumps(fields)
+    return [json.loads(text.replace('"ID"', i).replace("#", i)) for i in "789"]
+
+
+def by_id(**fields):
+    return dict(zip("789", rows(**fields), strict=True))
+
+
+PICTURES = rows(id="ID", file_name="#.jpg", width=200, height=100)
+VQA = rows(question_id="ID", image_id="ID", image="#.jpg", question="What is #?",
+           answers=[{"answer": "b"}] * 8 + [{"answer": "2"}] * 2, multiple_choice_answer="2")
+FILES = {
+    "chat.json": rows(id="ID", image="a.png", conversations=[
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is #."}]),
+    "contexts.jsonl": rows(id="ID", image="#.jpg", captions=["a bus #", "a dog"],
+                           instances=[{"category": "bus", "bbox": [0.1, 0.2, 0.5, 1]}]),
+    "captions.json": {"images": PICTURES, "annotations": rows(image_id="ID", caption="bus #")},
+    "boxes.json": {"images": PICTURES, "categories": [{"id": 6, "name": "bus"}],
+                   "annotations": rows(image_id="ID", category_id=6, bbox=[20, 25, 80, 75])},
+    "pairs.jsonl": rows(image="a.png", caption="a red dog on a bench #"),
+    "pairs.tsv": "".join(f"a.png\ta red dog on a bench {i}\n" for i in "789"),
+    "pid_splits.json": {"test": list("789"), "train": list("789")},
+    "problems.json": by_id(question="Which #?", choices=["red", "blue"], answer=1, hint="",
+                           image=None, subject="natural science", grade="grade#", lecture="L.",
+                           solution="S."),
+    "reviews.jsonl": rows(question_id="ID", category="conv", tuple=[8, "ID"], judge="j"),
+    "answers.jsonl": rows(question_id="ID", prompt="What is #?", text="B"),
+    "random.jsonl": rows(question_id="ID", image="#.jpg", text="What is #?", category="random",
+                         label="yes"),
+    "two.jsonl": [{"question_id": f"count/{i}.jpg", "prompt": f"Is it {j}?", "text": "Yes"}
+                  for i in "78" for j in "12"],
+    "count.txt": "".join(f"{i}.jpg\tIs it {j}?\tYes\n" for i in "78" for j in "12"),
+    "sheet.tsv": "index\tA\tB\tanswer\n" + "".join(f"{i}\tx\ty\tB\n" for i in "789"),
+    "seed.json": {"question_type": {"Scene": 1}, "questions": rows(
+        question_id="ID", question_type_id=1, data_type="image", answer="B")},
+    "vqa.json": {"annotations": VQA, "data": VQA, "questions": VQA},
+    "vizwiz.json": VQA,
+    "gqa.json": by_id(imageId="#", question="Q?", answer="b", isBalanced=True,
+                      types={"structural": "query"}),
+    "mmmu.json": rows(id="#", question_type="multiple-choice", answer="B", options="['x', 'y']"),
+    "math.json": by_id(question_type="multi_choice", answer_type="text", answer="2",
+                       choices=["x", "2"]),
+    "choices.json": rows(image_id="ID", question="Q?", choices=["x", "2"], correct_choice_idx=1),
+    "regions.json": rows(image="#.jpg", width=99, height=50, phrase="thing #", box=[9, 9, 20, 30])}
+INSTRUCT = "generate_data instruct --out out --mix conversation=1 --base_url URL --captions"
+INDEX = "retrieve index --clip CLIP --images . --out out --workers 0 --device cpu --corpus"
+ANSWERS = "--json out --answers answers.jsonl --labels"
+COMMANDS = f"""
+    data check chat.json --images . --workers 0 --llm LLM
+    {INSTRUCT} contexts.jsonl
+    {INSTRUCT} captions.json --instances boxes.json
+    generate_data expand --out out --pairs pairs.jsonl
+    generate_data expand --out out --pairs pairs.tsv
+    eval score scienceqa {ANSWERS} .
+    eval scienceqa_data --out out --labels .
+    eval score llava_bench --json out --reviews reviews.jsonl
+    benchmarks score pope {ANSWERS} random.jsonl --questions random.jsonl
+    benchmarks score mme --json out --answers two.jsonl --labels count.txt
+    benchmarks score mmbench {ANSWERS} sheet.tsv
+    benchmarks score seed_bench {ANSWERS} seed.json
+    benchmarks score vqav2 {ANSWERS} vqa.json
+    benchmarks score textvqa {ANSWERS} vqa.json
+    benchmarks score vizwiz {ANSWERS} vizwiz.json --questions random.jsonl
+    benchmarks score gqa {ANSWERS} gqa.json
+    benchmarks score mmmu {ANSWERS} mmmu.json
+    benchmarks score mathvista {ANSWERS} math.json
+    academic --out out --questions vqa.json --annotations vqa.json
+    academic --out out --questions gqa.json
+    academic --out out --questions choices.json
+    academic --out out --questions regions.json
+    concept_filter --finder light --least 1 --out out --pairs pairs.jsonl
+    {INDEX} pairs.jsonl
+    {INDEX} pairs.tsv""".strip().splitlines()
+
+
+def places(value):
+    """Yield (container, key) of all that a value holds."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places(value[key])
+
+
+def as_another_type(value, rng):
+    """A value as another tool would write it."""
+    if isinstance(value, bool):
+        return rng.choice([str(value).lower(), int(value)])
+    if isinstance(value, int):
+        return rng.choice([str(value), float(value)])
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def changed_value(value, rng):
+    """Replace, drop, double or nest one thing in a value, in place. Is its meaning the same?"""
+    container, key = rng.choice(list(places(value)))
+    way = rng.choice(["other", "type", "type", "drop", "double", "nest"])
+    if way == "drop":
+        del container[key]
+    elif way == "double" and isinstance(container, dict):
+        container[f"{key}\1"] = rng.choice(OTHERS)       # \1 is taken away when it is text
+        return True
+    elif way == "double":
+        container.append(container[key])
+    else:
+        others = {"other": rng.choice(OTHERS), "nest": [container[key]],
+                  "type": as_another_type(container[key], rng)}
+        container[key] = others[way]
+    return way == "type"
+
+
+def changed_bytes(content, rng):
+    """(bytes that are cut, flipped, nested, or encoded in another way, do they mean the same?)"""
+    at = rng.randrange(len(content))
+    before, byte, behind = content[:at], content[at], content[at + 1:]
+    return rng.choice([
+        (before, False), (before + b"[" * 5000, False), (b"[" * 5000, False),
+        (before + bytes([byte ^ 1 << rng.randrange(8)]) + behind, False),
+        (before + b"\xe9" + behind, False), (content.replace(b"\t", b"", 1), False),
+        (b"\xef\xbb\xbf" + content, True), (content.replace(b"\n", b"\r\n"), True),
+        (content.decode().encode("utf-16"), True), (gzip.compress(content), True)])
+
+
+def as_bytes(file, value):
+    if isinstance(value, str):
+        return value.encode()
+    values = value if file.endswith("jsonl") else [value]
+    return "\n".join(map(json.dumps, values)).replace("\\u0001", "").encode()
+
+
+def result_of(main, argv, capsys):
+    """What a command writes or prints; None after an error with words of its own."""
+    shutil.rmtree("out") if Path("out").is_dir() else Path("out").unlink(missing_ok=True)
+    try:
+        main(argv)
+    except (ValueError, OSError, SystemExit) as error:
+        is_ours = type(error) is ValueError or not isinstance(error, ValueError)
+        assert is_ours and str(error), f"{type(error).__name__}: {error}, which names no file"
+        return None
+    printed = capsys.readouterr().out
+    for name in ("out/instruct.json", "out/pairs.tsv", "out/pairs.jsonl", "out"):
+        if Path(name).is_file():
+            return Path(name).read_text()
+    return printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", map(str.strip, COMMANDS))
+def test_no_input_ends_in_a_traceback_or_changes_a_result_in_silence(
+        command, parts, clip, serve, tmp_path, monkeypatch, capsys):
+    """Values of other types, keys dropped or doubled, cut and flipped files, other encodings."""
+    values = {"CLIP": clip, "LLM": f"{parts}/llm"}
+    if "URL" in command:
+        values["URL"] = serve()[0]
+    module, *argv = [values.get(word, word) for word in command.split()]
+    folder = "" if module in ("data", "eval", "generate_data") else "extras."
+    main = importlib.import_module(folder + module).main
+    used = [file for file in FILES if file in argv]
+    if "." in argv[-1:]:                                 # ScienceQA's folder
+        used += ["problems.json", "pid_splits.json"]
+    contents = {file: as_bytes(file, FILES[file]) for file in used}
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("a.png").write_bytes(test_retrieve.png())
+    for file, content in contents.items():
+        Path(file).write_bytes(content)
+    want = result_of(main, argv, capsys)
+    assert want, "it fails without any mutation"
+    rng = random.Random(command)
+    forms = [other for other in COMMANDS if other.split()[:3] == command.split()[:3]]
+    for _ in range(200 // len(forms)):                   # 200 for all forms of one input
+        file = rng.choice(used)
+        value = copy.deepcopy(FILES[file])
+        if isinstance(value, str) or rng.random() < 0.3:
+            content, is_same = changed_bytes(contents[file], rng)
+        else:
+            is_same = changed_value(value, rng)
+            content = as_bytes(file, value)
+        Path(file).write_bytes(content)
+        try:
+            found = result_of(main, argv, capsys)
+        except Exception as error:
+            raise AssertionError(f"{file}: {content[:2000]}") from error
+        assert not is_same or found in (None, want), f"{file}: {content[:2000]}: {found}"
+        Path(file).write_bytes(contents[file])
