@@ -20,16 +20,20 @@ OTHERS = [None, True, False, 0, -1, 2.5, 10 ** 30, math.nan, math.inf, "", "x", 
 def rows(**fields):
     """Three records; "#" in a text stands for a record's number, and "ID" for the number itself."""
     text = json.dumps(fields)
-    return [json.loads(text.replace('"ID"', i).replace("#", i)) for i in "789"]
+    return [json.loads(text.replace('"ID"', i).replace("#", i)) for i in "012"]
 
 
 def by_id(**fields):
-    return dict(zip("789", rows(**fields), strict=True))
+    return dict(zip("012", rows(**fields), strict=True))
 
 
 PICTURES = rows(id="ID", file_name="#.jpg", width=200, height=100)
-VQA = rows(question_id="ID", image_id="ID", image="#.jpg", question="What is #?",
-           answers=[{"answer": "b"}] * 8 + [{"answer": "2"}] * 2, multiple_choice_answer="2")
+QUESTION = {"question_id": "ID", "image": "#.jpg", "question": "What is #?",
+            "answers": [{"answer": "b"}] * 8 + [{"answer": "2"}] * 2, "multiple_choice_answer": "2"}
+VQA = rows(**QUESTION, image_id="ID")
+ASKED = rows(question_id="ID", image="#.jpg", text="What is #?", label="yes")
+SPLITS = {split: row | {"category": split} for split, row in
+          zip(("random", "popular", "adversarial"), ASKED, strict=True)}
 FILES = {
     "chat.json": rows(id="ID", image="a.png", conversations=[
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is #."}]),
@@ -39,22 +43,24 @@ FILES = {
     "boxes.json": {"images": PICTURES, "categories": [{"id": 6, "name": "bus"}],
                    "annotations": rows(image_id="ID", category_id=6, bbox=[20, 25, 80, 75])},
     "pairs.jsonl": rows(image="a.png", caption="a red dog on a bench #"),
-    "pairs.tsv": "".join(f"a.png\ta red dog on a bench {i}\n" for i in "789"),
-    "pid_splits.json": {"test": list("789"), "train": list("789")},
+    "pairs.tsv": "".join(f"a.png\ta red dog on a bench {i}\n" for i in "012"),
+    "pid_splits.json": {"test": list("012"), "train": list("012")},
     "problems.json": by_id(question="Which #?", choices=["red", "blue"], answer=1, hint="",
                            image=None, subject="natural science", grade="grade#", lecture="L.",
                            solution="S."),
     "reviews.jsonl": rows(question_id="ID", category="conv", tuple=[8, "ID"], judge="j"),
     "answers.jsonl": rows(question_id="ID", prompt="What is #?", text="B"),
-    "random.jsonl": rows(question_id="ID", image="#.jpg", text="What is #?", category="random",
-                         label="yes"),
+    "yes.jsonl": rows(question_id="ID", prompt="What is #?", text="Yes"),
+    "asked.jsonl": list(SPLITS.values()),
+    **{f"{split}.jsonl": [row] for split, row in SPLITS.items()},
     "two.jsonl": [{"question_id": f"count/{i}.jpg", "prompt": f"Is it {j}?", "text": "Yes"}
-                  for i in "78" for j in "12"],
-    "count.txt": "".join(f"{i}.jpg\tIs it {j}?\tYes\n" for i in "78" for j in "12"),
-    "sheet.tsv": "index\tA\tB\tanswer\n" + "".join(f"{i}\tx\ty\tB\n" for i in "789"),
+                  for i in "01" for j in "12"],
+    "count.txt": "".join(f"{i}.jpg\tIs it {j}?\tYes\n" for i in "01" for j in "12"),
+    "sheet.tsv": "index\tquestion\tA\tB\tanswer\tcategory\tl2-category\n" + "".join(
+        f"{i}\tWhich?\tx\ty\tB\tc\tl\n" for i in "012"),
     "seed.json": {"question_type": {"Scene": 1}, "questions": rows(
         question_id="ID", question_type_id=1, data_type="image", answer="B")},
-    "vqa.json": {"annotations": VQA, "data": VQA, "questions": VQA},
+    "vqa.json": {"annotations": VQA, "data": rows(**QUESTION, image_id="#"), "questions": VQA},
     "vizwiz.json": VQA,
     "gqa.json": by_id(imageId="#", question="Q?", answer="b", isBalanced=True,
                       types={"structural": "query"}),
@@ -66,6 +72,7 @@ FILES = {
 INSTRUCT = "generate_data instruct --out out --mix conversation=1 --base_url URL --captions"
 INDEX = "retrieve index --clip CLIP --images . --out out --workers 0 --device cpu --corpus"
 ANSWERS = "--json out --answers answers.jsonl --labels"
+LABELS = " ".join(f"{split}.jsonl" for split in SPLITS)
 COMMANDS = f"""
     data check chat.json --images . --workers 0 --llm LLM
     {INSTRUCT} contexts.jsonl
@@ -75,13 +82,13 @@ COMMANDS = f"""
     eval score scienceqa {ANSWERS} .
     eval scienceqa_data --out out --labels .
     eval score llava_bench --json out --reviews reviews.jsonl
-    benchmarks score pope {ANSWERS} random.jsonl --questions random.jsonl
+    benchmarks score pope --json out --answers yes.jsonl --questions asked.jsonl --labels {LABELS}
     benchmarks score mme --json out --answers two.jsonl --labels count.txt
     benchmarks score mmbench {ANSWERS} sheet.tsv
     benchmarks score seed_bench {ANSWERS} seed.json
     benchmarks score vqav2 {ANSWERS} vqa.json
     benchmarks score textvqa {ANSWERS} vqa.json
-    benchmarks score vizwiz {ANSWERS} vizwiz.json --questions random.jsonl
+    benchmarks score vizwiz {ANSWERS} vizwiz.json
     benchmarks score gqa {ANSWERS} gqa.json
     benchmarks score mmmu {ANSWERS} mmmu.json
     benchmarks score mathvista {ANSWERS} math.json
@@ -89,7 +96,7 @@ COMMANDS = f"""
     academic --out out --questions gqa.json
     academic --out out --questions choices.json
     academic --out out --questions regions.json
-    concept_filter --finder light --least 1 --out out --pairs pairs.jsonl
+    concept_filter --least 1 --out out --pairs pairs.jsonl
     {INDEX} pairs.jsonl
     {INDEX} pairs.tsv""".strip().splitlines()
 
