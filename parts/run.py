@@ -303,9 +303,9 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def log_step(self, loss, lr, grad_norm, **more):
-        """Log this step, and print a line of one in fifty. Every rank calls this: it counts over
-        all of them, and agrees on `stopping`."""
+    def log_step(self, loss, lr, grad_norm, shown="", **more):
+        """Log this step, with `more`, and print a line of one in fifty, with `shown` in it. Every
+        rank calls this: it counts over all of them, and agrees on `stopping`."""
         masks = [batch["attention_mask"] for batch in self.micro_batches]
         tokens, with_padding, images, signals = self.machine.sum(
             sum(mask.sum().item() for mask in masks), sum(mask.numel() for mask in masks),
@@ -321,7 +321,7 @@ class Run:
         to_go = (time.time() - self.began) / (done - self.first) * (self.total - done)
         self.machine.print0(
             f"step {self.step:>6}/{self.total} | loss {loss:8.4f} | lr {lr:.2e} | "
-            f"norm {grad_norm:8.3f} | {tokens / seconds:8.0f} tok/s | "
+            f"norm {grad_norm:8.3f} | {shown}{tokens / seconds:8.0f} tok/s | "
             f"{images / seconds:6.1f} img/s | wait {100 * self.waited / seconds:4.1f}% | "
             f"pad {100 * (1 - tokens / with_padding):4.1f}% | "
             f"{peak_memory(self.machine.device) / 1e9:5.1f} GB | "

@@ -219,7 +219,7 @@ def test_what_is_locked_is_bit_identical_after_training(retrieved, clip, tmp_pat
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
-def test_the_logit_scale_stays_below_100(retrieved, clip, tmp_path):
+def test_the_logit_scale_stays_below_100_and_is_shown(retrieved, clip, tmp_path, capsys):
     """Clamped to [0, ln 100] after each step. Layers that run again give the same losses."""
     model, tokenizer = load_clip(clip)
     torch.nn.init.constant_(model.logit_scale, math.log(100))
@@ -229,6 +229,7 @@ def test_the_logit_scale_stays_below_100(retrieved, clip, tmp_path):
         react.main(training(retrieved, tmp_path / "clip", tmp_path / flag, flag, "--lr", "0.01"))
         logs.append(lines(tmp_path / flag / "log.jsonl"))
     assert all(record["tau"] <= 100.001 for record in logs[0])
+    assert capsys.readouterr().out.count(f"| tau {logs[0][0]['tau']:6.2f} |") >= 2
     losses = [[record["loss"] for record in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
