@@ -94,7 +94,7 @@ class Run:
             if name not in theta:
                 shards = of_ranks if isinstance(p, DTensor) else of_ranks[:1]
                 # on another device it may be in another number format, with other bits
-                self.frozen[f"{name}, {p.dtype}"] = sum(bits[name][0] for bits in shards)
+                self.frozen[f"{name}, {p.dtype}"] = sum(bits[name] for bits in shards)
 
     # -----------------------------------------------------------------------------
     # States
@@ -202,9 +202,8 @@ class Run:
         for name, kind in kinds.items():
             typed(state.get(name), kind, f"{path / 'state.json'}: {name}")
         now = self.facts()
-        differ = [f"--{flag} {now['config'].get(flag)} (was {was})"
-                  for flag, was in state["config"].items()
-                  if flag not in NOT_COMPARED and now["config"].get(flag) != was]
+        differ = [f"--{flag} {now['config'].get(flag)} (was {state['config'].get(flag)})"
+                  for flag in differing(state["config"], now["config"]) if flag not in NOT_COMPARED]
         if differ:
             raise ValueError(f"--resume: {path} was written by a run with other flags: "
                              + ", ".join(differ))
@@ -212,13 +211,11 @@ class Run:
             raise ValueError(f"--resume: the data are not those that {path} was written with")
         other = [name for name, bits in now["frozen"].items()
                  if state["frozen"].get(name, bits) != bits]
-        other += [name for name in state["shapes"] | now["shapes"]
-                  if state["shapes"].get(name) != now["shapes"].get(name)]
+        other += differing(state["shapes"], now["shapes"])
         if other:
             raise ValueError(f"--resume: {path} was written with other weights in {other[0]} and "
                              f"{len(other) - 1} more; is it the same --init, --vision and --llm?")
-        found = self.digests(path, state["parts"])
-        damaged = [name for name, digest in state["parts"].items() if found[name] != digest]
+        damaged = differing(state["parts"], self.digests(path, state["parts"]))
         if damaged:
             raise ValueError(f"--resume: {path} is damaged: {', '.join(damaged)} is not what was "
                              f"written; remove {path}, and --resume goes on from the state before")
@@ -381,6 +378,11 @@ def saved_states(folder):
     return sorted(folder.glob("step_*"))
 
 
+def differing(one, other):
+    """The keys under which two dicts hold different values, or one of them none."""
+    return [key for key in one | other if one.get(key) != other.get(key)]
+
+
 def sample_names(micro_batches):
     return [name for batch in micro_batches for name in batch["where"]]
 
@@ -396,14 +398,13 @@ def ignore_sigterm(worker):
 
 
 def fingerprints(model):
-    """{name: two sums over the parameter's bits}, equal before and after a step for what has not
-    changed. The second is of squares: in a sum, as many moves up as down would cancel."""
+    """{name: a sum over the parameter's bits}, equal before and after a step for what has not
+    changed. It is one of squares, for in a plain sum as many moves up as down would cancel."""
     sums = {}
     for name, p in model.named_parameters():
         kind = torch.int32 if p.element_size() == 4 else torch.int16
-        bits = local_shard(p.detach()).view(kind)
-        squares = (bits % 32749).square()
-        sums[name] = (bits.sum(dtype=torch.int64).item(), squares.sum(dtype=torch.int64).item())
+        bits = local_shard(p.detach()).view(kind).int() % 32749
+        sums[name] = bits.square().sum(dtype=torch.int64).item()
     return sums
 
 
