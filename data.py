@@ -5,8 +5,8 @@ What the model sees: from LLaVA-format JSON to ids, labels and pixels (Sec. 4.2)
                                       {"from": "gpt",   "value": "..."}]}
       --arrange-->  the image's place in the first turn, Eq. (2)
       --render-->   [(text, is it scored?), ...] in a template (parts/templates.py)
-      --encode-->   input_ids and labels, appended in lockstep; an image is N placeholder ids
-      --collate-->  a batch: what LLaVA.forward takes
+      --encode-->   input_ids and labels, appended in lockstep; an image is its placeholder ids
+      --collate-->  a batch: what LLaVA.forward and generate take
 
     python data.py check|show|stats chat.json --images DIR --llm DIR     before anybody trains on it
 
@@ -41,32 +41,31 @@ from parts.views import View, view_from, view_of
 def arrange(conversations, image_position, rng, questions=None):
     """Put the image where Eq. (2) has it: [X_q, X_v] or [X_v, X_q] in the first turn, at random.
 
-    image_position   "random": Eq. (2), drawn by `rng`. "first": <image> leads. "as_written".
+    image_position   "random": Eq. (2), drawn by `rng`; "first": <image> leads; "as_written".
+                     OFFICIAL: one draw is frozen in the released JSON, and the code undoes it by
+                     "first". OURS: a turn with several images stays as it is written.
     questions        stage 1: one of them is drawn where a human turn has no words of its own.
     """
     turns = [dict(turn) for turn in conversations]        # the record stays as it is
     for turn in turns:
         if turn["from"] != "human":
             continue
-        words = turn["value"].replace(IMAGE, "").strip()
-        if not words and questions:
-            words = rng.choice(questions)                 # Sec. 4.2: "randomly sample a question"
-            turn["value"] += "\n" + words
-        # OURS: a turn with several images stays as it is written
-        if turn["value"].count(IMAGE) == 1 and image_position != "as_written":
-            turn["value"] = f"{IMAGE}\n{words}".strip()
-            # OFFICIAL: nothing is drawn while training; the draw is frozen in the released JSON,
-            # and the released code undoes it ("first")
-            if image_position == "random" and turn is turns[0] and rng.random() < 0.5:
-                turn["value"] = f"{words}\n{IMAGE}".strip()
+        X_q = turn["value"].replace(IMAGE, "").strip()
+        if not X_q and questions:
+            X_q = rng.choice(questions)                   # "randomly sampled", Sec. 4.2
+            turn["value"] += "\n" + X_q
+        if turn["value"].count(IMAGE) != 1 or image_position == "as_written":
+            continue
+        is_last = image_position == "random" and turn is turns[0] and rng.random() < 0.5
+        turn["value"] = f"{X_q}\n{IMAGE}" if is_last else f"{IMAGE}\n{X_q}"      # Eq. (2)
     return turns
 
 
 def render(conversations, template):
     """Turns to [(text, scored), ...]: exactly the answers and their STOP are scored.
 
-    A last human turn stays open: that is a prompt. With template vicuna_v1:
-        A chat between ... USER: <image>\\nWhat is this? ASSISTANT: A cat.</s>USER: Why? ASSISTANT:
+    A last human turn stays open: that is a prompt. By llava_v0, Table 2, with what is scored in «»:
+        A chat ...###Human: <image>\\nWhat is this?###Assistant: «A cat.###»Human: Why?###Assistant:
     """
     segments = []
     for i, turn in enumerate(conversations):
@@ -102,7 +101,7 @@ def encode(segments, tokenizer, image_tokens):
 
     if tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]:     # Qwen2 has no <s>
         append([tokenizer.bos_token_id], False)
-    new_text = True                       # OFFICIAL: text starts behind <s> and behind each image
+    new_text = True                       # OFFICIAL: text starts anew behind <s> and each image
     for text, scored in segments:
         for n, piece in enumerate(text.split(IMAGE)):
             if n > 0:                     # a piece of text stood before it, then an <image>
@@ -115,17 +114,21 @@ def encode(segments, tokenizer, image_tokens):
 
 
 def tokenize(text, tokenizer, new_text):
-    """The ids of a piece of text. Sentencepiece begins a new text, and no other, with a blank."""
+    """The ids of a piece of text. Sentencepiece puts a space before the start of a text.
+
+    It belongs there behind <s> and behind an image, but not within a turn: there <image> goes in
+    front, so that nothing starts, and its id is dropped again.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()               # a tokenizer file may carry limits of its own
     backend.no_padding()
     if new_text:
         return backend.encode(text, add_special_tokens=False).ids
-    return backend.encode(IMAGE + text, add_special_tokens=False).ids[1:]     # without <image>
+    return backend.encode(IMAGE + text, add_special_tokens=False).ids[1:]
 
 
 def encode_within(conversations, template, tokenizer, image_tokens, max_length):
-    """`encode`, without the trailing turns that do not fit; an image is never cut.
+    """`encode`, without the trailing turns that do not fit, pair by pair; no image is ever cut.
 
     Returns input_ids, labels and the turns that remain. Raises ValueError if not even the first
     question and its answer fit.
@@ -153,7 +156,7 @@ def count_images(turns):
 def sample_of(turns, pictures, tokenizer, template, view, where="prompt"):
     """A conversation and its pictures, [(name, PIL), ...], as a sample for `collate`.
 
-    One that ends in a question is a prompt: its ids are training's, up to the answer.
+    One that ends in a question is a prompt: its ids equal those of training up to the answer.
     """
     tokens = [view.tokens(*picture.size) for _, picture in pictures]
     ids, labels = encode(render(turns, template), tokenizer, tokens)
@@ -173,8 +176,8 @@ class Conversations(Dataset):
     template: Template
     view: View
     max_length: int = 2048                # tokens, with visual ones
-    image_position: str = "random"        # see `arrange`, as questions, which are stage 1's
-    questions: list = None
+    image_position: str = "random"        # see `arrange`
+    questions: list = None                # stage 1's, see `arrange`
     seed: int = 0
 
     def __len__(self):
@@ -189,6 +192,7 @@ class Conversations(Dataset):
         record = self.records[i]
         if sizes is None:
             paths = [image_path(self.folder, name) for name in image_names(record)]
+            # squares have as many tokens whatever the picture's size
             sizes = [image_size(path) if self.view.tiling else (1, 1) for path in paths]
         rng = random.Random(f"{self.seed} {epoch} {i}")   # the same draw, whoever asks again
         turns = arrange(record["conversations"], self.image_position, rng, self.questions)
@@ -198,7 +202,7 @@ class Conversations(Dataset):
         except ValueError:
             if epoch == 0:
                 raise
-            return self.encoded(i, 0, sizes)      # a longer question was drawn than in the check
+            return self.encoded(i, 0, sizes)      # the draw that the check found to fit
 
     def __getitem__(self, key):
         epoch, i, scored = key
@@ -236,12 +240,12 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     """The order of one epoch: global batches (arrays of indices); only the last one is short.
 
     OURS: samples are shuffled, sorted by length within windows of 50 batches, and the batches are
-    shuffled; those of a batch are about equally long, and little is padded. It is a function of
-    its arguments alone, so a run resumes from its step number.
+    shuffled; those of a batch are about equally long, and little is padded. "Uniformly sampled"
+    (Sec. 4.2) is read as once an epoch. These arguments alone say the order, so a run can resume.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))                 # (samples,)
-    # of small data, windows are smaller: else the same samples would always meet
+    # small data has smaller windows, or the same samples would share a batch in every epoch
     window = max(1, min(window, len(order) // (4 * global_batch_size)))
     batches = []
     for start in range(0, len(order), window * global_batch_size):
@@ -254,7 +258,7 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
 
 
 def micro_batches(batch, lengths, epoch, micro_batch_size, world_size, rank):
-    """This rank's share of a global batch, as lists of keys; as many lists on every rank.
+    """This rank's share of a global batch, as lists of keys; the same number on every rank.
 
     Neighbours in length share a micro-batch. A short last batch is filled up with unscored copies,
     which add nothing to the loss, so that no rank waits for one that has no work.
@@ -262,8 +266,8 @@ def micro_batches(batch, lengths, epoch, micro_batch_size, world_size, rank):
     order = batch[np.argsort(lengths[batch], kind="stable")]      # (samples of the batch,)
     keys = [(epoch, int(i), True) for i in order]         # of Conversations: (epoch, i, scored)
     keys += [(epoch, keys[0][1], False)] * (-len(keys) % world_size)
-    step = micro_batch_size * world_size
-    return [keys[start:start + step][rank::world_size] for start in range(0, len(keys), step)]
+    width = micro_batch_size * world_size
+    return [keys[start:start + width][rank::world_size] for start in range(0, len(keys), width)]
 
 
 @dataclass
@@ -351,7 +355,7 @@ def open_data(args):
     """The data set of a command line; without --model or --llm one that is not tokenised."""
     tokenizer = None
     template = TEMPLATES.get(args.template)
-    view = view_of(args.aspect, 224 if args.aspect in ("crop", "hd", "hd_tiles") else 336, 14)
+    view = view_of(args.aspect)
     if args.model:
         config, meta = checkpoints.load_settings(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -11,12 +11,15 @@ W      one linear layer, the only new module of the paper.
 f_phi  a language model, Vicuna in the paper; any causal one with a plain linear head works.
 
 An image is N placeholder tokens <image> in `input_ids`; their embeddings are replaced by H_v.
-That is all.
+That is all; only tiles and shared pictures need more, see `splice`.
 
 Letters in shape comments:
-    B samples   T tokens of a sample   K squares of pixels in the batch   S their side in pixels
-    N visual tokens of one square   D_v width of g   D width of f_phi   V vocabulary
-    A answer tokens in the batch
+    B samples   T tokens of a sample   A answer tokens in the batch   V vocabulary
+    K squares of pixels, each what g sees at once: a picture, or a tile of it   S their side
+    N visual tokens of one square   D_v width of g   D width of f_phi
+
+Tags in all files: OFFICIAL is what the released code does, OURS our choice where the paper says
+nothing, COURSE a place to experiment; Diss. is Liu's dissertation around the paper (2024).
 """
 import torch
 import torch.nn as nn
@@ -26,10 +29,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from parts import checkpoints
 from parts.files import IMAGE  # "<image>": one reserved id of the tokenizer
-from parts.gated import VisionTower
+from parts.gated import VisionTower  # CLIP's
 
 IGNORE = -100                                # label of a position that is not scored
-LOGITS_AT_ONCE = 2 ** 24                     # 523 answer tokens x 32,064 words: 67 MB in fp32
+LOGITS_AT_ONCE = 2 ** 24                     # tokens x vocabulary: 67 MB in fp32
 
 
 class LLaVA(nn.Module):
@@ -46,13 +49,13 @@ class LLaVA(nn.Module):
         D = f_phi.config.hidden_size
         if projector == "linear":
             self.W = nn.Linear(D_v, D)       # OFFICIAL: with a bias; the paper has none
-        else:                                # LLaVA-1.5's two layers, Diss. Sec. 4.3
+        elif projector == "mlp2x_gelu":      # LLaVA-1.5's two layers, Diss. Sec. 4.3
             self.W = nn.Sequential(nn.Linear(D_v, D), nn.GELU(), nn.Linear(D, D))
-        self.newline = None                  # a parameter where pictures are seen in tiles
+        self.newline = None                  # of tiles alone, see `add_newline`
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.set_stage(2)
+        self.set_stage(2)                    # until told otherwise
 
-    def see_in_tiles(self):
+    def add_newline(self):
         """LLaVA-NeXT and 1.5-HD see a picture in tiles, and end each row with a learned vector."""
         like = next(self.W.parameters())
         D = self.f_phi.config.hidden_size
@@ -74,7 +77,7 @@ class LLaVA(nn.Module):
     def encode_images(self, X_v):
         """H_v = W g(X_v): squares of pixels (K, 3, S, S) to tokens in the space of words."""
         with torch.set_grad_enabled(self.train_g and torch.is_grad_enabled()):
-            h = self.g.pre_layrnorm(self.g.embeddings(X_v))               # (K, 1 + N, D_v)
+            h = self.g.pre_layrnorm(self.g.embeddings(X_v))               # (K, 1 + N, D_v)  (sic)
             for layer in self.g.encoder.layers[:self.n_used_layers]:      # the rest need not run
                 h = layer(h, attention_mask=None)
         Z_v = h[:, 1:]                                                    # (K, N, D_v)  without CLS
@@ -84,17 +87,17 @@ class LLaVA(nn.Module):
     def splice(self, input_ids, X_v, visual_index):
         """Word embeddings, with visual tokens where the placeholders stand: (B, T, D).
 
-        visual_index (placeholders of the batch,) says which visual token each placeholder gets, as
-        a row of H_v flattened, or -1 for `newline`. For plain squares it is 0, 1, 2, ...; tiles
-        skip padding and end their rows; a picture that several samples show is encoded once and
-        named several times. data.collate makes it. A batch of text alone holds one blank square
-        that nothing names, so that W's gradient is 0 there, and no rank waits for it.
+        visual_index (placeholders of the batch,) says which row of H_v, flattened, each one gets.
+        In the paper's LLaVA the k-th gets the k-th: 0, 1, 2, ... Tiles leave out padding and end
+        their rows by -1, the newline; a picture that several samples show is encoded once, and its
+        rows are named several times. A batch of text alone brings one blank square that nothing
+        names: W then has a gradient, which is 0, and no rank waits for one in vain.
         """
         is_image = input_ids == self.image_id                             # (B, T)
         H_q = self.f_phi.get_input_embeddings()(input_ids)                # (B, T, D)
         H_v = self.encode_images(X_v).flatten(0, 1)                       # (K N, D)
         if self.newline is not None:
-            H_v = torch.cat([H_v, self.newline[None].to(H_v.dtype)])      # (K N + 1, D)  row -1
+            H_v = torch.cat([H_v, self.newline[None].to(H_v.dtype)])      # last, where -1 finds it
         H_v = H_v[visual_index].to(H_q.dtype)                             # (placeholders, D)
         n = is_image.sum()
         assert len(H_v) == n, f"{len(H_v)} visual tokens for {n} placeholders"
@@ -104,18 +107,17 @@ class LLaVA(nn.Module):
         """-log p(X_a | X_v, X_instruct), Eq. (3): the sum over the A answer tokens, and A.
 
         The caller divides by the answer tokens of the whole global batch, so that the loss depends
-        neither on accumulation nor on the number of ranks. OFFICIAL: the mean of each micro-batch,
-        averaged; there a batch with few answer tokens weighs more.
+        neither on accumulation nor on the number of ranks. OFFICIAL: the mean of the micro-batches'
+        means; there a token weighs more in a micro-batch with few of them.
         """
         h, targets = self.answer_states(input_ids, labels, X_v, visual_index)
-        n = max(1, LOGITS_AT_ONCE // self.f_phi.config.vocab_size)
-        loss = 0.0
-        for h_part, part in zip(h.split(n), targets.split(n), strict=True):
-            # Logits are the largest tensor of all: make a part of them at a time, and make it again
-            # in the backward pass.
-            nll = checkpoint(self.answer_nll, h_part, part, use_reentrant=False)
-            loss = loss + nll.sum()
-        return loss, len(targets)
+        chunk = max(1, LOGITS_AT_ONCE // self.f_phi.config.vocab_size)
+        total = 0.0
+        for some_h, some_targets in zip(h.split(chunk), targets.split(chunk), strict=True):
+            # logits are the largest tensor of all: a chunk at a time, again in the backward pass
+            nll = checkpoint(self.answer_nll, some_h, some_targets, use_reentrant=False)
+            total = total + nll.sum()
+        return total, len(targets)
 
     def answer_states(self, input_ids, labels, X_v, visual_index):
         """The hidden states that predict answer tokens, (A, D), and these tokens, (A,).
@@ -129,18 +131,9 @@ class LLaVA(nn.Module):
         return h[:, :-1][is_scored], targets[is_scored]                   # (A, D), (A,)
 
     def answer_nll(self, h, targets):
-        """-log p of each answer token, (A,). Only these reach the vocabulary: no (B, T, V)."""
+        """-log p of each answer token, (A,). Only these get logits, never all (B, T, V)."""
         logits = self.f_phi.get_output_embeddings()(h)                    # (A, V)
         return F.cross_entropy(logits.float(), targets, reduction="none")
-
-    @torch.no_grad()
-    def score(self, input_ids, labels, X_v, visual_index):
-        """log p(X_a | X_v, X_instruct) of each row's answer, (B,); it ranks answers."""
-        h, targets = self.answer_states(input_ids, labels, X_v, visual_index)
-        log_p = -self.answer_nll(h, targets)                              # (A,)
-        checkpoints.check_finite({"log p": log_p}, "these answers have no score")
-        row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]                   # (A,)  a token's sample
-        return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)     # (B,)
 
     # -----------------------------------------------------------------------------
     # What trains
@@ -148,7 +141,7 @@ class LLaVA(nn.Module):
     def set_stage(self, stage, train_g=False):
         """theta = {W} in stage 1, {W, phi} in stage 2 (Sec. 4.2). Returns {name: parameter}.
 
-        g is frozen in both. train_g: LLaVA-NeXT trains it in stage 2, as far as it is used.
+        g is frozen in both. train_g: LLaVA-NeXT trains it in stage 2, but for what is behind Z_v.
         """
         if stage not in (1, 2):
             raise ValueError(f"stage {stage}: there are stage 1 (theta = W) and 2 (theta = W, phi)")
@@ -180,26 +173,24 @@ class LLaVA(nn.Module):
         for _ in range(max_new_tokens):
             out = self.f_phi(inputs_embeds=H, attention_mask=attention_mask, position_ids=position,
                              past_key_values=cache, use_cache=True, logits_to_keep=1)
-            next_id = self.next_id(out.logits[:, -1], **sampling)         # (B,)
-            for ids, new in zip(answers, next_id.tolist(), strict=True):
+            new_ids = self.choose_ids(out.logits[:, -1], **sampling)      # (B,)
+            for ids, new in zip(answers, new_ids.tolist(), strict=True):
                 ids.append(new)
-            if all(self.has_ended(ids, stop) for ids in answers):
+            if all(self.has_ended(ids, stop) for ids in answers):         # to_text cuts surplus off
                 break
-            H = self.f_phi.get_input_embeddings()(next_id)[:, None]       # (B, 1, D)
+            H = self.f_phi.get_input_embeddings()(new_ids)[:, None]       # (B, 1, D)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)       # (B, one more)
             position = position[:, -1:] + 1                               # (B, 1)
         return [self.to_text(ids, stop) for ids in answers]
 
-    def next_id(self, logits, **sampling):
-        """The next word of each row by its logits (B, V); <image> is not a word.
-
-        Raises ValueError for logits that are not finite: drawn from them, any answer is an answer.
-        """
+    def choose_ids(self, logits, **sampling):
+        """The next token of each row, (B,), by its logits (B, V); never <image>. ValueError for
+        NaN or infinite logits, from which any token could be drawn."""
         logits = logits.float()
         logits[:, self.image_id] = -torch.inf
-        best = logits.amax(-1)                            # NaN where any of a row is
+        best = logits.amax(-1)                            # NaN as soon as one logit of a row is
         checkpoints.check_finite({"logits": best}, "no word can be drawn (fp16? try bf16 or fp32)")
-        return sample_id(logits, **sampling)                              # (B,)
+        return sample_id(logits, **sampling)
 
     def has_ended(self, ids, stop):
         text = self.tokenizer.decode(ids)
@@ -212,6 +203,15 @@ class LLaVA(nn.Module):
         for word in stop:
             text = text.split(word)[0]
         return text.strip()
+
+    @torch.no_grad()
+    def score(self, input_ids, labels, X_v, visual_index):
+        """log p(X_a | X_v, X_instruct) of each row's answer, (B,), by which answers are ranked."""
+        h, targets = self.answer_states(input_ids, labels, X_v, visual_index)
+        log_p = -self.answer_nll(h, targets)                              # (A,)
+        checkpoints.check_finite({"log p": log_p}, "these answers have no score")
+        row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]                   # (A,)  a token's sample
+        return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)     # (B,)
 
     @property
     def eos_ids(self):

@@ -398,7 +398,7 @@ def load(cls, folder, dtype=torch.float32):
         f_phi.tie_weights()
         model = cls(g, f_phi, tokenizer, config.vision_feature_layer, projector_of(config), meta)
         if meta["tiling"]:
-            model.see_in_tiles()
+            model.add_newline()
     for p in model.parameters():         # not model.to(dtype), which would round the rotary
         p.data = p.data.to(dtype)        # frequencies, too
     model.load_state_dict(from_hf_keys(model, read_weights(folder), folder))

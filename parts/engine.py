@@ -97,9 +97,9 @@ class Engine:
         ended = set()
         for _ in range(steps):
             logits = decoder.extend(prefix.cache, H, position, mask)         # (rows, V)
-            next_id = model.next_id(logits, **sampling)                      # (rows,)
+            new_ids = model.choose_ids(logits, **sampling)                   # (rows,)
             step = [None] * B
-            for row, i in zip(rows, next_id.tolist(), strict=True):
+            for row, i in zip(rows, new_ids.tolist(), strict=True):
                 if row not in ended:
                     step[row] = i
                     new[row].append(i)
@@ -113,10 +113,10 @@ class Engine:
                 rows = [rows[k] for k in left]
                 left = torch.tensor(left, device=H.device)
                 decoder.select(prefix.cache, left)
-                next_id, position = next_id[left], position[left]
+                new_ids, position = new_ids[left], position[left]
                 mask = None if mask is None else mask[left]
             prefix.keys.append(step[0])
-            H = model.f_phi.get_input_embeddings()(next_id)[:, None]         # (rows, 1, D)
+            H = model.f_phi.get_input_embeddings()(new_ids)[:, None]         # (rows, 1, D)
             position = position[:, -1:] + 1
             mask = None if mask is None else F.pad(mask, (0, 1), value=1)
 

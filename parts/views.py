@@ -97,8 +97,10 @@ class View(NamedTuple):
         return self.tiling.plan(width, height).tokens if self.tiling else self.N
 
 
-def view_of(aspect, size, patch):
-    """The View of an aspect for a g of that size."""
+def view_of(aspect, size=None, patch=14):
+    """The View of an aspect for a g of that size; by default that of CLIP in the text's system."""
+    if size is None:
+        size = 224 if aspect == "crop" or aspect.startswith("hd") else 336
     tiling = TILINGS.get(aspect)
     if tiling:
         tiling = tiling.at(size, patch)
@@ -125,5 +127,5 @@ def set_view(model, aspect):
     if view.tiling is None:
         model.newline = None
     elif model.newline is None:
-        model.see_in_tiles()
+        model.add_newline()
     return view

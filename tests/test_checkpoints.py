@@ -45,7 +45,7 @@ def see(model, aspect, template="vicuna_v1"):
     """The model, seeing pictures by an aspect, as train.py leaves it."""
     view = view_of(aspect, 28, 14)
     if view.tiling:
-        model.see_in_tiles()
+        model.add_newline()
     model.meta |= view.meta | {"template": template}
     model.tokenizer.chat_template = chat_template(TEMPLATES[template])
     return model

@@ -186,7 +186,7 @@ def test_a_second_turn_computes_only_what_is_new_and_says_the_same(aspect, monke
     model = tiny_llava()
     view = view_of(aspect, 28, 14)
     if view.tiling:
-        model.see_in_tiles()
+        model.add_newline()
     engine = Engine(model)
     calls = watched(engine.decoder, monkeypatch)
     encoded = []
