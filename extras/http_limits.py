@@ -5,11 +5,11 @@ name that is not the server's.
 The deadlines are all of `seconds`, the server's --timeout: an idle connection, the head of a
 request, a body (and more for one that is large), and taking what was sent.
 """
-import asyncio
 import ipaddress
 import json
 import re
 
+import anyio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -72,14 +72,14 @@ async def hear(request, most, seconds):
     data = bytearray()
     size = 0
     try:
-        async with asyncio.timeout(seconds) as deadline:
+        with anyio.fail_after(seconds) as scope:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= most:
                     data += chunk
                 if size > 4 * most:
                     break
-                deadline.reschedule(deadline.when() + len(chunk) / SLOWEST)
+                scope.deadline += len(chunk) / SLOWEST
     except TimeoutError as error:
         raise Refusal(f"the body of the request came too slowly, {size} bytes: {seconds} seconds "
                       f"are waited, and one more for each {SLOWEST} bytes", status=408) from error

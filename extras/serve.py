@@ -52,6 +52,8 @@ from parts.client import api_key
 from parts.pictures import FORMATS, UNREADABLE, load_image
 
 PAGE = Path(__file__).with_name("serve.html")
+# libtiff prints whatever is wrong with a file, so that strangers would fill the server's output
+SERVED = [name for name in FORMATS if name != "TIFF"]
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,13 @@ class ChatRequest(NamedTuple):
         return [load_image(io.BytesIO(file)) for file in self.files]
 
 
-def pixels_of(file):
-    """How many a picture has, by its head; 0 for what is none, as `load_image` will say."""
-    with suppress(*UNREADABLE), Image.open(io.BytesIO(file), formats=FORMATS) as head:
-        return head.width * head.height
-    return 0
+def pixels_of(name, file):
+    """How many pixels a picture has, by its head."""
+    try:
+        with Image.open(io.BytesIO(file), formats=SERVED) as head:
+            return head.width * head.height
+    except UNREADABLE as error:
+        raise Refusal(f"{name}: not a readable picture in any of {', '.join(SERVED)}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +211,8 @@ class Server:
         self.under_way = Counter()       # requests, by client
         self.queue = set()               # the tasks of those whose body was heard
         self.failures = set()            # where the server failed, each told once
-        self.names = {"localhost", config.host, socket.gethostname().lower(), *config.allow_host}
+        self.names = {"localhost", config.host, socket.gethostname().lower(),
+                      *map(str.lower, config.allow_host)}
         routes = [Route("/", self.page), Route("/settings", self.settings),
                   Route("/v1/models", self.models),
                   Route("/v1/chat/completions", self.completions, methods=["POST"]),
@@ -298,8 +303,13 @@ class Server:
 
     def body_of(self, data):
         """The JSON object that was sent, for the model that is here."""
-        with refusing(), files.errors_of_json("the request"):
+        try:
             body = json.loads(data)
+        except json.JSONDecodeError as error:
+            raise Refusal(f"the request is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise Refusal("the request is not UTF-8, is nested too deeply, or holds a number of "
+                          "thousands of digits") from error
         if not isinstance(body, dict):
             raise Refusal("the request is not a JSON object")
         if body.get("model") not in (None, self.name):
@@ -320,7 +330,7 @@ class Server:
 
         Raises Refusal if the pictures together are too large, or all of it for the model's context.
         """
-        pixels = sum(map(pixels_of, contents.values()))
+        pixels = sum(pixels_of(name, file) for name, file in contents.items())
         if pixels > self.config.max_megapixels * 10 ** 6:
             raise Refusal(f"the pictures have {pixels / 1e6:.0f} megapixels; at most "
                           f"{self.config.max_megapixels} are taken", "messages")
@@ -484,6 +494,7 @@ def main(argv=None):
     for name in ("uvicorn", "asyncio", "PIL"):           # each bad client would be a line or more
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")      # Pillow's, about damaged pictures
+    Image.MAX_IMAGE_PIXELS = None        # `ids_of` has the limit, for all of a request's
     try:
         door = socket.create_server((config.host, config.port))
     except OSError as error:

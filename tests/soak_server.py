@@ -10,6 +10,7 @@ import base64
 import json
 import random
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -65,12 +66,15 @@ class Client:
             connection.close()
 
     def send_raw(self, *pieces, pause=1):
-        """The first bytes that come back for pieces that are sent with pauses between them."""
+        """Send pieces with pauses between them; count the status that comes back, if one does."""
         with socket.create_connection(("127.0.0.1", self.port), 60, self.source) as raw:
             for piece in pieces:
                 raw.sendall(piece)
                 time.sleep(pause)
-            return raw.recv(100)
+                if select.select([raw], [], [], 0)[0]:
+                    break
+            status = re.match(rb"HTTP/1.1 (\d+)", raw.recv(100))
+            COUNTS[f"status {status[1].decode()}" if status else "connections cut off"] += 1
 
     def ask(self, expected):
         """A good client, with or without a stream."""
@@ -109,7 +113,7 @@ def half_heads(client):
         time.sleep(1)
     for raw in raws:
         with suppress(OSError):
-            COUNTS["half heads that were cut off"] += raw.recv(10) == b""
+            COUNTS["connections cut off"] += raw.recv(10) == b""
         raw.close()
 
 
@@ -162,8 +166,14 @@ def hang_up(client):
     client.send_raw(head(len(data)) + data, pause=client.random.random() / 10)
 
 
-def send_without_end(client):
-    client.send(b" " * 10 ** 8)
+def send_too_much(client):
+    client.send(b" " * 3 * 10 ** 7)
+    client.send(b" " * 10 ** 8)          # of which not all is heard
+
+
+def take_nothing(client):
+    """Ask for the page without end, and read none of it."""
+    client.send_raw(*[b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 1000] * 10 ** 6, pause=0)
 
 
 def crowd(client):
@@ -177,14 +187,14 @@ def crowd(client):
 
 
 BAD = [drip_body, half_heads, send_garbage, huge_stop, huge_pictures, foreign_host, mutate,
-       break_picture, nest, hang_up, send_without_end, crowd]
+       break_picture, nest, hang_up, send_too_much, crowd, take_nothing]
 
 
 def one_try(action, *args):
     try:
         action(*args)
     except (OSError, HTTPException):     # the server hung up, as it may on a bad client
-        COUNTS["connections that the server closed"] += 1
+        COUNTS["connections cut off"] += 1
 
 
 def go_on(seconds, action, *args):

@@ -182,7 +182,8 @@ BAD = [
     ({"messages": ASK, "seed": True}, 400, "seed True"),
     ({"messages": ASK, "stop": [""]}, 400, "stop"),
     ({"messages": ASK, "tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
-    ("not JSON", 400, "bad JSON at line 1"), ("[]", 400, "not a JSON object")]
+    ("not JSON", 400, "not JSON.*line 1"), ("[" * 10 ** 5, 400, "nested too deeply"),
+    ("[]", 400, "not a JSON object")]
 
 
 @pytest.mark.parametrize("body, status, says", BAD)
@@ -242,7 +243,7 @@ def test_a_picture_may_be_small_but_not_broken_and_not_too_large(url, pictures):
     where = r"messages\[0\], picture 1: "
     for address, status, says in (
             (data_url(Image.new("RGB", (1, 1))), 200, ""),
-            ("data:;base64," + base64.b64encode(huge).decode(), 400, where + ".*400000000 pixels"),
+            ("data:;base64," + base64.b64encode(huge).decode(), 400, "1200 megapixels; at most 50"),
             ("data:;base64,PGh0bWw+", 400, where + "not a readable picture"),
             (data_url(pictures[1])[:-200], 400, where + "not a readable picture"),
             (data_url(Image.fromarray(noise)), 413, r"\d\d\.\d MB; at most 20 are taken"),
@@ -301,8 +302,8 @@ def test_who_is_slow_on_purpose_is_cut_off_and_fills_no_log(endless, tmp_path):
         replies = [b"".join(iter(partial(receive, raw), b"")) for raw in raws]
         for reply, says in zip(replies, [b"", b" 408 ", b" 400 ", b""] * 3, strict=True):
             assert says in reply and bool(says) == bool(reply), reply
-        torn = data_url(Image.new("P", (50, 50)), "TIFF")
-        assert post(url, {"messages": [user("?", torn[:-40] + "A" * 40)]}).status_code in (200, 400)
+        torn = data_url(Image.new("P", (50, 50)), "TIFF")    # of which libtiff has much to print
+        assert post(url, {"messages": [user("?", torn)]}).status_code == 400
         assert post(url, {"messages": ASK, "stop": "a" * 10 ** 6}).status_code == 400
         still_answers(url)
         assert (tmp_path / "s" / "output").read_text() == before, "bad clients fill the log"
