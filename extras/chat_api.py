@@ -58,6 +58,29 @@ class Refusal(Exception):
         self.json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def object_of(data):
+    """The JSON object that a request's bytes hold."""
+    try:
+        value = json.loads(data)
+    except json.JSONDecodeError as error:
+        raise Refusal(f"the request is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise Refusal("the request is not UTF-8, is nested too deeply, or holds a number of "
+                      "thousands of digits") from error
+    if not isinstance(value, dict):
+        raise Refusal("the request is not a JSON object")
+    return value
+
+
+def answer_of(body):
+    """The answer that a request for attention holds, and the chat API does not know."""
+    answer = body.pop("answer", None)
+    if not isinstance(answer, str) or not answer.strip():
+        raise Refusal("answer is not the text of an answer", "answer")
+    check_text(answer, "answer")
+    return answer
+
+
 def brief(value):
     """A value that was sent, in a message. What is nested may be nested too deeply to be shown."""
     if isinstance(value, dict | list):

@@ -211,8 +211,8 @@ class Server:
         self.under_way = Counter()       # requests, by client
         self.queue = set()               # the tasks of those whose body was heard
         self.failures = set()            # where the server failed, each told once
-        self.names = {"localhost", config.host, socket.gethostname().lower(),
-                      *map(str.lower, config.allow_host)}
+        names = ("localhost", config.host, socket.gethostname(), *config.allow_host)
+        self.names = {name.lower() for name in names}
         routes = [Route("/", self.page), Route("/settings", self.settings),
                   Route("/v1/models", self.models),
                   Route("/v1/chat/completions", self.completions, methods=["POST"]),
@@ -271,12 +271,11 @@ class Server:
 
     def check(self, data, with_answer):
         """Everything that could stop an answer is found here, in the reader's thread."""
-        body = self.body_of(data)
-        answer = body.pop("answer", None) if with_answer else None
-        if with_answer:
-            if not isinstance(answer, str) or not answer.strip():
-                raise Refusal("answer is not the text of an answer", "answer")
-            chat_api.check_text(answer, "answer")
+        body = chat_api.object_of(data)
+        if body.get("model") not in (None, self.name):
+            raise Refusal(f"there is no model {chat_api.brief(body['model'])} here, but "
+                          f"{self.name!r}", "model", "model_not_found", 404)
+        answer = chat_api.answer_of(body) if with_answer else None
         sampling = chat_api.sampling_of(body)
         conversation = chat_api.conversation_of(body.get("messages"))
         self.check_length([*conversation, (answer or "", [])])
@@ -300,22 +299,6 @@ class Server:
         options = body.get("stream_options") or {}
         return ChatRequest(turns, list(contents.values()), ids, named, answer,
                            bool(body.get("stream")), bool(options.get("include_usage")))
-
-    def body_of(self, data):
-        """The JSON object that was sent, for the model that is here."""
-        try:
-            body = json.loads(data)
-        except json.JSONDecodeError as error:
-            raise Refusal(f"the request is not JSON: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise Refusal("the request is not UTF-8, is nested too deeply, or holds a number of "
-                          "thousands of digits") from error
-        if not isinstance(body, dict):
-            raise Refusal("the request is not a JSON object")
-        if body.get("model") not in (None, self.name):
-            raise Refusal(f"there is no model {chat_api.brief(body['model'])} here, but "
-                          f"{self.name!r}", "model", "model_not_found", 404)
-        return body
 
     def check_question(self, text, where):
         if not text.strip():

@@ -31,7 +31,7 @@ import sample
 from extras.probe import data_url
 
 N_GOOD, N_BAD = 30, 20
-COUNTS = Counter()
+COUNTS = Counter()       # what became of all that was sent
 PATH = "/v1/chat/completions"
 
 
@@ -228,6 +228,7 @@ def main(seconds):
         tasks.append((client.ask, expected))
     tasks += [(BAD[i % len(BAD)], client) for i, client in enumerate(clients[N_GOOD:])]
     COUNTS.clear()
+    COUNTS.update({"good clients refused": 0, "mixed-up answers": 0, "status 500": 0})
     before = memory(process, "VmRSS")
     threads = [threading.Thread(target=go_on, args=(seconds, *task)) for task in tasks]
     for thread in threads:
