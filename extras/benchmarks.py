@@ -607,10 +607,10 @@ def score_mmmu(config, labels):
 def value_named(problem, text):
     """MathVista's value of an answer that needs no reading, or None: a choice, its letter (OURS),
     an integer, a number with the problem's precision."""
-    choices = problem.get("choices") or []
     letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", text.strip())
     try:
         if problem["question_type"] == "multi_choice":
+            choices = list(map(str, problem["choices"]))
             if letter and text not in choices:
                 return choices[ord(letter[1]) - ord("A")]
             return text if text in choices else None
@@ -632,7 +632,11 @@ def score_mathvista(config, labels):
                                   answer=str)
     pairs = []
     texts = texts_by_id(config, problems)
-    for problem, text in zip(problems.values(), texts, strict=True):
+    for (name, problem), text in zip(problems.items(), texts, strict=True):
+        if problem["question_type"] == "multi_choice":
+            typed_fields(problem, f"--labels: {name}", choices=list)
+        elif problem["answer_type"] == "float":
+            typed_fields(problem, f"--labels: {name}", precision=float)
         value = value_named(problem, text)
         pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))
@@ -730,7 +734,7 @@ def score_gqa(config, labels):
     texts = match_answers(list(balanced), counted, config.answers)
     pairs = []
     for label, text in zip(balanced.values(), texts, strict=True):
-        right = text == label["answer"]
+        right = text == label["answer"].lower()
         kind = "open" if label["types"].get("structural") == "query" else "binary"
         pairs += [("accuracy", right), (kind, right)]
     if config.upload:                            # its server wants the others, too

@@ -139,6 +139,8 @@ def grade_mm_vet(config):
         return
     replies = {}
     for attempt in range(TRIES):
+        if not left:
+            break
         requests = {pair: request_of(*pair, attempt) for pair in left}
         found = ask_judge(list(requests.values()), config.grades, config)
         replies |= {pair: found[request.key] for pair, request in requests.items()}

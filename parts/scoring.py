@@ -184,7 +184,12 @@ def check_tuples(path, run, most_failed):
 def judges_of(run):
     """The names of the judges of {id: review}, as text."""
     names = {str(review.get("judge", "not recorded")) for review in run.values()}
-    return " and ".join(sorted(names))
+    return printable(" and ".join(sorted(names)))
+
+
+def printable(text):
+    """A text without halves of surrogate pairs, which no terminal prints."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def ask_judge(requests, path, config):
@@ -260,4 +265,4 @@ def layout(rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[0] = row[0].ljust(widths[0])
         lines.append("  ".join(cells))
-    return "\n".join(lines)
+    return printable("\n".join(lines))
