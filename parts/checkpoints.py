@@ -418,7 +418,9 @@ def read_ends(folder):
 
 def read_tokenizer(name):
     with named_errors(f"{name}: its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer("a word")              # settings of another type are found here, not in a run
+        return tokenizer
 
 
 def weight_files(folder):

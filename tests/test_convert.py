@@ -3,8 +3,10 @@
 The original's names are written out here a second time, and what a converted folder computes is
 compared with the parts, put together by hand: CLIP's hidden_states[-2] without CLS, W, f_phi.
 """
+import copy
 import json
 import os
+import random
 import resource
 import shutil
 
@@ -591,3 +593,38 @@ def test_an_output_folder_that_exists_is_not_touched(tmp_path):
     with pytest.raises(ValueError, match="exists; name a new folder"):
         converted(tmp_path, "--model", tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def mutated(value, rng):
+    """A value of JSON in which one part has another type."""
+    if not value or not isinstance(value, dict | list) or rng.random() < 0.1:
+        return rng.choice([None, -1, 0, 1.5, "x", [], {"a": 1}, True])
+    value = copy.copy(value)
+    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    value[key] = mutated(value[key], rng)
+    return value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["load", "to ours", "to original", "adapter"])
+def test_200_mutated_settings_load_or_end_in_one_line(tmp_path, entry):
+    """Whatever a person's file holds, there is no traceback."""
+    parts, rng, out = Parts(tmp_path), random.Random(entry), tmp_path / "out"
+    folder, argv = parts.dir, ["--model", parts.dir]
+    if entry == "adapter":
+        folder, _ = lora_folder(parts)
+        argv = ["--model", folder, "--llm", parts.base()]
+    elif entry != "to ours":
+        folder = converted(tmp_path / "ours", *argv)
+        argv = ["--model", folder, "--to_original"]
+    files = [path for path in sorted(folder.glob("*.json")) if path.name != "tokenizer.json"]
+    for _ in range(200):
+        path = rng.choice(files)
+        text = path.read_text()
+        path.write_text(json.dumps(mutated(json.loads(text), rng)))
+        try:
+            LLaVA.from_pretrained(folder) if entry == "load" else converted(out, *argv)
+        except (ValueError, OSError) as error:
+            assert str(error) and "\n" not in str(error), f"not one line: {error}"
+        path.write_text(text)
+        shutil.rmtree(out, ignore_errors=True)
