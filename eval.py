@@ -10,12 +10,13 @@ How LLaVA is scored (Sec. 5): answers in, numbers out.
 
     LLaVA-Bench   context, question, two answers --review_message--> a judge's words, kept on disk
                   --parse_scores--> reviews --relative_scores--> 100 x our mean / reference's mean
-    ScienceQA     text --letter_of--> letter --choice_of--> choice, right or wrong
-                  --columns_of--> accuracy by subject, context and grade
+    ScienceQA     "... The answer is B." --parts/scienceqa.py--> B --> its choice, right or wrong
+                  --scienceqa_scores--> accuracy by subject, context and grade
 
-Scoring needs neither torch nor a network. Answers are found by id: missing, doubled and foreign
-ones are an error, never a number. LLaVA-1.5's benchmarks are in extras/benchmarks.py. Where the
-released scripts do something else, extras/published.py has their arithmetic, digit for digit.
+Scoring needs neither torch nor a network. Answers are found by id: missing, duplicate and unknown
+ones are an error, never a number. Made elsewhere: a bench's questions and reference answers by
+extras/llava_bench.py, a text-only expert's answers to ScienceQA by extras/scienceqa_gpt4.py. Where
+the released scripts do something else, extras/published.py has their arithmetic, digit for digit.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -33,12 +34,13 @@ WILD = "llava_bench_"                    # In-the-Wild's files write this before
 MOST_FAILED = 0.02                       # OURS: above this share of failures there is no score
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 
-# Relative scores as published: conversation, detailed description, complex reasoning, all.
+# What is published. Relative scores: conversation, detailed description, complex reasoning, all.
 TABLE_4 = {                              # Table 4: LLaVA-Bench (COCO)
     "paper: LLaVA, full data": "83.1 75.3 96.5 85.1",
     "paper: no instruction tuning": "22.0 24.0 18.5 21.5"}     # stage 1 alone
 TABLE_5 = {                              # Table 5: LLaVA-Bench (In-the-Wild)
-    "paper: LLaVA": "57.3±1.9 52.5±6.3 81.7±1.8 67.3±2.0",
+    "paper: LLaVA": "57.3±1.9 52.5±6.3 81.7±1.8 67.3±2.0",          # three runs of the model
+    "paper: LLaVA†": "58.8±0.6 49.2±0.8 81.4±0.3 66.7±0.3",         # one, judged three times
     "paper: BLIP-2": "54.6±1.4 29.1±1.2 32.9±0.7 38.1±1.0",
     "paper: OpenFlamingo": "19.3±0.5 19.0±0.5 19.1±0.7 19.1±0.4",
     "LLaVA-1.5-7B": "- - - 65.4",        # the last two: Diss. Table 4.4
@@ -66,7 +68,7 @@ TABLE_7 = {                              # Table 7: ScienceQA, accuracy in perce
 class Answer:
     model: str                           # checkpoint folder
     questions: str                       # JSON lines of question_id, image, text
-    answers: str                         # JSON lines to write; an unfinished file is gone on with
+    answers: str                         # JSON lines to write; an unfinished file is resumed
     images: str = "."                    # folder of the questions' images
     temperature: float = 0.0             # greedy, as published; LLaVA-Bench's first answers had 0.2
     seed: int = 0
@@ -78,7 +80,7 @@ class Answer:
 
 
 def answer(config):
-    """Answer a file of questions. Started again, it goes on."""
+    """Answer a file of questions. Started again, it resumes."""
     import sample  # only here: scoring needs no torch
 
     config = sample.Config(**asdict(config))
@@ -101,7 +103,7 @@ class Review(Endpoint):
     rule: str = None                     # the official rule.json, instead of our prompts
 
     @property
-    def model(self):                     # the client's name for it
+    def model(self):                     # what the client calls it; here that is a checkpoint
         return self.judge_model
 
 
@@ -118,8 +120,8 @@ class Case(NamedTuple):
 def context_of(record):
     """(what the judge is told of a picture, what its bench writes before a kind of question).
 
-    The judge never sees a picture. Of COCO's it reads captions and boxes, of In-the-Wild's the
-    description that somebody wrote with care.
+    The judge never sees a picture. Of COCO's pictures it reads captions and boxes, of In-the-Wild's
+    the manually curated description.
     """
     if "caption" in record:
         caption = record["caption"]
@@ -129,7 +131,7 @@ def context_of(record):
 
 
 def read_cases(config):
-    """[Case, ...] of all questions. Raises ValueError for a context or a category of no use."""
+    """[Case, ...] of all questions. Raises ValueError for an unusable context or category."""
     rules = scoring.read_rules(config.rule, KINDS, WILD)
     cases = []
     for question, reference, candidate, record in scoring.read_bench(config):
@@ -168,7 +170,8 @@ def review_request(config, case, swapped=False):
 def parse_scores(content):
     """The two scores on the first line of a review, or [-1, -1].
 
-    OFFICIAL: a comma is a space; two numbers with exactly one space between, and nothing else.
+    OFFICIAL: a comma is a space, and exactly one space stands between the two, so "8,9" and "8 9"
+    are scores, and "8, 9" is none.
     """
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
@@ -191,12 +194,12 @@ def review_of(number, case, reply, judge_model):
 
 
 def judge(config):
-    """A judge's reviews of answers beside a reference's. Started again, it goes on."""
+    """A judge compares each answer with the reference's. Started again, it resumes."""
     cases = read_cases(config)
     requests = [review_request(config, case) for case in cases]
     if is_preview(requests, config):     # look before you pay
         return
-    replies = scoring.ask_judge(requests, config.reviews, config)    # kept before they are read
+    replies = scoring.ask_judge(requests, config.reviews, config)    # saved before they are parsed
     reviews = [review_of(i, case, replies[requests[i].key], config.judge_model)
                for i, case in enumerate(cases)]
     write_lines(config.reviews, reviews)
@@ -206,11 +209,22 @@ def judge(config):
 def relative_score(scores):
     """(relative score, reference's mean, answers' mean) of one run; scores (m, 2).
 
-    A ratio of means, never a mean of ratios. OFFICIAL: failed judgements count as -1 for both
-    sides. Here they are left out.
+    A ratio of means, never a mean of ratios. OURS: failed judgements are left out; OFFICIAL: they
+    count as -1 for both sides.
     """
     reference, answers = scores[(scores >= 0).all(1)].mean(0)
     return 100 * answers / reference, reference, answers
+
+
+def statistics_of(scores, score):
+    """The columns of the table for the scores (runs, m, 2) of one kind of questions, unrounded."""
+    if scores[..., 0].max(1).min() <= 0:
+        raise ValueError("in one of the runs, no reference has a score above 0")
+    relative, reference, answers = np.array([score(run) for run in scores]).T        # (runs,) each
+    low, high = scoring.bootstrap(scores.clip(0))     # a failed pair, now (0, 0), adds to no sum
+    return {"relative": relative.mean(), "relative_std": relative.std(), "relative_low": low,
+            "relative_high": high, "reference": 10 * reference.mean(),       # of 100, as published
+            "candidate": 10 * answers.mean()}
 
 
 def relative_scores(files, score=relative_score, most_failed=MOST_FAILED):
@@ -223,32 +237,25 @@ def relative_scores(files, score=relative_score, most_failed=MOST_FAILED):
     kinds = [category.removeprefix(WILD) for category in categories]
     scores = np.array([[review["tuple"] for review in run.values()] for run in runs])
     numbers = {"failed": int((scores < 0).any(2).sum())}                 # scores (runs, n, 2)
-    columns = [["", "relative score, %", "  95% interval (questions redrawn)",
-                "  reference, mean x 10", "  answers, mean x 10", "  questions"]]
+    rows = [["", *scoring.RELATIVE]]
     for name in [*KINDS, "all"]:
-        part = scores[:, [name in (kind, "all") for kind in kinds]]      # (runs, m, 2)
+        part = scores[:, [name == "all" or kind == name for kind in kinds]]      # (runs, m, 2)
         if not part.size:
             continue                     # a bench without this kind of question
-        if part[..., 0].max(1).min() <= 0:
-            raise ValueError(f"{files[0]}: no reference has a score above 0 for {name}")
-        relative, reference, answers = np.array([score(run) for run in part]).T
-        low, high = scoring.bootstrap(part.clip(0))
-        means = {"relative": relative.mean(), "relative_std": relative.std(), "relative_low": low,
-                 "relative_high": high, "reference": 10 * reference.mean(),
-                 "candidate": 10 * answers.mean()}
-        numbers |= {f"{name}.{key}": value for key, value in means.items()}
-        spread = f"±{relative.std():.1f}" if len(runs) > 1 else ""
-        columns.append([name, f"{relative.mean():.1f}{spread}", f"{low:.1f} to {high:.1f}",
-                        f"{means['reference']:.1f}", f"{means['candidate']:.1f}",
-                        str(part.shape[1])])
-    rows = list(zip(*columns, strict=True))
+        try:
+            found = statistics_of(part, score)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(files)}: {name}: {error}") from error
+        numbers |= {f"{name}.{key}": value for key, value in found.items()}
+        rows.append([name, *scoring.relative_cells(found, len(runs), part.shape[1])])
+    table = list(zip(*rows, strict=True))                                # a kind is a column
     bench = "In-the-Wild" if categories[0].startswith(WILD) else "COCO"
-    published = TABLE_4 if bench == "COCO" else TABLE_5
-    if len(rows[0]) == 5:                # all kinds of questions are there
-        rows += [(model, *values.split()) for model, values in published.items()]
+    if set(kinds) == set(KINDS):         # so that our columns are the published ones
+        published = TABLE_4 if bench == "COCO" else TABLE_5
+        table += [(model, *values.split()) for model, values in published.items()]
     judges = scoring.judges_of(runs[0])
     return numbers, (f"LLaVA-Bench ({bench}), judge: {judges}; runs: {len(runs)}\n"
-                     f"{scoring.layout(rows)}\nfailed judgements: {numbers['failed']}")
+                     f"{scoring.layout(table)}\nfailed judgements: {numbers['failed']}")
 
 
 @dataclass(frozen=True)
@@ -280,28 +287,30 @@ class ScienceQA:
 
 
 def ensemble(ours, theirs):
-    """Their choices, and ours wherever they have none.
-
-    With another model's answers this is the complement. With its verdicts, which it only gives
-    where the two differ, it is the judge.
-    """
+    """Their choices, and ours wherever they have none."""
     return {pid: pick if theirs.get(pid) is None else theirs[pid] for pid, pick in ours.items()}
 
 
 def methods_of(ours, second, verdicts):
-    """{method: [{id: choice}, ...]} for the last rows of Table 7; one choice has to be right."""
+    """{method: [{id: choice}, ...]}, for the last rows of Table 7; one choice has to be right.
+
+    complement     the second model's choice; ours "whenever GPT-4 fails to provide answers"
+    judge          its verdict "whenever GPT-4 and LLaVA produce different answers", else ours
+    upper_bound    right if either is; no row of the paper
+    """
     methods = {"ours": [ours]}
     if second:
         methods["second"] = [second]
         methods["complement"] = [ensemble(ours, second)]
-        methods["upper_bound"] = [ours, methods["complement"][0]]
+        methods["upper_bound"] = [ours, second]
     if verdicts:
         methods["judge"] = [ensemble(ours, verdicts)]
     return methods
 
 
 def scienceqa_scores(problems, methods):
-    """{method: {column: (right, n)}}; a problem with a hint and a picture is in TXT and in IMG."""
+    """{method: {column: (right, n), or None}}; with a hint and a picture it is in TXT and in IMG.
+    """
     scores = {method: {} for method in methods}
     for column in COLUMNS:
         part = {pid: problem for pid, problem in problems.items()
@@ -316,7 +325,7 @@ def scienceqa_scores(problems, methods):
 def score_scienceqa(config):
     """ScienceQA by subject, context and grade, beside the paper's; with --second: ensembles.
 
-    OFFICIAL: where no choice is named, the first scripts draw one. Here that is wrong, and counted.
+    OURS: an answer that names no choice is wrong, and counted; OFFICIAL: the first scripts draw.
     """
     problems = scienceqa.read_problems(config.labels, config.split)
     if config.requery and not config.second:

@@ -2,10 +2,10 @@
 Asking a checkpoint (Sec. 5.1): one question, a chat, or a file of questions.
 
     python sample.py --model out/stage2 --image dog.jpg --question "What is unusual here?"
-    python sample.py --model out/stage2 --image dog.jpg                                 a chat
+    python sample.py --model out/stage2 --image dog.jpg                   # a chat
     python sample.py --model out/stage2 --questions q.jsonl --images DIR --answers a.jsonl
 
-    turns, pictures --Talker.prompt--> ids --collate--> ids, X_v --Engine--> X_a
+    turns, pictures --Talker.prompt--> a sample --collate--> ids, X_v --Engine--> X_a
 """
 import sys
 from contextlib import suppress
@@ -31,13 +31,13 @@ class Config:
     question: str = None                 # without it, and without --questions: a chat
     questions: str = None                # JSON lines of question_id, image, text
     images: str = "."                    # folder of the questions' images
-    answers: str = None                  # JSON lines to write; an unfinished file is gone on with
-    temperature: float = 0.2             # 0 is greedy, as in all published evaluations
-    max_new_tokens: int = 512            # fewer, if an answer ends by itself
+    answers: str = None                  # JSON lines to write; an unfinished file is resumed
+    temperature: float = 0.2             # 0 is greedy
+    max_new_tokens: int = 512            # at most, of an answer
     batch_size: int = 16                 # questions answered at once
     template: str = None                 # for a checkpoint that does not name its own
     show_prompt: bool = False            # print the exact prompt, as text and as ids
-    seed: int = 0                        # of the draws at a temperature
+    seed: int = 0                        # of what is drawn at a temperature above 0
     device: str = "auto"                 # cuda, mps or cpu
     dtype: str = "auto"                  # bf16, fp16, fp32; int8: f_phi's weights (needs torchao)
     CHOICES = {"template": list(TEMPLATES), "device": ["auto", "cuda", "mps", "cpu"],
@@ -50,27 +50,27 @@ class Talker:
     def __init__(self, config, compile=False):
         self.config = config
         device = choose_device(config.device)
-        dtype, _ = choose_dtype(config.dtype.replace("int8", "auto"), device)
+        int8 = config.dtype == "int8"
+        dtype, _ = choose_dtype("auto" if int8 else config.dtype, device)     # and the reason
         self.model = LLaVA.from_pretrained(config.model, dtype).to(device)
-        self.engine = Engine(self.model, compile, int8=config.dtype == "int8")
-        self.view = view_from(self.model.meta, self.model.g.config)
+        self.engine = Engine(self.model, compile, int8)
+        self.view = view_from(self.model.meta, self.model.g.config)      # a picture's squares
         self.template = TEMPLATES.get(config.template or self.model.meta.get("template"))
-        if self.template is None:        # its folder's name, say llava-v1-7b, is no way to know it
+        if self.template is None:        # never guessed from the folder's name
             raise ValueError(f"{config.model}: choose a --template, {' | '.join(TEMPLATES)}")
         self.sampling = {"temperature": config.temperature, "stop": [self.template.STOP],
-                         "max_new_tokens": config.max_new_tokens,    # and one source of chance:
+                         "max_new_tokens": config.max_new_tokens,
                          "generator": torch.Generator(device).manual_seed(config.seed)}
         if self.template.name == "plain":        # said on stderr, so that the answer stays alone
-            print("notice: the template plain, of stage 1, shows the model pictures alone; "
-                  "choose another --template to ask a question", file=sys.stderr)
+            print("notice: template plain shows pictures alone, no question", file=sys.stderr)
 
     def ask(self, question, n_images=0):
         """A human turn. OFFICIAL: its images stand in front, each on a line of its own."""
         return {"from": "human", "value": (f"{files.IMAGE}\n" * n_images + question).strip()}
 
     def prompt(self, turns, pictures):
-        """A conversation up to a question, as a sample of data.py: id for id what training had."""
-        # a picture is known again by its content, wherever it comes from
+        """A conversation up to a question, as a sample: its ids are training's up to the answer."""
+        # by a hash of their content, so that equal pictures are encoded once
         named = [(content_name(picture), picture) for picture in pictures]
         sample = sample_of(turns, named, self.model.tokenizer, self.template, self.view)
         if self.config.show_prompt:
@@ -79,14 +79,13 @@ class Talker:
         return sample
 
     def answers(self, conversations):
-        """X_a of each (turns, pictures), in one batch; a picture of several is encoded once."""
+        """X_a of each (turns, pictures), in one batch."""
         prompts = [self.prompt(turns, pictures) for turns, pictures in conversations]
-        batch = collate(prompts, self.view, side="left")     # so that all end where answers begin
+        batch = collate(prompts, self.view, side="left")     # all prompts end in the last column
         return self.engine.generate(batch, **self.sampling)
 
     def stream(self, turns, pictures, ids=None, **more):
-        """X_a piece by piece, sampled as usual but for `more`; its ids go to the list `ids`."""
-        # what an earlier answer saw, pictures above all, is not computed again
+        """X_a piece by piece; what an earlier answer saw, pictures above all, is kept (its KV)."""
         prefix, rest = self.engine.recall(self.prompt(turns, pictures), self.view)
         return self.engine.pieces(collate([rest], self.view), prefix, ids, **self.sampling | more)
 
@@ -105,10 +104,10 @@ def print_answer(talker, turns, pictures):
 
 
 def chat(talker, image):
-    """Questions from the terminal; the history is in the form of training, Table 2."""
+    """Questions from the terminal. OURS: /image puts a picture in any turn, not only the first."""
     print("/image PATH adds a picture to the next question, /reset starts over, /quit leaves")
     turns, pictures = [], []             # the conversation so far
-    new = [open_image(image)] if image else []       # pictures of the next question
+    attached = [open_image(image)] if image else []  # pictures of the next question
     while True:
         line = input("human: ").strip()
         command, _, path = line.partition(" ")
@@ -116,32 +115,34 @@ def chat(talker, image):
             if command == "/quit":
                 return
             if command == "/reset":
-                turns, pictures, new = [], [], []
+                turns, pictures, attached = [], [], []
             elif command == "/image":
-                new.append(open_image(path.strip()))
+                attached.append(open_image(path.strip()))
             elif command.startswith("/"):
                 print(f"{command} is not one of /image /reset /quit")
             elif line:
-                asked = [*turns, talker.ask(line, len(new))]     # not `turns` yet: it may fail
+                asked = [*turns, talker.ask(line, len(attached))]
                 print("assistant: ", end="")
-                answer = print_answer(talker, asked, pictures + new)
-                turns = [*asked, {"from": "gpt", "value": answer}]
-                pictures, new = pictures + new, []
+                answer = print_answer(talker, asked, pictures + attached)
+                turns = [*asked, {"from": "gpt", "value": answer}]       # only now: it may fail
+                pictures, attached = pictures + attached, []
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}")     # a wrong path, a question that is too long: ask again
 
 
 def answer_file(talker, config):
-    """Answer every record of --questions into --answers; started again, it goes on."""
+    """Answer every record of --questions into --answers; started again, it resumes."""
     if talker.template.name == "plain":
         raise ValueError(f"{config.model}: its template, plain, has no place for a question; "
                          f"choose another --template, {' | '.join(TEMPLATES)}")
     file = AnswerFile(config.questions, config.images, config.answers, config.model)
-    for part in file.batches(config.batch_size):     # its questions are alike, and have "pictures"
-        conversations = [([talker.ask(question["text"], len(question["pictures"]))],
-                          question["pictures"]) for question in part]
-        file.write(part, talker.answers(conversations))
-    file.finish()                        # puts them in the questions' order
+    for batch in file.batches(config.batch_size):    # each question has its opened "pictures"
+        conversations = []
+        for question in batch:
+            turn = talker.ask(question["text"], len(question["pictures"]))
+            conversations.append(([turn], question["pictures"]))
+        file.write(batch, talker.answers(conversations))
+    file.finish()                        # puts the answers in the questions' order
 
 
 def main(argv=None):

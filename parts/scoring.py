@@ -224,6 +224,18 @@ def wilson(right, n):
     return 100 * low / total, 100 * high / total
 
 
+RELATIVE = ("relative score, %", "  95% interval (questions redrawn)", "  reference, mean x 10",
+            "  answers, mean x 10", "  questions")
+
+
+def relative_cells(found, runs, n):
+    """Cells under RELATIVE of eval.py's statistics of n questions."""
+    spread = f"±{found['relative_std']:.1f}" if runs > 1 else ""
+    return (f"{found['relative']:.1f}{spread}",
+            f"{found['relative_low']:.1f} to {found['relative_high']:.1f}",
+            f"{found['reference']:.1f}", f"{found['candidate']:.1f}", str(n))
+
+
 def bootstrap(scores, draws=10_000):
     """Between which two relative scores 95% lie if the questions are drawn anew, with replacement.
 
