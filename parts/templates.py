@@ -100,11 +100,9 @@ def choose_template(name, model):
     """
     if name == "auto":
         name = model.meta.get("template", "plain")
-        template = TEMPLATES[name]
         if name == "plain":
-            template = template_for(model.f_phi.config, model.tokenizer)
-    else:
-        template = TEMPLATES[name]
+            name = template_for(model.f_phi.config, model.tokenizer).name
+    template = TEMPLATES[name]
     check_template(template, model.tokenizer)
     return template
 
