@@ -39,6 +39,7 @@ from parts.scoring import (
     percent,
     read_answers,
     read_by_id,
+    records_by_id,
     score_rows,
     typed_fields,
 )
@@ -108,21 +109,22 @@ def read_labels(paths, pattern):
     return labels
 
 
-def read_label_records(labels, part=None, key="id", **kinds):
-    """{id: record} of all label files: a file's rows are records, or hold a list of them as `part`;
-    with key None they are {id: record} themselves. The records have fields of these kinds."""
+def read_label_records(labels, part=None, key="id", in_object=False, **kinds):
+    """{id: record} of all label files, with fields of these kinds.
+
+    A file's rows are the records, or hold a list of them as `part`, or are {id: record} themselves.
+    """
     records = {}
     for path, rows in labels.items():
         if part:
             rows = [row for data in rows for row in typed_fields(data, path, **{part: list})[part]]
-        if key is None:
+        if in_object:
             rows = [typed(record, dict, path) | {key: name} for data in rows
                     for name, record in typed(data, dict, path).items()]
-        for i, row in enumerate(rows):
-            name = id_of(row, key, f"{path}[{i}]")
-            if name in records:
-                raise ValueError(f"{path}[{i}]: the id {name} occurs more than once")
-            records[name] = typed_fields(row, f"{path}[{i}], {name}", **kinds)
+        found = records_by_id(rows, path, key, **kinds)
+        if found.keys() & records.keys():
+            raise ValueError(f"{path}: labels of an id that another file of --labels has, too")
+        records |= found
     return records
 
 
@@ -278,7 +280,9 @@ def score_pope(config, labels):
             answers = [answer for _, answer in found[split]]
         scores |= pope_measures(split, answers, truths)
     f1 = [scores[f"{split}.f1"] for split in SPLITS]
-    scores["f1"] = None if None in f1 else sum(f1) / len(f1)
+    scores["f1"] = None
+    if None not in f1:
+        scores["f1"] = sum(f1) / len(f1)
     return scores, []
 
 
@@ -628,7 +632,7 @@ def score_mathvista(config, labels):
 
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
-    problems = read_label_records(labels, key=None, question_type=str, answer_type=str,
+    problems = read_label_records(labels, in_object=True, question_type=str, answer_type=str,
                                   answer=str)
     pairs = []
     texts = texts_by_id(config, problems)
@@ -725,7 +729,7 @@ def score_gqa(config, labels):
 
     Only the balanced questions count; others may be answered.
     """
-    questions = read_label_records(labels, key=None, answer=str, isBalanced=bool, types=dict)
+    questions = read_label_records(labels, in_object=True, answer=str, isBalanced=bool, types=dict)
     answers = []
     for name, _, text in read_predictions(config.answers):
         answers.append((name, text.rstrip(".").lower()))

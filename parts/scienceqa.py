@@ -54,10 +54,12 @@ def columns_of(problem):
         columns.append("TXT")
     if problem["image"]:
         columns.append("IMG")
+    if not columns:
+        columns.append("NO")
     subject = problem["subject"][:3].upper()         # NAT, SOC or LAN
     grade = int(problem["grade"].removeprefix("grade"))
     grades = "G1-6" if grade <= 6 else "G7-12"
-    return [subject, *(columns or ["NO"]), grades, "AVG"]
+    return [subject, *columns, grades, "AVG"]
 
 
 # --------------------------------------------------------------------------------------------------

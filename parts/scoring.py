@@ -29,27 +29,33 @@ def typed_fields(record, where, **kinds):
 
 def id_of(record, key, where):
     """An id as text: 7 and "7" are the same. Raises ValueError for what can be none."""
-    name = typed(record, dict, where).get(key)
+    typed(record, dict, where)
+    name = record.get(key)
     if type(name) not in (int, str):
         raise ValueError(f"{where}: {key}, a whole number or text, is needed; found {name!r:.80}")
     return str(name)
 
 
-def read_by_id(path, *fields, key="question_id"):
-    """{id: record} of a JSON file whose records have a text in each of `fields`.
+def records_by_id(rows, path, key, **kinds):
+    """{id: record} of the rows of a file, each with fields of these kinds.
 
     Raises ValueError for a record without them, an id that occurs twice, and an empty file.
     """
     records = {}
-    for number, record in enumerate(read_json(path)):
-        where = f"{path}[{number}]"
-        name = id_of(record, key, where)
+    for i, row in enumerate(rows):
+        where = f"{path}[{i}]"
+        name = id_of(row, key, where)
         if name in records:
             raise ValueError(f"{where}: the id {name} occurs more than once")
-        records[name] = typed_fields(record, where, **dict.fromkeys(fields, str))
+        records[name] = typed_fields(row, f"{where} ({key} {name})", **kinds)
     if not records:
         raise ValueError(f"{path}: it is empty")
     return records
+
+
+def read_by_id(path, *fields, key="question_id"):
+    """{id: record} of a JSON file whose records have a text in each of `fields`."""
+    return records_by_id(read_json(path), path, key, **dict.fromkeys(fields, str))
 
 
 def examples(items):
@@ -221,7 +227,8 @@ def wilson(right, n):
     half = math.sqrt(z2 * variance)
     low = max(0.0, centre - half)
     high = min(total, centre + half)
-    return 100 * low / total, 100 * high / total
+    scale = 100 / total
+    return scale * low, scale * high
 
 
 RELATIVE = ("relative score, %", "  95% interval (questions redrawn)", "  reference, mean x 10",
@@ -256,7 +263,10 @@ def score_rows(name, scores, keys, published):
     low = ["low"]
     high = ["high"]
     for score in scores.values():
-        ours.append("undefined" if score is None else f"{percent(score):.2f}")
+        shown = "undefined"
+        if score is not None:
+            shown = f"{percent(score):.2f}"
+        ours.append(shown)
         bounds = ["-", "-"]
         if isinstance(score, tuple):
             bounds = [f"{bound:.2f}" for bound in wilson(*score)]

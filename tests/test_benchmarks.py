@@ -1,5 +1,5 @@
-"""The benchmarks of LLaVA-1.5 (Diss. Sec. 4.4): each scorer on a few rows in the official form, with
-numbers worked out by hand, and with the trap of that benchmark among the rows."""
+"""The benchmarks of LLaVA-1.5 (Diss. Sec. 4.4): each scorer on a few rows of the official form,
+with numbers worked out by hand, and with the trap of that benchmark among the rows."""
 import base64
 import json
 
@@ -287,9 +287,9 @@ def test_missing_doubled_foreign_and_odd_answers_are_never_a_number(tmp_path, an
 
 
 @pytest.mark.parametrize("label, says", [
-    ({"answer": 5}, "0: answer: 5 where text belongs"),
-    ({"isBalanced": "no"}, "0: isBalanced: 'no' where true or false belongs"),
-    ({"types": None}, "0: types: None where an object belongs")])
+    ({"answer": 5}, "id 0.: answer: 5 where text belongs"),
+    ({"isBalanced": "no"}, "id 0.: isBalanced: 'no' where true or false belongs"),
+    ({"types": None}, "id 0.: types: None where an object belongs")])
 def test_a_label_of_another_type_is_named(tmp_path, label, says):
     good = {"answer": "dog", "isBalanced": True, "types": {}}
     write_json(tmp_path / "questions.json", {"0": good | label})
