@@ -3,13 +3,14 @@ Where the data comes from: a text-only teacher writes instruction-following data
 
     python generate_data.py instruct --captions captions_train2014.json \\
         --instances instances_train2014.json --out data/instruct --model gpt-4
-    python generate_data.py expand --pairs pairs.tsv --out chat.json         stage 1's samples
+    python generate_data.py expand --pairs pairs.tsv --out chat.json      # stage 1's samples
 
     annotations -> Context -> system message, examples, context -> reply -> turns -> record
 
 The teacher never sees a picture: captions and boxes are all that it knows of one (Table 1, top).
-The paper has the context, the three types of response and a few examples of each; how many, and the
-form of the messages, is as released. The wording in prompts/, the parser and the checks are ours.
+The paper has the context, the three types of response and a few examples of each. The number of
+examples and the form of the messages follow the authors' released prompts. The wording in prompts/,
+the parser and the checks are ours. CC3M is filtered to 595K pairs by extras/concept_filter.py.
 """
 import random
 import re
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parts import annotations, client, files
+from parts.annotations import REJECTED
 from parts.client import Endpoint, Replies, Request
 from parts.files import IMAGE, PROMPTS
-from parts.templates import HOLDS_STOP
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")     # 58K, 23K, 77K
 WRITE_IN = ("\n\nWrite in {}, whatever the language of the sentences. Only the words Question and "
@@ -37,14 +38,14 @@ class Context(NamedTuple):
     id: str
     image: str          # a file name, relative to train.py's --images
     captions: str       # one a line; COCO has five
-    boxes: str = ""     # one a line, see `box_line`
+    boxes: str = ""     # one a line, see parts/annotations.py
 
 
 def from_record(record, counts, skip_bad=False):
     """A JSON line {"id", "image", "captions": [...], "instances": [{"category", "bbox"}, ...]}.
 
-    The place to adapt for another domain: all that is known and can be written may stand in
-    "captions" or, to keep it apart, in "notes": "text on the sign: CLOSED", "taken at: 14:05".
+    For another domain, whatever else is known goes into "notes", a list of sentences that the
+    teacher reads behind the captions: "text on the sign: CLOSED", "taken at: 14:05".
     """
     image = files.typed(record["image"], str, "image")
     sentences = record.get("captions", []) + record.get("notes", [])
@@ -59,11 +60,8 @@ def read_contexts(captions, instances=None, skip_bad=False):
     Raises ValueError that names file and record, FileNotFoundError.
     """
     counts = Counter()                              # of what is left out or changed
-    records = files.read_json(captions)
-    if instances or b'"annotations"' in Path(captions).read_bytes():
-        records = annotations.coco_records(captions, instances, counts)
     contexts = {}                                   # by id, which a reply is found by
-    for i, record in enumerate(records):
+    for i, record in enumerate(annotations.read_annotated(captions, instances, counts)):
         try:
             context = from_record(record, counts, skip_bad)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -89,7 +87,7 @@ def read_prompts(folder=PROMPTS):
     """
     prompts = {}
     for kind in TYPES:
-        shots = []                                  # as released, 2, 3 and 3 of them (Sec. 3)
+        shots = []                                  # OFFICIAL: 2, 3 and 3 of them
         for path in sorted(Path(folder, kind).glob("*_caps.txt")):
             response = path.with_name(path.name.replace("_caps", "_conv"))
             shots.append((files.read_text(path), files.read_text(response)))
@@ -100,14 +98,17 @@ def read_prompts(folder=PROMPTS):
 
 
 def detail_questions(folder=PROMPTS):
-    """Ways to ask for a detailed description: ours are 16, the paper has its own list."""
+    """Ways to ask for a detailed description, 16 of ours; the paper's list is in its appendix."""
     return files.read_text(Path(folder, "detail_instructions.txt")).strip().splitlines()
 
 
 def context_text(kind, context):
-    """What the teacher is shown: for a conversation the captions, else captions and boxes."""
+    """What the teacher is shown: for a conversation the captions, else captions and boxes.
+
+    OFFICIAL: conversations are written from captions alone; Sec. 3 does not say so.
+    """
     if kind == "conversation" or not context.boxes:
-        return context.captions                     # of a COCO picture, five sentences
+        return context.captions
     return f"{context.captions}\n\n{context.boxes}"
 
 
@@ -121,22 +122,38 @@ def make_request(kind, context, prompts, config):
 
 
 def assign_types(contexts, config):
-    """[(type, Context), ...]: which picture gets which type, by --mix or --numbers; seeded."""
+    """[(type, Context), ...]: which picture gets which type; seeded.
+
+    OURS: by --mix each picture is asked about once. The paper has 158K samples of about 80K
+    pictures: --numbers conversation=58000 detail_description=23000 complex_reasoning=77000.
+    """
     rng = random.Random(config.seed)
-    amounts = annotations.read_amounts(config.numbers or config.mix, TYPES)
-    pairs, edge = [], 0.0                           # edge: where a type's share of `order` ends
-    order = [] if config.numbers else rng.sample(contexts, len(contexts))
-    for kind, n in amounts.items():
-        if config.numbers:      # an order for each type: more of one leaves the others as they are
-            if n > len(contexts):
-                raise ValueError(f"--numbers {kind}={n}, but there are {len(contexts)} pictures")
-            chosen = random.Random(f"{config.seed} {kind}").sample(contexts, len(contexts))[:n]
-        else:                   # a share of one order: each picture is asked about once
-            start, edge = edge, edge + n * len(contexts) / sum(amounts.values())
-            chosen = order[round(start):round(edge)]
-        pairs += [(kind, context) for context in chosen]
+    chosen = (types_by_number(contexts, config) if config.numbers
+              else types_by_mix(contexts, config, rng))
+    pairs = [(kind, context) for kind, part in chosen.items() for context in part]
     rng.shuffle(pairs)                              # so that --limit takes some of each type
     return pairs
+
+
+def types_by_mix(contexts, config, rng):
+    """{type: [Context, ...]}: one random order of all, cut into shares."""
+    shares = annotations.read_amounts(config.mix, TYPES)
+    order = rng.sample(contexts, len(contexts))
+    chosen, end = {}, 0.0
+    for kind, share in shares.items():
+        start, end = end, end + share * len(contexts) / sum(shares.values())
+        chosen[kind] = order[round(start):round(end)]
+    return chosen
+
+
+def types_by_number(contexts, config):
+    """{type: [Context, ...]}: a random order for each type, so that one leaves the others alone."""
+    chosen = {}
+    for kind, n in annotations.read_amounts(config.numbers, TYPES).items():
+        if n > len(contexts):
+            raise ValueError(f"--numbers {kind}={n}, but there are {len(contexts)} pictures")
+        chosen[kind] = random.Random(f"{config.seed} {kind}").sample(contexts, len(contexts))[:n]
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,16 +169,6 @@ LABEL = re.compile(r"^[^\w\n]*(?:\d+\s*[.)]\W*)?(question|answer|q|a)\s*\d*\W{0,
                    re.I | re.M)
 TITLE = re.compile(r"^\W*(detailed )?description\W*:", re.I)     # some put it above theirs
 RULE = re.compile(r"^\s*[=\-*_#]{3,}\s*$", re.M)                 # a line like ===, --- or ***
-SPEAKS_OF = {     # OURS, for English: the paper does not say how bad replies were found
-    "speaks of its context": re.compile(
-        r"\bcaptions?\b|\bbounding box(es)?\b|\bcoordinates?\b"
-        r"|\b(based on|according to|from) the (description|sentences|text)s?\b"
-        r"|\b(provided|given|above|following) (text|description|sentence|information|context|list"
-        r"|data)s?\b|[\[(]\s*[01]?\.\d+\s*,", re.I),
-    "refuses": re.compile(
-        r"\b(as an? (ai|language model|text)|i('m| am) (sorry|unable)|i (cannot|can't|can not) (see"
-        r"|view|assist|help|fulfill|provide|answer)|cannot be (determined|answered))\b", re.I),
-    "holds a STOP or special token": HOLDS_STOP}
 
 
 def tidy(part):
@@ -190,34 +197,34 @@ def parse(kind, text):
     return turns[:1] if kind == "complex_reasoning" else turns      # one is asked for
 
 
-def read_reply(kind, reply):
-    """A reply -> [(question, answer), ...]. Raises Reject; a reply that was cut off is one."""
+def read_turns(kind, reply):
+    """A reply -> [(question, answer), ...]. Raises Reject, also for a reply that was cut off."""
     finish = client.unfinished(reply)
     if finish:
         raise Reject("cut off at max_tokens" if finish == "length" else f"finish_reason {finish}")
     text = client.content_of(reply)
     turns = parse(kind, text)
-    words = "\n".join(part for turn in turns for part in turn if part) or text
-    for reason, pattern in SPEAKS_OF.items():       # they betray that the writer saw no picture
-        if pattern.search(words):
+    words = "\n".join(part for turn in turns for part in turn if part)
+    for reason, pattern in REJECTED.items():        # of what is no form of ours, the whole reply
+        if pattern.search(words or text):
             raise Reject(reason)
-    if not turns:                                   # and it does not say why
+    if not turns:                                   # last, for "refuses" says more
         raise Reject("no question and answer")
     return turns
 
 
 def make_record(context, request, reply, questions, seed):
-    """A reply -> a sample in LLaVA's format; a description gets one of `questions`."""
+    """A reply -> a sample. OFFICIAL: a description's question is not sent, but drawn here."""
     rng = random.Random(f"{seed} {request.id}")     # its own: no other reply changes this record
     turns = [(question or rng.choice(questions), answer)
-             for question, answer in read_reply(request.kind, reply)]
+             for question, answer in read_turns(request.kind, reply)]
     return {"id": request.id, "image": context.image, "conversations": conversation(turns, rng)}
 
 
 def conversation(turns, rng):
     """[(question, answer), ...] -> LLaVA's turns, the picture before or after the first question.
 
-    OURS: the place is drawn once and written down, as in the released data; train.py redraws it.
+    As in the released data, one draw of Eq. (2) is written down; train.py draws it anew.
     """
     texts = [text for turn in turns for text in turn]       # question, answer, question, ...
     texts[0] = f"{IMAGE}\n{texts[0]}" if rng.random() < 0.5 else f"{texts[0]}\n{IMAGE}"
@@ -237,9 +244,9 @@ class Instruct(Endpoint):
     prompts: str = str(PROMPTS)     # folder of TYPE/system_message.txt, TYPE/NNN_caps.txt, ...
     language: str = None       # language to write in, by its English name
     mix: list[str] = ("conversation=58", "detail_description=23", "complex_reasoning=77")  # shares
-    numbers: list[str] = ()    # TYPE=N: so many pictures, drawn for each type alone (not --mix)
+    numbers: list[str] = ()    # instead of --mix, TYPE=N: N pictures, drawn for each type alone
     limit: int = None          # only the first N requests
-    seed: int = 0              # of pictures and types; of questions and places in the records
+    seed: int = 0              # of which picture gets which type, and of all draws in records
     skip_bad: bool = False     # leave out boxes that are outside of their picture, or inverted
     keep_duplicates: bool = False  # equal answers stay: for a teacher that speaks in set phrases
 
@@ -253,9 +260,9 @@ class Instruct(Endpoint):
 def good_records(plan, replies, config, counts, rejected):
     """Yield the records of good replies; count all replies, and collect the rejected ones."""
     questions = detail_questions(config.prompts)
-    shown = {answer for kind, (_, shots) in read_prompts(config.prompts).items()
+    examples = {answer for kind, (_, shots) in read_prompts(config.prompts).items()
              for _, example in shots for _, answer in parse(kind, example)}
-    seen = set()                                    # the answers of earlier records
+    earlier = set()                                 # {all answers of a record, ...}
     for context, request in plan:
         reply = replies[request.key]
         usage = reply.get("usage") or {}            # what the server counted, if it does
@@ -264,16 +271,16 @@ def good_records(plan, replies, config, counts, rejected):
         try:
             record = make_record(context, request, reply, questions, config.seed)
             answers = tuple(turn["value"] for turn in record["conversations"][1::2])
-            if shown.issuperset(answers):
+            if examples.issuperset(answers):
                 raise Reject("repeats an example")
-            if answers in seen and not config.keep_duplicates:
+            if answers in earlier and not config.keep_duplicates:
                 raise Reject("duplicate")           # OURS: set phrases teach little
         except Reject as reject:
             counts[f"{request.kind}, rejected: {reject}"] += 1
             rejected.append({"id": request.id, "kind": request.kind, "reason": str(reject),
                              "text": client.content_of(reply) or client.words_of_refusal(reply)})
         else:
-            seen.add(answers)
+            earlier.add(answers)
             counts[f"{request.kind}, records"] += 1
             counts[f"{request.kind}, answers"] += len(answers)
             yield record
@@ -283,11 +290,11 @@ def write_outputs(plan, out, config):
     """instruct.json, rejected.jsonl and metadata.json, anew from all replies that there are."""
     replies = Replies(out / "raw.jsonl")
     answered = [(context, request) for context, request in plan if request.key in replies]
-    if not answered:                                # another run's files stay as they are
+    if not answered:                                # an earlier instruct.json stays as it is
         return
     counts, rejected = Counter(replies=len(answered)), []
     records = good_records(answered, replies, config, counts, rejected)
-    files.write_array(out / "instruct.json", records)       # this runs the generator
+    files.write_array(out / "instruct.json", records)       # which also counts and rejects
     files.write_lines(out / "rejected.jsonl", rejected)
     counts["money"] = config.money(counts["tokens in"], counts["tokens out"])
     files.write_json(out / "metadata.json", {
@@ -299,8 +306,8 @@ def write_outputs(plan, out, config):
 
 
 def instruct(config):
-    """Captions and boxes -> instruction data in LLaVA's format. It goes on after interruptions."""
-    prompts = read_prompts(config.prompts)          # what is wrong with files shows before we pay
+    """Captions and boxes -> instruction data in LLaVA's format. Started again, it resumes."""
+    prompts = read_prompts(config.prompts)          # bad files are an error before anything is paid
     contexts = read_contexts(config.captions, config.instances, config.skip_bad)
     pairs = assign_types(contexts, config)[:config.limit]
     plan = [(context, make_request(kind, context, prompts, config)) for kind, context in pairs]
@@ -310,10 +317,8 @@ def instruct(config):
     with files.lock_folder(config.out) as out:
         try:
             client.ask_missing(requests, out / "raw.jsonl", config)
-        except (ValueError, KeyboardInterrupt):
-            write_outputs(plan, out, config)        # what is paid can be used all the same
-            raise
-        write_outputs(plan, out, config)
+        finally:
+            write_outputs(plan, out, config)        # what is paid can be used, however it ends
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ijson
 
-from parts.files import read_text, typed
+from parts.files import read_json, read_text, typed
 from parts.templates import HOLDS_STOP
 
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$|://", re.I)     # or an address
@@ -91,6 +91,13 @@ def id_value(row, field, where):
         raise ValueError(f"{where}: {field} is {value!r:.80}; a number or a text is needed")
     number = re.fullmatch(r"0*(\d+)(\.0)?", str(value))
     return number[1] if number else str(value)
+
+
+def read_annotated(captions, instances, counts):
+    """The pictures of COCO's captions file, with its instances file if any, or of JSON lines."""
+    if instances or b'"annotations"' in Path(captions).read_bytes():
+        return coco_records(captions, instances, counts)
+    return read_json(captions)
 
 
 def coco_records(captions, instances, counts):
@@ -232,6 +239,20 @@ def pairs_of_file(path, columns):
             raise ValueError(f"{where}: image {image!r} and caption {caption!r} look swapped; "
                              f"--columns {columns!r} must name them in order")
         yield image, caption
+
+
+# What betrays a writer who saw no picture: {reason: what is found in a reply}. By English words.
+# OURS: the paper does not say how bad replies were found.
+REJECTED = {
+    "speaks of its context": re.compile(
+        r"\bcaptions?\b|\bbounding box(es)?\b|\bcoordinates?\b"
+        r"|\b(based on|according to|from) the (description|sentences|text)s?\b"
+        r"|\b(provided|given|above|following) (text|description|sentence|information|context|list"
+        r"|data)s?\b|[\[(]\s*[01]?\.\d+\s*,", re.I),
+    "refuses": re.compile(
+        r"\b(as an? (ai|language model|text)|i('m| am) (sorry|unable)|i (cannot|can't|can not) (see"
+        r"|view|assist|help|fulfill|provide|answer)|cannot be (determined|answered))\b", re.I),
+    "holds a STOP or special token": HOLDS_STOP}
 
 
 def read_amounts(pairs, types):

@@ -129,7 +129,7 @@ def test_the_few_shot_numbers_are_those_of_the_released_prompts():
     for kind, (_, shots) in prompts.items():
         for shown, response in shots:
             assert ("\n\n" in shown) == (kind != "conversation"), "boxes where they do not belong"
-            turns = generate_data.read_reply(kind, reply_of(response))    # else none could pass
+            turns = generate_data.read_turns(kind, reply_of(response))    # else none could pass
             assert len(turns) == (6 if kind == "conversation" else 1)
 
 
@@ -197,10 +197,10 @@ def test_a_record_speaks_of_the_picture(answer, reason):
     reply = reply_of(f"Question:\nWhat?\n===\nAnswer:\n{answer}")
     if reason is None:
         said = answer.removesuffix("<|im_end|>")
-        assert generate_data.read_reply("conversation", reply) == [("What?", said)]
+        assert generate_data.read_turns("conversation", reply) == [("What?", said)]
     else:
         with pytest.raises(generate_data.Reject, match=reason):
-            generate_data.read_reply("conversation", reply)
+            generate_data.read_turns("conversation", reply)
 
 
 @pytest.mark.parametrize("text, finish, reason", [
@@ -213,7 +213,7 @@ def test_a_record_speaks_of_the_picture(answer, reason):
 def test_what_is_no_answer_is_rejected_with_its_reason(text, finish, reason):
     """A half sentence would teach the model to stop in the middle of one."""
     with pytest.raises(generate_data.Reject, match=reason):
-        generate_data.read_reply("conversation", reply_of(text, finish))
+        generate_data.read_turns("conversation", reply_of(text, finish))
 
 
 def test_a_run_survives_a_lying_server_and_pays_for_nothing_twice(tmp_path, serve):
@@ -289,7 +289,7 @@ def test_a_changed_filter_costs_nothing(tmp_path, serve, monkeypatch):
     contexts = write_contexts(tmp_path / "c.jsonl", 5)
     url, log = serve(text="Question:\nWhat?\n===\nAnswer:\nThe caption says so.")
     assert instruct(tmp_path, contexts, "--base_url", url, "--mix", "conversation=1") == []
-    monkeypatch.setattr(generate_data, "SPEAKS_OF", {})
+    monkeypatch.setattr(generate_data, "REJECTED", {})
     nowhere = ("--base_url", "http://127.0.0.1:9/v1", "--mix", "conversation=1")
     assert len(instruct(tmp_path, contexts, *nowhere)) == 1, "equal answers are one record"
     assert len(instruct(tmp_path, contexts, *nowhere, "--keep_duplicates")) == 5
