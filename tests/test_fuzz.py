@@ -48,7 +48,7 @@ FILES = {
     "problems.json": by_id(question="Which #?", choices=["red", "blue"], answer=1, hint="",
                            image=None, subject="natural science", grade="grade#", lecture="L.",
                            solution="S."),
-    "reviews.jsonl": rows(question_id="ID", category="conv", tuple=[8, "ID"], judge="j"),
+    "reviews.jsonl": rows(question_id="ID", category="conv", tuple=[8, 7], judge="j"),
     "answers.jsonl": rows(question_id="ID", prompt="What is #?", text="B"),
     "yes.jsonl": rows(question_id="ID", prompt="What is #?", text="Yes"),
     "asked.jsonl": list(SPLITS.values()),
