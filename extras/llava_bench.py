@@ -68,7 +68,7 @@ def usable_replies(plan, read, raw, config):
 
 def reference_of(context, request, reply):
     """A reply as a reference answer, which is read like a description. Raises Reject."""
-    [(_, text)] = generate_data.read_reply("detail_description", reply)
+    [(_, text)] = generate_data.read_turns("detail_description", reply)
     return text
 
 
