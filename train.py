@@ -19,7 +19,7 @@ from data import Conversations, Steps, collate, show
 from model import IGNORE, LLaVA
 from parts import check, checkpoints, lora
 from parts.files import brief_instructions, check_least, run_main, typed_flags
-from parts.ranks import ANSWERING, DTYPES, Machine, Optimizer, groups_of, micro_batching
+from parts.ranks import ANSWERING, DTYPES, RECOMPUTED, Machine, Optimizer, groups_of, micro_batching
 from parts.records import Records
 from parts.run import Run, config_table, dry_run, theta_table
 from parts.templates import TEMPLATES, chat_template, choose_template
@@ -120,7 +120,7 @@ class Config:
     device: str = "auto"                # cuda, mps or cpu
     dtype: str = "auto"                 # bf16, fp16 or fp32 compute; what trains is kept in fp32
     shard: bool = False                 # weights, gradients, moments are spread over all ranks
-    checkpoint_activations: str = "none"    # or all, every_2, ...: decoder layers run again
+    checkpoint_activations: str = "none"    # or all, every_2: decoder layers run again
     compile: bool = False               # the decoder layers, by torch.compile
     dry_run: bool = False               # some steps on the longest samples: memory, and what fits
     image_position: str = "random"      # random, first or as_written, see data.arrange
@@ -130,7 +130,8 @@ class Config:
     NOT_FLAGS = ("image_position", "lr_W", "lr_g")       # only a recipe's row says these
     CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
                "projector": ["linear", "mlp2x_gelu"], "aspect": list(ASPECTS),
-               "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES]}
+               "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES],
+               "checkpoint_activations": list(RECOMPUTED)}
 
 
 def resolve(argv):
@@ -138,12 +139,10 @@ def resolve(argv):
     typed = typed_flags(Config, argv, "Train LLaVA.")
     stage = typed.get("stage", Config.stage)
     recipe = dict(RECIPES[typed.get("recipe", Config.recipe)], out=f"out/stage{stage}")
-    stages = {1: recipe.pop("stage1"), 2: recipe.pop("stage2")}
-    recipe |= stages[stage]
+    recipe |= {1: recipe.pop("stage1"), 2: recipe.pop("stage2")}[stage]
     has_init = typed.get("init", "none") != "none"
     if has_init:                         # the checkpoint brings its own parts
-        del recipe["vision"]
-        recipe.pop("llm", None)
+        recipe = {flag: recipe[flag] for flag in recipe if flag not in ("vision", "llm")}
     if (has_init or "llm" in typed) and recipe["template"] != "plain":
         recipe["template"] = "auto"      # the recipe's is for the recipe's language model
     if typed.get("lora_rank"):
@@ -323,7 +322,7 @@ def train(config, origin, machine, run):
         run.stop_if(optimizer.is_lost, f"the gradient's norm is {norm}")
 
         run.check_first_step()           # frozen is frozen, and the rest has moved
-        run.log_step(loss, optimizer.lr, norm, answer_tokens=n_answer)
+        run.log_step(loss, norm, answer_tokens=n_answer)
         if run.is_due(config.save_every):
             run.save_state()
             if run.stopping:             # Ctrl-C or a scheduler

@@ -287,7 +287,7 @@ def customise_and_train(config, machine, run):
         with torch.no_grad():
             clip.logit_scale.clamp_(0, math.log(100))    # OFFICIAL: after each step
         run.check_first_step()
-        run.log_step(value, optimizer.lr, norm, f"tau {tau.item():6.2f} | ", tau=tau.item())
+        run.log_step(value, norm, f"tau {tau.item():6.2f} | ", tau=tau.item())
         if run.is_due(config.save_every):
             run.save_state()
             if run.stopping:

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 from datetime import timedelta
 
 import torch
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+RECOMPUTED = {"none": 0, "all": 1, "every_2": 2}     # of how many decoder layers one runs again
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What LLaVA.forward and LLaVA.generate take of a batch; the rest is for people.
 TRAINING = ("input_ids", "labels", "X_v", "visual_index")
@@ -69,9 +69,8 @@ def micro_batching(global_batch_size, micro_batch_size, world_size):
     """
     share, rest = divmod(global_batch_size, world_size)
     if rest:
-        below = max(share, 1) * world_size
         raise ValueError(f"global_batch_size {global_batch_size} over {world_size} ranks: take a "
-                         f"multiple of {world_size}, e.g. {below} or {(share + 1) * world_size}")
+                         f"multiple of {world_size}, e.g. {(share + 1) * world_size}")
     micro = min(micro_batch_size or share, share)
     if share % micro:
         fitting = " | ".join(map(str, divisors(share)))
@@ -241,11 +240,6 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = share * group["peak"]
 
-    @property
-    def lr(self):
-        """The rate of the last group."""
-        return self.adamw.param_groups[-1]["lr"]
-
     def zero_grad(self):
         self.adamw.zero_grad(set_to_none=True)
 
@@ -302,16 +296,12 @@ def local_shard(tensor):
 
 
 def recompute_layers(model, checkpoint_activations):
-    """Activation checkpointing of all decoder layers, or of every n-th ("none", "all", "every_2"):
-    each keeps its input alone, and runs again in the backward pass. ValueError for other words."""
-    found = re.fullmatch(r"none|all|every_([1-9]\d*)", checkpoint_activations)
-    if not found:
-        raise ValueError(f"--checkpoint_activations {checkpoint_activations!r}: "
-                         "none, all, every_2, every_3, ...")
-    if checkpoint_activations == "none":
-        return
-    for layer in list(model.f_phi.base_model.layers)[::int(found[1] or 1)]:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    """Activation checkpointing of decoder layers, see RECOMPUTED: such a layer keeps its input
+    alone, and runs again in the backward pass."""
+    every = RECOMPUTED[checkpoint_activations]
+    if every:
+        for layer in list(model.f_phi.base_model.layers)[::every]:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def compile_layers(model, device):

@@ -300,7 +300,7 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def log_step(self, loss, lr, grad_norm, shown="", **more):
+    def log_step(self, loss, grad_norm, shown="", **more):
         """Log this step, with `more`, and print a line of one in fifty, with `shown` in it. Every
         rank calls this: it counts over all of them, and agrees on `stopping`."""
         masks = [batch["attention_mask"] for batch in self.micro_batches]
@@ -308,6 +308,7 @@ class Run:
             sum(mask.sum().item() for mask in masks), sum(mask.numel() for mask in masks),
             sum(batch["images"] for batch in self.micro_batches), len(self.signals))
         seconds = time.time() - self.ended
+        lr = self.optimizer.adamw.param_groups[-1]["lr"]
         done = self.step + 1
         self.stopping = signals > 0 and done < self.total
         self.log({"step": self.step, "loss": loss, "lr": lr, "seconds": seconds,

@@ -193,7 +193,7 @@ def test_a_batch_size_that_cannot_be_kept_is_refused_with_ones_that_can():
     for G, micro, ranks in [(128, 16, 8), (128, 4, 8), (32, None, 4), (6, 16, 3), (5, 5, 1)]:
         size, accumulated = micro_batching(G, micro, ranks)
         assert ranks * size * accumulated == G and size <= (micro or G)
-    with pytest.raises(ValueError, match="e.g. 4 or 8"):
+    with pytest.raises(ValueError, match="a multiple of 4, e.g. 8"):
         micro_batching(6, 1, 4)
     with pytest.raises(ValueError, match=r"--micro_batch_size 1 \| 2 \| 3 \| 6 would"):
         micro_batching(12, 4, 2)
