@@ -162,6 +162,18 @@ def test_the_text_of_a_shard_is_its_txt_and_else_the_caption_of_its_json(tmp_pat
     assert len(left_out) == 5, left_out
 
 
+def test_a_picture_of_more_than_8_bits_or_with_alpha_is_seen_as_everywhere_else(tmp_path):
+    """In a shard as in a folder: 16 bits become 8, and white lies behind what is transparent."""
+    deep, clear = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.array([[0, 30000], [60000, 65535]], np.uint16)).save(deep, "png")
+    Image.fromarray(np.array([[[9, 9, 9, 0], [9, 9, 9, 255]]], np.uint8)).save(clear, "png")
+    members = {"0.png": deep.getvalue(), "0.txt": b"x", "1.png": clear.getvalue(), "1.txt": b"y"}
+    write_shard(tmp_path / "c.tar", members)
+    first, second = retrieve.read_pairs([str(tmp_path / "c.tar")], ".", [])
+    assert abs(np.asarray(first.picture())[..., 0] - np.array([[0, 117], [234, 255]])).max() <= 1
+    assert np.asarray(second.picture())[..., 0].tolist() == [[255, 9]]
+
+
 def test_members_that_are_no_files_are_left_out_and_counted(tmp_path):
     """Folders and dangling links called like pictures and texts, a name that is there twice."""
     with tarfile.open(tmp_path / "c.tar", "w") as tar:
