@@ -252,7 +252,8 @@ def score_pope(config, labels):
     """POPE: is there such a thing in the picture? F1 of yes in three splits, and its mean.
 
     --questions says which question is of which split. OFFICIAL: answers and labels are paired by
-    position (--official), which is silently wrong with other label files than POPE's e3e39262.
+    position (--official), which is silently wrong with other label files than POPE's e3e39262;
+    here those are an error.
     """
     if not config.questions:
         raise ValueError("--questions FILE is needed: it says which question is of which split")
