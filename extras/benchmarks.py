@@ -321,12 +321,12 @@ def score_mme(config, labels):
     points = {}
     for task, _ in pictures:
         points[task] = percent(counts[f"{task}.acc"]) + percent(counts[f"{task}.acc_plus"])
-    sums = dict.fromkeys(GROUPS)
+    sums = {}
     for group, tasks in GROUPS.items():
-        if points.keys() >= set(tasks):
-            sums[group] = sum(points[task] for task in tasks)
-    others = answers.count(None)
-    return sums | points | counts, [f"{others} answers are neither yes nor no, and wrong"]
+        is_whole = points.keys() >= set(tasks)
+        sums[group] = sum(points[task] for task in tasks) if is_whole else None
+    note = f"{answers.count(None)} answers are neither yes nor no, and wrong"
+    return sums | points | counts, [note]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def grade_request(config, label, answer, name, attempt):
 
 
 def grade_mm_vet(config):
-    """A judge's grades of MM-Vet answers. Started again, it goes on."""
+    """A judge grades MM-Vet answers. Started again, it resumes."""
     labels = read_mm_vet(config.labels)
     answers = read_mm_vet_answers(config.answers, labels)
     left = [(name, run) for name in labels for run in range(config.runs)]

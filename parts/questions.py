@@ -44,7 +44,7 @@ def read_questions(path, folder):
 
 
 class AnswerFile:
-    """The answers of one model to a file of questions; an unfinished one is gone on with.
+    """The answers of one model to a file of questions; an unfinished one is resumed.
 
     questions, path    files: what is asked, and what is written
     folder, model      folders: of the questions' pictures, and of the checkpoint
