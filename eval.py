@@ -25,8 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 from parts import scienceqa, scoring
-from parts.client import Endpoint, Request, chat_messages, content_of, is_preview, request_body
+from parts.client import Endpoint, Request, chat_messages, is_preview, request_body
 from parts.files import run_command, run_main, write_json, write_lines
+from parts.replies import content_of
 from parts.scienceqa import COLUMNS
 
 KINDS = ("conv", "detail", "complex")    # of questions: conversation, description, reasoning

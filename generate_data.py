@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 from parts import annotations, client, files
 from parts.annotations import REJECTED
-from parts.client import Endpoint, Replies, Request
+from parts.client import Endpoint, Request
 from parts.files import IMAGE, PROMPTS
+from parts.replies import Replies, content_of, unfinished, words_of_refusal
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")     # 58K, 23K, 77K
 WRITE_IN = ("\n\nWrite in {}, whatever the language of the sentences. Only the words Question and "
@@ -199,10 +200,10 @@ def parse(kind, text):
 
 def read_turns(kind, reply):
     """A reply -> [(question, answer), ...]. Raises Reject, also for a reply that was cut off."""
-    finish = client.unfinished(reply)
+    finish = unfinished(reply)
     if finish:
         raise Reject("cut off at max_tokens" if finish == "length" else f"finish_reason {finish}")
-    text = client.content_of(reply)
+    text = content_of(reply)
     turns = parse(kind, text)
     words = "\n".join(part for turn in turns for part in turn if part)
     for reason, pattern in REJECTED.items():        # of what is no form of ours, the whole reply
@@ -278,7 +279,7 @@ def good_records(plan, replies, config, counts, rejected):
         except Reject as reject:
             counts[f"{request.kind}, rejected: {reject}"] += 1
             rejected.append({"id": request.id, "kind": request.kind, "reason": str(reject),
-                             "text": client.content_of(reply) or client.words_of_refusal(reply)})
+                             "text": content_of(reply) or words_of_refusal(reply)})
         else:
             earlier.add(answers)
             counts[f"{request.kind}, records"] += 1

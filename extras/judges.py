@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import MOST_FAILED, Review, parse_scores, read_cases, relative_score, review_request
-from parts.client import Endpoint, Request, content_of, is_preview, request_body
+from parts.client import Endpoint, Request, is_preview, request_body
 from parts.files import (
     PROMPTS,
     check_least,
@@ -33,6 +33,7 @@ from parts.files import (
     write_lines,
     write_text,
 )
+from parts.replies import content_of
 from parts.scoring import (
     ask_judge,
     check_ids,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from parts import client, scienceqa
 from parts.client import Endpoint, Request
 from parts.files import PROMPTS, check_least, lock_folder, run_command, run_main, write_lines
+from parts.replies import content_of
 
 FOLDER = PROMPTS / "scienceqa"
 
@@ -79,7 +80,7 @@ def ask_expert(kind, questions, shots, config):
         return
     with lock_folder(f"{config.out}.raw") as folder:
         replies = client.ask_everything(list(requests.values()), folder / "raw.jsonl", config)
-        texts = {pid: client.content_of(replies[request.key]).strip()
+        texts = {pid: content_of(replies[request.key]).strip()
                  for pid, request in requests.items()}
         write_lines(config.out, [
             {"question_id": pid, "prompt": questions[pid], "text": text, "model_id": config.model}

@@ -12,6 +12,7 @@ from conftest import lines, run_script, start_script
 import generate_data
 from parts import client
 from parts.files import write_lines
+from parts.replies import content_of, unfinished
 
 
 class Asker(client.Endpoint):
@@ -126,7 +127,7 @@ THOUGHT = "<think>\nQuestion: maybe ask the colour?\nAnswer: brown.\n</think>\n\
 def test_what_a_model_thinks_aloud_and_how_chats_end_is_no_answer(content, text):
     """Of a teacher and a judge alike; a reply's parts are joined, other fields of it ignored."""
     message = {"content": content, "reasoning_content": "x", "reasoning": "x"}
-    assert client.content_of({"choices": [{"message": message}]}) == text
+    assert content_of({"choices": [{"message": message}]}) == text
 
 
 def completion(content="A bus.", finish="stop", **fields):
@@ -145,8 +146,8 @@ def test_what_is_paid_returns_even_if_it_is_no_answer(serve, reply, finish, text
     """And what it is, is told by its finish_reason."""
     url, _ = serve(reply=reply)
     found = client.ask(url, make_requests(1)[0].body)
-    assert found["choices"][0]["finish_reason"] == finish and client.content_of(found) == text
-    assert client.unfinished(found) == (None if finish == "stop" else finish)
+    assert found["choices"][0]["finish_reason"] == finish and content_of(found) == text
+    assert unfinished(found) == (None if finish == "stop" else finish)
 
 
 @pytest.mark.parametrize("reply, says, asked", [
@@ -190,7 +191,7 @@ def test_odd_fields_beside_an_answer_are_told_and_left_out(serve, tmp_path, caps
     replies = client.ask_everything(requests, tmp_path / "raw.jsonl", Asker(base_url=url))
     for request in requests:
         reply = replies[request.key]
-        assert client.content_of(reply) == "A bus." and not reply["usage"]
+        assert content_of(reply) == "A bus." and not reply["usage"]
         assert reply["model"] in (None, "m")
     assert "is odd, and left out" in capsys.readouterr().out
 
@@ -268,7 +269,7 @@ def test_a_word_that_stands_for_a_key_stays_in_answers(serve, monkeypatch):
     """Servers without keys are given one like it, and a word may be part of any answer."""
     monkeypatch.setenv("OPENAI_API_KEY", "anything")
     url, _ = serve(reply=[200, completion("Is anything red?")])
-    assert client.content_of(client.ask(url, make_requests(1)[0].body)) == "Is anything red?"
+    assert content_of(client.ask(url, make_requests(1)[0].body)) == "Is anything red?"
 
 
 @pytest.mark.parametrize("key", ["sk-SECRET\n123", "sk-SECRÉT"])
