@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import requests
@@ -49,7 +50,14 @@ from extras.chat_api import Refusal
 from extras.http_limits import Connection, hear, is_reached_at
 from parts import files
 from parts.client import api_key
-from parts.pictures import FORMATS, UNREADABLE, load_image
+from parts.pictures import (
+    EXIF_ORIENTATION,
+    FORMATS,
+    UNREADABLE,
+    load_image,
+    opened,
+    upright_rgb,
+)
 
 PAGE = Path(__file__).with_name("serve.html")
 # libtiff prints whatever is wrong with a file, so that strangers would fill the server's output
@@ -131,7 +139,8 @@ class ChatRequest(NamedTuple):
     with_usage: bool       # of a stream: say how many tokens it was
 
     def pictures(self):
-        return [load_image(io.BytesIO(file)) for file in self.files]
+        with refusing():
+            return [load_image(io.BytesIO(file)) for file in self.files]
 
 
 def pixels_of(name, file):
@@ -141,6 +150,16 @@ def pixels_of(name, file):
             return head.width * head.height
     except UNREADABLE as error:
         raise Refusal(f"{name}: not a readable picture in any of {', '.join(SERVED)}") from error
+
+
+def read_small(name, file):
+    """What has the size of a picture, which was read to its end, but as small as it allows."""
+    with opened(io.BytesIO(file), name) as image:
+        width, height = image.size
+        lies = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        image.draft(image.mode, (1, 1))
+        upright_rgb(image)
+    return SimpleNamespace(size=(height, width) if lies else (width, height))
 
 
 # -----------------------------------------------------------------------------
@@ -321,8 +340,7 @@ class Server:
             turns = [*turns, {"from": "gpt", "value": answer}]
         view = self.talker.view
         with refusing():
-            pictures = [(name, load_image(io.BytesIO(file), name))
-                        for name, file in contents.items()]
+            pictures = [(name, read_small(name, file)) for name, file in contents.items()]
             read = sample_of(turns, pictures, self.tokenizer, self.talker.template, view)
         n = len(read["input_ids"])
         if n >= self.context:

@@ -311,7 +311,7 @@ def test_who_is_slow_on_purpose_is_cut_off_and_fills_no_log(endless, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_clients_of_whom_twenty_mean_no_good():
-    """tests/soak_server.py: no good client is refused or gets another's answer, no status is 5xx."""
+    """No good client is refused or gets another's answer, and no status is 5xx."""
     command = [sys.executable, "tests/soak_server.py", "20"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and " 0  good clients refused" in run.stdout, run.stdout
