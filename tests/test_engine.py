@@ -143,6 +143,18 @@ def test_compiled_steps_give_the_same_ids():
 
 
 @pytest.mark.parametrize("kind", [Plain, Fast])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_nan_in_W_is_an_error_and_no_answer(kind, temperature):
+    """A NaN that came after loading, or of fp16: argmax would take it, and a draw would crash."""
+    model = tiny_llava()
+    next(model.W.parameters()).data[0, 0] = torch.nan
+    engine = Engine(model)
+    engine.decoder = kind(model.f_phi)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        engine.generate(batch_of(model), temperature=temperature)
+
+
+@pytest.mark.parametrize("kind", [Plain, Fast])
 def test_rows_that_end_leave_and_the_others_say_what_they_say_alone(kind, monkeypatch):
     """Once half of the rows have ended they cost nothing more, and change nothing."""
     model = tiny_llava()
