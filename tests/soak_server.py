@@ -242,7 +242,8 @@ def main(seconds):
     print(f"the server's output: {(folder / 'output').read_text()!r}")
     process.terminate()
     process.wait()
-    failed = [name for name in COUNTS if name.startswith(("status 5", "mixed")) and COUNTS[name]]
+    signs = ("status 5", "mixed", "good clients refused")
+    failed = [name for name in COUNTS if name.startswith(signs) and COUNTS[name]]
     sys.exit(", ".join(failed) or None)
 
 
