@@ -1,38 +1,50 @@
 """
-A LLaVA-Bench of one's own pictures, as LLaVA-Bench (COCO) was made: questions of a text-only
-teacher, and its reference answers (Sec. 5.1's construction).
+A LLaVA-Bench of one's own pictures: a text-only teacher's reference answers, and its questions if
+one has none (Sec. 5.1's construction).
 
-    python -m extras.llava_bench --bench 30 --captions captions_val2014.json \\
+    python -m extras.llava_bench make --bench 30 --captions captions_val2014.json \\
         --instances instances_val2014.json --out data/bench --base_url URL --model gpt-4
+    python -m extras.llava_bench references --questions q.jsonl --context context.jsonl \\
+        --out reference.jsonl --base_url URL --model gpt-4
 
-It writes what eval.py reads: questions.jsonl, reference.jsonl, context.jsonl; a question of each of
-the three types about each picture. A picture for which a type is rejected makes room for the next.
+    make        captions and boxes --> a question of each type, and its answer, as in COCO's bench
+    references  a person's questions, and a description or captions and boxes of each picture -->
+                answers, as in the bench In-the-Wild
+
+eval.py reads what they write. Of a picture for which a type is rejected `make` keeps nothing and
+takes the next one; `references` asks again.
 """
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
 import generate_data
+from eval import KINDS, context_of
 from generate_data import TYPES, Reject, make_request
-from parts import client, files
+from parts import client, files, scoring
 from parts.client import Endpoint, Request
 from parts.files import IMAGE, PROMPTS
 
-CATEGORY = dict(zip(TYPES, ("conv", "detail", "complex"), strict=True))
+CATEGORY = dict(zip(TYPES, KINDS, strict=True))
+MOST_TRIES = 3                 # of `references` for one answer, before a person has to look
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Endpoint):
+class Teacher(Endpoint):
+    model: str = "gpt-4"       # any chat model that the endpoint has
+    prompts: str = str(PROMPTS)  # folder of prompts, as for generate_data.py
+    language: str = None       # language to write in, by its English name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Make(Teacher):
     bench: int                 # pictures
     out: str                   # folder for questions.jsonl, reference.jsonl, context.jsonl
     captions: str              # COCO's captions_*.json, or JSON lines of id, image, captions, ...
     instances: str = None      # COCO's instances_*.json
-    model: str = "gpt-4"       # any chat model that the endpoint has
-    prompts: str = str(PROMPTS)  # folder of prompts, as for generate_data.py
-    language: str = None       # language to write in, by its English name
     seed: int = 0
     skip_bad: bool = False     # leave out boxes that are outside of their picture, or inverted
 
@@ -41,14 +53,30 @@ class Config(Endpoint):
         files.check_least(self, bench=1)
 
 
-def reference_request(context, kind, question, config):
-    """The request for a reference answer: the teacher reads captions and boxes, no picture."""
-    system = Path(config.prompts, "reference", "system_message.txt").read_text()
+@dataclass(frozen=True, kw_only=True)
+class References(Teacher):
+    questions: str             # JSON lines of question_id, image, text, category
+    context: str               # JSON lines of image, and caption, or captions and instances
+    out: str                   # JSON lines to write; OUT.raw keeps what is paid
+
+
+def reference_request(name, known, question, config):
+    """The request for a reference answer: the teacher reads what is known of a picture."""
+    system = files.read_text(Path(config.prompts, "reference", "system_message.txt"))
     if config.language:
         system += generate_data.WRITE_IN.format(config.language)
-    text = f"{generate_data.context_text('reference', context)}\n\n{question}"
-    body = client.request_body(config, client.chat_messages(system, [], text))
-    return Request(f"{context.id}-reference-{kind}", "reference", body)
+    messages = client.chat_messages(system, [], f"{known}\n\n{question}")
+    return Request(name, "reference", client.request_body(config, messages))
+
+
+def reference_of(reply):
+    """A reply as a reference answer, which is read like a description. Raises Reject."""
+    [(_, text)] = generate_data.read_turns("detail_description", reply)
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# make: captions and boxes -> questions and reference answers
 
 
 def usable_replies(plan, read, raw, config):
@@ -66,12 +94,6 @@ def usable_replies(plan, read, raw, config):
     return {context: rows for context, rows in found.items() if len(rows) == len(TYPES)}
 
 
-def reference_of(context, request, reply):
-    """A reply as a reference answer, which is read like a description. Raises Reject."""
-    [(_, text)] = generate_data.read_turns("detail_description", reply)
-    return text
-
-
 def ask_for_pictures(contexts, prompts, raw, config):
     """{picture: [((kind, question), answer) of each type]} of the pictures that can be used."""
     ways = generate_data.detail_questions(config.prompts)
@@ -81,12 +103,19 @@ def ask_for_pictures(contexts, prompts, raw, config):
         first = record["conversations"][0]["value"]
         return request.kind, first.replace(IMAGE, "").strip()
 
+    def answer_of(context, request, reply):
+        return reference_of(reply)
+
     plan = [(context, make_request(kind, context, prompts, config))
             for context in contexts for kind in TYPES]
     questions = usable_replies(plan, question_of, raw, config)
-    plan = [(context, reference_request(context, kind, question, config))
-            for context, rows in questions.items() for kind, question in rows]
-    answers = usable_replies(plan, reference_of, raw, config)
+    plan = []
+    for context, rows in questions.items():
+        known = generate_data.context_text("reference", context)
+        for kind, question in rows:
+            name = f"{context.id}-reference-{kind}"
+            plan.append((context, reference_request(name, known, question, config)))
+    answers = usable_replies(plan, answer_of, raw, config)
     return {context: list(zip(questions[context], texts, strict=True))
             for context, texts in answers.items()}
 
@@ -145,8 +174,83 @@ def make_bench(config):
         write_bench(found, tried, out, config)
 
 
+# --------------------------------------------------------------------------------------------------
+# references: questions that there are already -> reference answers
+
+
+def read_known(path):
+    """{image: what the teacher reads of it}: a description, or captions and boxes."""
+    counts = Counter()                   # of what is left out or changed
+    known = {}
+    for image, record in scoring.read_by_id(path, key="image").items():
+        try:
+            if "caption" in record:
+                text = context_of(record)[0]
+            else:
+                context = generate_data.from_record({"id": image} | record, counts)
+                text = generate_data.context_text("reference", context)
+            if not text.strip():
+                raise ValueError("nothing is told of it")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: {image}: {type(error).__name__} {error}; caption, or "
+                             "captions and instances: [{category, bbox}], is needed") from error
+        known[image] = text
+    for what, n in (+counts).items():
+        print(f"{path}: {n:,} {what}")
+    return known
+
+
+def ask_for_references(request_of, names, config):
+    """{id: reference answer} of all these questions; request_of(id, try) asks for one."""
+    texts, left = {}, names
+    for attempt in range(MOST_TRIES):
+        requests = {name: request_of(name, attempt) for name in left}
+        replies = scoring.ask_judge(list(requests.values()), config.out, config)
+        left = []
+        for name, request in requests.items():
+            try:
+                texts[name] = reference_of(replies[request.key])
+            except Reject as reject:
+                print(f"{name}, try {attempt + 1} of {MOST_TRIES}: {reject}")
+                left.append(name)
+        if not left:
+            return texts
+    raise ValueError(
+        f"{config.questions}: {len(left)} of {len(names)} questions have no usable answer after "
+        f"{MOST_TRIES} tries{scoring.examples(left)}. Leave them out of a copy of --questions: the "
+        f"other answers are kept in {config.out}.raw")
+
+
+def write_references(config):
+    """A teacher's reference answers to a person's questions. Started again, it goes on."""
+    questions = scoring.read_by_id(config.questions, "image", "text", "category")
+    known = read_known(config.context)
+    absent = [name for name, question in questions.items() if question["image"] not in known]
+    if absent:
+        raise ValueError(f"{config.context}: nothing about the pictures of {len(absent)} questions"
+                         f"{scoring.examples(absent)}; the names of `image` must be equal")
+
+    def request_of(name, attempt):
+        question = questions[name]
+        name = f"{name}-{attempt}"       # a second try is another request
+        return reference_request(name, known[question["image"]], question["text"], config)
+
+    if client.is_preview([request_of(name, 0) for name in questions], config):
+        return
+    texts = ask_for_references(request_of, list(questions), config)
+    files.write_lines(config.out, [
+        {"question_id": question["question_id"], "category": question["category"],
+         "prompt": question["text"], "text": texts[name], "metadata": {},
+         "answer_id": f"reference-{name}", "model_id": config.model}
+        for name, question in questions.items()])
+    print(f"{len(texts)} reference answers: {config.out}")
+
+
+COMMANDS = {"make": (make_bench, Make), "references": (write_references, References)}
+
+
 def main(argv=None):
-    make_bench(Config(**files.typed_flags(Config, argv, "Make a LLaVA-Bench.")))
+    files.run_command(COMMANDS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 #     MODEL=out/stage2 JUDGE=gpt-4 bash runs/llava_bench_coco.sh [further flags of the judge]
 # $BENCH holds questions.jsonl, reference.jsonl, context.jsonl and images/: the authors' qa90_questions.jsonl,
 # qa90_gpt4_answer.jsonl and caps_boxes_coco2014_val_80.jsonl under these names, RULE=rule.json being their prompts; or a new
-# one by `python -m extras.llava_bench --bench 30 --out $BENCH`. Pictures are named as in the questions, 000000441147.jpg.
+# one by `python -m extras.llava_bench make --bench 30 --out $BENCH`. Pictures are named as in the questions, 000000441147.jpg.
 # OPENAI_API_KEY is in the environment; 90 requests. Started again it goes on; nothing is asked twice.
 source "$(dirname "$0")/env.sh"
 MODEL=${MODEL:-out/stage2} BENCH=${BENCH:-data/llava_bench_coco} OUT=${OUT:-out/llava_bench_coco}

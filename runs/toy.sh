@@ -40,7 +40,7 @@ ask() {
     done
 }
 bench() {    # the paper's Sec. 5.1 on held-out pictures: 90 questions, the teacher's reference answers, the judge
-    python -m extras.llava_bench --bench 30 --captions "$W/annotations/captions_held_out.json" --out "$OUT/bench" \
+    python -m extras.llava_bench make --bench 30 --captions "$W/annotations/captions_held_out.json" --out "$OUT/bench" \
         --instances "$W/annotations/instances_held_out.json" --base_url "$URL" --seed "$SEED"
     python eval.py answer --model "$OUT/stage2" --questions "$OUT/bench/questions.jsonl" --images "$W/images" \
         --answers "$OUT/answers_bench.jsonl" --max_new_tokens 128 --batch_size 90

@@ -45,7 +45,7 @@ variants() {  # variants SEED
     }
     once "$W" python -m toy.world world --out "$W" --seed "$seed" --pictures 4000
     teacher "$D" "$W" "$seed"
-    once "$D/bench" python -m extras.llava_bench --base_url "$URL" --captions "$W/annotations/captions_held_out.json" \
+    once "$D/bench" python -m extras.llava_bench make --base_url "$URL" --captions "$W/annotations/captions_held_out.json" \
         --instances "$W/annotations/instances_held_out.json" --out "$D/bench" --seed "$seed" --bench 100
     once "$D/stage1.json" python generate_data.py expand --pairs "$W/pairs.jsonl" --out "$D/stage1.json" --seed "$seed"
     data full             conversation=1470 detail_description=580 complex_reasoning=1950      # the paper's 58 : 23 : 77

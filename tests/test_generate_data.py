@@ -8,7 +8,6 @@ import pytest
 from conftest import lines
 
 import generate_data
-from extras import llava_bench
 from parts.files import PROMPTS, brief_instructions, read_json, read_lines, write_lines
 from parts.records import record_problem
 from parts.templates import HOLDS_STOP, TEMPLATES
@@ -341,35 +340,6 @@ def test_naive_expansion_asks_one_of_the_brief_instructions(tmp_path):
     assert {q.replace("<image>", "").strip() for q in questions} == set(brief_instructions())
     assert 60 < sum(q.startswith("<image>") for q in questions) < 140
     assert [r["conversations"][1]["value"] for r in records] == [f"a dog {i}" for i in range(200)]
-
-
-def test_a_bench_has_a_question_of_each_type_and_a_reference_answer(tmp_path, serve):
-    """LLaVA-Bench (COCO)'s construction: its three files agree, and eval.py can join them."""
-    url, _ = serve()
-    llava_bench.main(["--bench", "3", "--captions", str(write_contexts(tmp_path / "c.jsonl", 5)),
-                      "--out", str(tmp_path / "bench"), "--base_url", url, "--model", "m"])
-    questions = read_lines(tmp_path / "bench" / "questions.jsonl")
-    reference = read_lines(tmp_path / "bench" / "reference.jsonl")
-    context = read_lines(tmp_path / "bench" / "context.jsonl")
-    assert Counter(q["category"] for q in questions) == {"conv": 3, "detail": 3, "complex": 3}
-    assert [r["question_id"] for r in reference] == [q["question_id"] for q in questions]
-    assert {q["image"] for q in questions} == {c["image"] for c in context}
-
-
-def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, capsys):
-    """A candidate must not be scored beside "I'm sorry"; the next picture takes its place."""
-    url, _ = serve(faults={"refuses": 0.15})
-    llava_bench.main(["--bench", "6", "--captions", str(write_contexts(tmp_path / "c.jsonl", 40)),
-                      "--out", str(tmp_path / "b"), "--base_url", url, "--workers", "1"])
-    assert "refuses; another picture takes its place" in capsys.readouterr().out
-    questions = read_lines(tmp_path / "b" / "questions.jsonl")
-    references = read_lines(tmp_path / "b" / "reference.jsonl")
-    assert len(questions) == len(references) == 18
-    assert "sorry" not in str(questions) + str(references)
-    for question, reference in zip(questions, references, strict=True):
-        assert question["text"] == reference["prompt"]
-    with pytest.raises(ValueError, match="--bench 41.*40 pictures"):
-        llava_bench.main(["--bench", "41", "--captions", str(tmp_path / "c.jsonl"), "--out", "x"])
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

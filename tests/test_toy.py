@@ -93,7 +93,7 @@ def test_data_bench_and_judge_go_through_the_real_endpoint(toy_world, url, tmp_p
     assert len(records) == 60 and not any(record_problem(r, "images") for r in records)
 
     bench = tmp_path / "bench"
-    llava_bench.main(["--bench", "4", "--captions", str(notes / "captions_held_out.json"),
+    llava_bench.main(["make", "--bench", "4", "--captions", str(notes / "captions_held_out.json"),
                       "--instances", str(notes / "instances_held_out.json"), "--base_url", url,
                       "--out", str(bench)])
     reference = read_lines(bench / "reference.jsonl")
