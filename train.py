@@ -1,8 +1,8 @@
 """
 How it is trained (Sec. 4.2): one loop for both stages.
 
-    torchrun --nproc_per_node=8 train.py --stage 1                       W alone, on captions
-    torchrun --nproc_per_node=8 train.py --stage 2 --init out/stage1     W and f_phi, instructions
+    torchrun --nproc_per_node=8 train.py --stage 1                      # W alone, on captions
+    torchrun --nproc_per_node=8 train.py --stage 2 --init out/stage1    # W and f_phi, instructions
 
 The defaults run the paper. A flag that is typed wins over the recipe, the recipe over the default;
 what the machine needs is in parts/ranks.py (devices, processes) and parts/run.py (folder, states).
@@ -26,14 +26,14 @@ from parts.templates import TEMPLATES, chat_template, choose_template
 from parts.views import ASPECTS, set_view
 
 # -----------------------------------------------------------------------------
-# The recipes: what is published, a row for each stage
+# The recipes: what each system trains on, and how. They win over the defaults of Config.
 
 CC3M = "data/LLaVA-CC3M-Pretrain-595K"
-COCO = "data/LLaVA-Instruct-150K"
+COCO = "data/LLaVA-Instruct-150K"                        # its released name; the paper's 158K
 CLIP = "openai/clip-vit-large-patch14"                   # 224 px: N = 256 visual tokens
 CLIP_336 = "openai/clip-vit-large-patch14-336"           # N = 576
 
-PAPER = dict(
+PAPER = dict(                                            # rates, epochs and batches: Sec. 5
     vision=CLIP, template="llava_v0", image_position="random",
     stage1=dict(data=[f"{CC3M}/chat.json"], images=f"{CC3M}/images",
                 epochs=1, lr=2e-3, global_batch_size=128, micro_batch_size=16),
@@ -41,7 +41,7 @@ PAPER = dict(
     stage2=dict(data=[f"{COCO}/llava_instruct_150k.json"], images="data/coco/train2017",
                 epochs=3, lr=2e-5, global_batch_size=32, micro_batch_size=4))
 SCIENCEQA = dict(
-    PAPER, image_position="first",
+    PAPER, image_position="first",                       # OURS: as sample.py asks
     stage2=dict(PAPER["stage2"], data=["out/scienceqa/train.json"],
                 images="data/scienceqa/images/train", epochs=12))
 V1_5 = dict(                                             # Diss. Sec. 4.3
@@ -54,9 +54,10 @@ V1_5 = dict(                                             # Diss. Sec. 4.3
 V1_5_LORA = dict(V1_5, stage2=dict(V1_5["stage2"], lr=2e-4, lr_W=2e-5, lora_rank=128))
 # OURS: HD's code and weights were not released; its stage 1 is that of 1.5, at 224 pixels
 HD = dict(V1_5, vision=CLIP, stage2=dict(V1_5["stage2"], aspect="hd", max_length=4096))
-# Diss. Sec. 4.7. OFFICIAL: g trains, too. OURS: its 760K samples were not released in full
-NEXT = dict(V1_5, max_length=4096, stage2=dict(V1_5["stage2"], data=["data/llava_next.json"],
-                                               aspect="anyres", lr_g=2e-6))
+# Diss. Sec. 4.7. OURS: its 760K samples were not released in full. OFFICIAL: g trains, too
+NEXT_FROZEN = dict(V1_5, max_length=4096, stage2=dict(
+    V1_5["stage2"], data=["data/llava_next.json"], aspect="anyres"))
+NEXT = dict(NEXT_FROZEN, stage2=dict(NEXT_FROZEN["stage2"], lr_g=2e-6))
 TOY = dict(                                              # OURS: the paper in miniature (toy/)
     vision="toy/pretrained/clip", llm="toy/pretrained/llm", template="llava_v0",
     images="out/toy/world/images", image_position="first", max_length=512, workers=0,
@@ -77,6 +78,7 @@ RECIPES = {
     "llava-1.5-13b-lora": dict(V1_5_LORA, llm="lmsys/vicuna-13b-v1.5"),
     "llava-1.5-hd-13b": dict(HD, llm="lmsys/vicuna-13b-v1.5"),
     "llava-next-vicuna-7b": dict(NEXT, llm="lmsys/vicuna-7b-v1.5"),
+    "llava-next-vicuna-7b-frozen": dict(NEXT_FROZEN, llm="lmsys/vicuna-7b-v1.5"),
     "llava-next-vicuna-13b": dict(NEXT, llm="lmsys/vicuna-13b-v1.5"),
     "llava-next-mistral-7b": dict(NEXT, llm="mistralai/Mistral-7B-Instruct-v0.2",
                                   template="mistral_instruct"),
@@ -93,11 +95,11 @@ RECIPES = {
 class Config:
     recipe: str = "llava-7b"            # a row of RECIPES
     stage: int = 1                      # 1: theta = {W}; 2: theta = {W, phi}
-    data: list[str] = ()                # LLaVA JSON. COURSE: Diss. Sec. 4.5, FILE=0.5 is half of it
+    data: list[str] = ()                # LLaVA JSON; FILE=0.5: half of it. COURSE: Diss. Sec. 4.5
     images: str = None                  # the folder that image names are relative to
     vision: str = None                  # g: hub id or folder of a CLIP
     llm: str = None                     # f_phi: hub id or folder of a language model
-    init: str = None                    # a checkpoint, or none (COURSE: Table 8, no stage 1)
+    init: str = None                    # a checkpoint; "none" skips stage 1 (COURSE: Table 8)
     out: str = None                     # output folder; out/stage1 or out/stage2
     resume: bool = False                # go on where a run with the same flags was stopped
     template: str = "auto"              # auto: the checkpoint's, or the language model's own
@@ -110,8 +112,8 @@ class Config:
     max_steps: int = None               # stop earlier; the schedule ends there, too
     lr: float = 2e-3                    # peak rate of AdamW, without weight decay
     lora_rank: int = 0                  # stage 2: adapters train instead of f_phi (parts/lora.py)
-    global_batch_size: int = 128        # samples a step, over all ranks: the promise
-    micro_batch_size: int = None        # samples a forward pass and rank; the rest is accumulated
+    global_batch_size: int = 128        # samples a step over all ranks, whatever the machine
+    micro_batch_size: int = None        # samples a forward pass on one rank; more is accumulated
     seed: int = 42
     val_samples: int = 0                # held out, for a validation loss; the paper trains on all
     save_every: int = 500               # steps between two states to go on from, and validations
@@ -144,9 +146,9 @@ def resolve(argv):
     if has_init:                         # the checkpoint brings its own parts
         recipe = {flag: recipe[flag] for flag in recipe if flag not in ("vision", "llm")}
     if (has_init or "llm" in typed) and recipe["template"] != "plain":
-        recipe["template"] = "auto"      # the recipe's is for the recipe's language model
+        recipe["template"] = "auto"      # a recipe's is for its language model; plain has no words
     if typed.get("lora_rank"):
-        recipe.pop("lr_g", None)         # adapters instead
+        recipe.pop("lr_g", None)         # beside adapters, g is frozen
     config = Config(**{**recipe, **typed})
     origin = {field.name: "default" for field in dataclasses.fields(Config)}
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
@@ -158,10 +160,10 @@ def resolve(argv):
     if config.lora_rank and config.init == "none":
         raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
                          "belong to: --init out/stage1")
-    useless = {"lora_rank": stage == 1, "vision": has_init, "llm": has_init}
-    for flag, is_useless in useless.items():
-        if is_useless and flag in typed:
-            raise ValueError(f"--{flag} does nothing in stage 1, or with --init, which has its own")
+    if "lora_rank" in typed and stage == 1:
+        raise ValueError("--lora_rank does nothing in stage 1, where W alone trains")
+    if has_init and {"vision", "llm"} & typed.keys():
+        raise ValueError(f"--vision and --llm do nothing: --init {config.init} has its own")
     return config, origin
 
 
@@ -172,7 +174,7 @@ def resolve(argv):
 def build_model(config, machine):
     """The model on its device, theta, template and view. ValueError if --init does not fit them."""
     torch.manual_seed(config.seed)       # W's initial values
-    # masters of what trains are fp32; the weights under adapters are frozen
+    # what is frozen is kept as it computes; machine.place brings what trains to fp32
     dtype = machine.dtype if config.stage == 1 or config.lora_rank else torch.float32
     if config.init in (None, "none"):
         model = LLaVA.from_parts(config.vision, config.llm, dtype,
@@ -185,21 +187,21 @@ def build_model(config, machine):
                 raise ValueError(f"--init {config.init} has {flag} {found}, not "
                                  f"{getattr(config, flag)}; take --{flag} {found}")
     had_newline = model.newline is not None
-    view = set_view(model, config.aspect)
-    model.set_stage(config.stage, train_g=config.lr_g is not None)
+    view = set_view(model, config.aspect)        # tiles add model.newline, which may train
+    model.set_stage(config.stage, train_g=bool(config.lr_g))
     if config.lora_rank:
         lora.adapt(model, config.lora_rank, had_newline)
     theta = machine.place(model, config.checkpoint_activations, config.compile)
     template = choose_template(config.template, model)
     model.tokenizer.chat_template = chat_template(template)
     model.meta |= {"template": template.name, **view.meta}
-    model.meta |= {name: getattr(config, name) for name in ("stage", "recipe", "init", "seed")}
-    model.meta["data"] = list(config.data)
+    for name in ("stage", "recipe", "init", "seed", "data"):
+        model.meta[name] = getattr(config, name)
     return model, theta, template, view
 
 
 def build_data(config, machine, model, template, view):
-    """The checked data set, its samples' lengths, indices to train on and held out, a report.
+    """The checked data set, its samples' lengths, indices to train on and held out, report lines.
     Raises ValueError with file, index and id of what is wrong. Rank 0 checks, the others wait."""
     questions = brief_instructions() if config.stage == 1 else None      # Sec. 4.2
     records = Records(config.data, config.seed)
@@ -219,7 +221,7 @@ def build_data(config, machine, model, template, view):
 
 
 def lr_at(step, total, warmup_ratio=0.03):
-    """The share of the peak rate: linear warm-up over the first 3%, then cosine to 0 (Sec. 4.2)."""
+    """The share of the peak rate: linear warm-up over the first 3%, then cosine to 0 (App. C)."""
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)     # OFFICIAL: from 0, so that step 0 changes nothing
@@ -230,8 +232,8 @@ def lr_at(step, total, warmup_ratio=0.03):
 def accumulate(model, batches, machine, optimizer, n_answer):
     """Gradients of Eq. (3) over one global batch. Returns the loss per answer token, of all ranks.
 
-    Divided by the answer tokens of the whole batch; DistributedDataParallel averages over the
-    ranks, hence the factor world_size.
+    Each loss is divided by n_answer, the answer tokens of the batch on all ranks, and so known
+    before the first. DistributedDataParallel averages over the ranks, hence the factor world_size.
     """
     optimizer.zero_grad()
     total = 0.0
@@ -295,16 +297,16 @@ def train(config, origin, machine, run):
 
     lr_W = config.lr if config.lr_W is None else config.lr_W
     peaks = {"W": lr_W, "g": config.lr_g, "f_phi": config.lr, "newline": config.lr}
-    optimizer = Optimizer(groups_of(theta, peaks), machine)      # AdamW, no weight decay
+    optimizer = Optimizer(groups_of(theta, peaks), machine)      # AdamW, no weight decay (App. C)
     if config.dry_run:
-        longest = data, train_on[np.argsort(-lengths[train_on])]
-        take_step = functools.partial(rehearse_step, model, longest, machine, optimizer)
+        order = train_on[np.argsort(-lengths[train_on])]
+        take_step = functools.partial(longest_step, model, data, order, machine, optimizer)
         machine.print0(*dry_run(take_step, micro, accumulated, machine))
         return 0
 
     save = functools.partial(save_model, machine, model)
     run.watch(model, theta, optimizer, zlib.crc32(lengths.tobytes(), data.records.checksum))
-    run.rehearse(save, LLaVA.from_pretrained)    # a full disk is better met now
+    run.rehearse(save, LLaVA.from_pretrained)    # a full disk is found out before training
     first = run.resume()
     if run.lacks_validation(first, total):       # a kill came between state and validation
         validate(run, first, model, data, held_out, micro)
@@ -325,7 +327,7 @@ def train(config, origin, machine, run):
         run.log_step(loss, norm, answer_tokens=n_answer)
         if run.is_due(config.save_every):
             run.save_state()
-            if run.stopping:             # Ctrl-C or a scheduler
+            if run.stopping:             # by Ctrl-C or a scheduler, when is_due is true, too
                 return run.goodbye()
             validate(run, step + 1, model, data, held_out, micro)
 
@@ -338,9 +340,8 @@ def count_answer_tokens(batches):
     return sum((batch["labels"][:, 1:] != IGNORE).sum().item() for batch in batches)
 
 
-def rehearse_step(model, longest, machine, optimizer, n):
-    """One step on the n longest samples, for --dry_run."""
-    data, order = longest
+def longest_step(model, data, order, machine, optimizer, n):
+    """One step on the n longest samples, for --dry_run; order (samples,), the longest first."""
     batch = collate([data[0, int(i), True] for i in order[:n]], data.view)
     accumulate(model, [batch], machine, optimizer, count_answer_tokens([batch]))
     optimizer.step()

@@ -168,7 +168,7 @@ def test_every_recipe_is_a_whole_configuration_in_both_stages(recipe):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "--init out/stage1.*--init none"), (["--init", "x", "--llm", "y"], "--llm does nothing"),
+    ([], "--init out/stage1.*--init none"), (["--init", "x", "--llm", "y"], "--llm do nothing"),
     (["--stage", "1", "--lora_rank", "4"], "--lora_rank does nothing in stage 1"),
     (["--init", "none", "--lora_rank", "4"], "--lora_rank trains W and adapters alone"),
     (["--init", "none", "--keep", "0"], "--keep 0: a number is needed, 1 or more"),
