@@ -195,8 +195,7 @@ def build_model(config, machine):
     template = choose_template(config.template, model)
     model.tokenizer.chat_template = chat_template(template)
     model.meta |= {"template": template.name, **view.meta}
-    for name in ("stage", "recipe", "init", "seed", "data"):
-        model.meta[name] = getattr(config, name)
+    model.meta |= {key: getattr(config, key) for key in ("stage", "recipe", "init", "seed", "data")}
     return model, theta, template, view
 
 
@@ -282,8 +281,8 @@ def train(config, origin, machine, run):
                                         machine.world_size)
     steps = Steps(data, train_on, lengths, config.global_batch_size, micro,
                   machine.world_size, machine.rank)
-    limit = math.inf if config.max_steps is None else config.max_steps
-    total = min(steps.per_epoch * config.epochs, limit)
+    total = steps.per_epoch * config.epochs
+    total = total if config.max_steps is None else min(total, config.max_steps)
 
     def render_first(batch):
         text = show(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), data.tokenizer)
@@ -295,8 +294,8 @@ def train(config, origin, machine, run):
                    f"{accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all\n")
     machine.print0(render_first(collate([data[0, int(train_on[0]), True]], view)))
 
-    lr_W = config.lr if config.lr_W is None else config.lr_W
-    peaks = {"W": lr_W, "g": config.lr_g, "f_phi": config.lr, "newline": config.lr}
+    peaks = {"W": config.lr_W or config.lr, "g": config.lr_g,
+             "f_phi": config.lr, "newline": config.lr}
     optimizer = Optimizer(groups_of(theta, peaks), machine)      # AdamW, no weight decay (App. C)
     if config.dry_run:
         order = train_on[np.argsort(-lengths[train_on])]
