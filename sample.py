@@ -64,10 +64,6 @@ class Talker:
         if self.template.name == "plain":        # said on stderr, so that the answer stays alone
             print("notice: template plain shows pictures alone, no question", file=sys.stderr)
 
-    def ask(self, question, n_images=0):
-        """A human turn. OFFICIAL: its images stand in front, each on a line of its own."""
-        return {"from": "human", "value": (f"{files.IMAGE}\n" * n_images + question).strip()}
-
     def prompt(self, turns, pictures):
         """A conversation up to a question, as a sample: its ids are training's up to the answer."""
         # by a hash of their content, so that equal pictures are encoded once
@@ -88,6 +84,11 @@ class Talker:
         """X_a piece by piece; what an earlier answer saw, pictures above all, is kept (its KV)."""
         prefix, rest = self.engine.recall(self.prompt(turns, pictures), self.view)
         return self.engine.pieces(collate([rest], self.view), prefix, ids, **self.sampling | more)
+
+
+def human_turn(question, n_images=0):
+    """What a person asks. OFFICIAL: its images stand in front, each on a line of its own."""
+    return {"from": "human", "value": (f"{files.IMAGE}\n" * n_images + question).strip()}
 
 
 def print_answer(talker, turns, pictures):
@@ -121,7 +122,7 @@ def chat(talker, image):
             elif command.startswith("/"):
                 print(f"{command} is not one of /image /reset /quit")
             elif line:
-                asked = [*turns, talker.ask(line, len(attached))]
+                asked = [*turns, human_turn(line, len(attached))]
                 print("assistant: ", end="")
                 answer = print_answer(talker, asked, pictures + attached)
                 turns = [*asked, {"from": "gpt", "value": answer}]       # only now: it may fail
@@ -133,13 +134,12 @@ def chat(talker, image):
 def answer_file(talker, config):
     """Answer every record of --questions into --answers; started again, it resumes."""
     if talker.template.name == "plain":
-        raise ValueError(f"{config.model}: its template, plain, has no place for a question; "
-                         f"choose another --template, {' | '.join(TEMPLATES)}")
+        raise ValueError(f"{config.model}: its template, plain, has no place for a question")
     file = AnswerFile(config.questions, config.images, config.answers, config.model)
     for batch in file.batches(config.batch_size):    # each question has its opened "pictures"
         conversations = []
         for question in batch:
-            turn = talker.ask(question["text"], len(question["pictures"]))
+            turn = human_turn(question["text"], len(question["pictures"]))
             conversations.append(([turn], question["pictures"]))
         file.write(batch, talker.answers(conversations))
     file.finish()                        # puts the answers in the questions' order
@@ -158,7 +158,7 @@ def main(argv=None):
             chat(talker, config.image)
     else:
         pictures = [open_image(config.image)] if config.image else []
-        print_answer(talker, [talker.ask(config.question, len(pictures))], pictures)
+        print_answer(talker, [human_turn(config.question, len(pictures))], pictures)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def write_parity(config):
     for question in read_questions(config.questions, config.images)[:config.count]:
         paths = [image_path(config.images, name) for name in image_names(question)]
         pictures = [load_image(path) for path in paths]
-        turns = [talker.ask(question["text"], len(pictures))]
+        turns = [sample.human_turn(question["text"], len(pictures))]
         samples.append({
             "question": question["text"],
             "images": [data_url(picture) for picture in pictures],

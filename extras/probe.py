@@ -52,7 +52,7 @@ def open_question(config):
         model=config.model, temperature=0.0, max_new_tokens=config.max_new_tokens,
         template=config.template, device=config.device, dtype=config.dtype))
     pictures = [open_image(config.image)] if config.image else []
-    return talker, [talker.ask(config.question, len(pictures))], pictures
+    return talker, [sample.human_turn(config.question, len(pictures))], pictures
 
 
 def with_answer(talker, turns, pictures, answer):

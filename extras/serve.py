@@ -309,7 +309,7 @@ class Server:
             for n, url in enumerate(urls, 1):
                 name = f"{where}, picture {n}"
                 contents[name] = chat_api.picture_bytes(url, name)
-            turns.append(talker.ask(text, len(urls)))
+            turns.append(sample.human_turn(text, len(urls)))
         ids = self.ids_of(turns, contents, answer)
         generator = torch.Generator(talker.model.device)
         generator.manual_seed(sampling.pop("seed", time.time_ns()))

@@ -36,7 +36,8 @@ def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, 
     for question, reference in zip(questions, references, strict=True):
         assert question["text"] == reference["prompt"]
     with pytest.raises(ValueError, match="--bench 41.*40 pictures"):
-        llava_bench.main(["make", "--bench", "41", "--captions", str(tmp_path / "c.jsonl"), "--out", "x"])
+        llava_bench.main(["make",
+                          "--bench", "41", "--captions", str(tmp_path / "c.jsonl"), "--out", "x"])
 
 
 def write_own_bench(folder):

@@ -37,7 +37,7 @@ def outputs_behind(talker, turns, pictures, text, **more):
 
 def test_attention_is_what_transformers_reports_for_the_tokens_of_each_word(talker):
     """output_attentions of eager attention: a map's sum is the share on the picture's tokens."""
-    turns, pictures = [talker.ask("What is 0.0?", 1)], [picture(3)]
+    turns, pictures = [sample.human_turn("What is 0.0?", 1)], [picture(3)]
     words = probe.words_and_attention(talker, turns, pictures, "a b\u00e9 c", "1", "0,-1")
     assert [word for word, _ in words] == ["a", "b\u00e9", "c"]
     talker.model.f_phi.set_attn_implementation("eager")
@@ -75,7 +75,7 @@ def test_a_map_is_bright_where_the_patch_lay(aspect, size):
 
 def test_alternatives_are_the_likeliest_ids_of_each_step(talker):
     """Greedily, the first alternative is what was said, with the probability of Eq. (3)."""
-    turns, pictures = [talker.ask("Who?", 1)], [picture(3)]
+    turns, pictures = [sample.human_turn("Who?", 1)], [picture(3)]
     answer, ids, p = probe.alternatives(talker, turns, pictures, 3)
     expected = talker.answers([(turns, pictures)])[0]
     assert talker.model.to_text(answer.tolist(), ["</s>"]) == expected
@@ -85,7 +85,7 @@ def test_alternatives_are_the_likeliest_ids_of_each_step(talker):
 
 def test_given_answers_are_ranked_by_their_likelihood(talker):
     """log p of Eq. (3): the sum over an answer's tokens, and over those of STOP."""
-    turns, pictures = [talker.ask("Who?", 1)], [picture(3)]
+    turns, pictures = [sample.human_turn("Who?", 1)], [picture(3)]
     ranked = probe.rank_answers(talker, turns, pictures, ["yes", "no", "a longer answer"])
     assert [log_p for log_p, _ in ranked] == sorted((log_p for log_p, _ in ranked), reverse=True)
     for log_p, answer in ranked:
@@ -119,7 +119,7 @@ def test_the_commands_print_and_draw_and_name_what_is_wrong(folder, tmp_path, ca
 
 def test_an_answer_that_is_looked_at_is_scored_alone(talker):
     """Of a longer conversation, earlier answers have no part in what is ranked or drawn."""
-    turns = [talker.ask("Who?"), {"from": "gpt", "value": "me"}, talker.ask("Why?")]
+    turns = [sample.human_turn("Who?"), {"from": "gpt", "value": "me"}, sample.human_turn("Why?")]
     answered = probe.with_answer(talker, turns, [], "so")
     expected = sample_of([*turns, {"from": "gpt", "value": "so"}], [], talker.model.tokenizer,
                          talker.template, talker.view)

@@ -126,7 +126,7 @@ def test_what_is_shown_as_it_comes_is_never_taken_back(learnt, end, expected, re
     folder = recite(learnt, end=end)
     assert answer_of(folder, "Say it.", max_new_tokens=40) == expected, "it did not learn its text"
     talker = sample.Talker(sample.Config(str(folder), temperature=0.0))
-    pieces = list(talker.stream([talker.ask("Say it.")], []))
+    pieces = list(talker.stream([sample.human_turn("Say it.")], []))
     assert "".join(pieces) == expected and "\ufffd" not in "".join(pieces)
     assert len(pieces) > 1, "the answer was not shown as it came"
 

@@ -124,9 +124,9 @@ def test_the_official_client_gets_the_models_answer(url, talker, pictures, check
     """At once or in pieces: what Talker says of the same turns. /v1/models names the model."""
     client = client_of(url)
     assert [model.id for model in client.models.list()] == [checkpoint.name]
-    turns = [talker.ask(QUESTION, 2)]
+    turns = [sample.human_turn(QUESTION, 2)]
     first, = talker.answers([(turns, pictures)])
-    turns += [{"from": "gpt", "value": first}, talker.ask("And then?")]
+    turns += [{"from": "gpt", "value": first}, sample.human_turn("And then?")]
     expected, = talker.answers([(turns, pictures)])
     assert len(expected) > 3, "the model says too little: nothing was tested"
     request = {"model": checkpoint.name, "messages": [
@@ -153,7 +153,7 @@ def test_a_request_says_how_it_is_sampled(url, talker):
         choice = reply["choices"][0]
         usage = reply["usage"]["completion_tokens"]
         return choice["message"]["content"], choice["finish_reason"], usage
-    greedy, = talker.answers([([talker.ask(QUESTION)], [])])
+    greedy, = talker.answers([([sample.human_turn(QUESTION)], [])])
     assert answer() == (greedy, "length", 12)
     assert answer(temperature=1.5, top_p=0)[0] == answer(temperature=1e-40)[0] == greedy
     assert answer(max_tokens=4)[1:] == answer(max_completion_tokens=4)[1:] == ("length", 4)
@@ -461,10 +461,10 @@ def test_the_page_has_a_conversation_about_a_picture(url, talker, pictures, chat
     page.set_input_files("#file", chats / "images" / "5_0.png")
     page.wait_for_selector("#new img")
     image = pictures[1:]
-    turns = [talker.ask(QUESTION, 1)]
+    turns = [sample.human_turn(QUESTION, 1)]
     first, = talker.answers([(turns, image)])
     assert ask_page(page, QUESTION) == first and page.locator(".question img").count() == 1
-    turns += [{"from": "gpt", "value": first}, talker.ask("And then?")]
+    turns += [{"from": "gpt", "value": first}, sample.human_turn("And then?")]
     second, = talker.answers([(turns, image)])
     assert ask_page(page, "And then?") == second, "the second turn does not know the first"
     page.locator("button:text('Prompt')").last.click()
@@ -474,7 +474,7 @@ def test_the_page_has_a_conversation_about_a_picture(url, talker, pictures, chat
     page.locator("button:text('Where it looked')").first.click()
     page.wait_for_selector(".more img")
     page.click("button:text('Edit')")
-    turns[-1] = talker.ask("And now?")
+    turns[-1] = sample.human_turn("And now?")
     assert ask_page(page, "And now?") == talker.answers([(turns, image)])[0]
     page.click("summary:text('Sampling')")
     page.fill("#max_tokens", "2")
