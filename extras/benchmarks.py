@@ -4,6 +4,7 @@ The benchmarks of LLaVA-1.5 (Diss. Sec. 4.4): answers and official labels in, nu
     python eval.py answer --model DIR --questions q.jsonl --images DIR --answers a.jsonl
     python -m extras.benchmarks score pope --answers a.jsonl --questions q.jsonl --labels coco
     python -m extras.benchmarks mmbench_data --labels dev.tsv --questions q.jsonl --images DIR
+    (and mmmu_data, mathvista_data: questions that the label files hold, for eval.py)
 
 names: pope mme mmbench seed_bench vqav2 textvqa vizwiz gqa mmmu mathvista; -h behind a name tells
 its rules. A scorer takes what the label files hold, finds the answer to each label, and returns
@@ -31,6 +32,7 @@ from parts.files import (
     write_lines,
     write_text,
 )
+from parts.pictures import PICTURE_EXTENSIONS
 from parts.scienceqa import BY_LETTER, LETTERS
 from parts.scoring import (
     examples,
@@ -141,7 +143,8 @@ def read_predictions(path):
 
 
 ADDED_LINES = ("Reference OCR token:", "When the provided information is")
-ADDED_WORDS = ("Answer the question using a single word or phrase.", "Please answer yes or no.")
+BY_WORD = "Answer the question using a single word or phrase."
+ADDED_WORDS = (BY_WORD, "Please answer yes or no.")
 
 
 def bare_question(prompt):
@@ -187,6 +190,44 @@ def tally(pairs):
         k, n = counts.get(name, (0, 0))
         counts[name] = (k + right, n + 1)
     return counts
+
+
+@dataclass(frozen=True)
+class QuestionsData:
+    labels: list[str]                    # the official files, which hold the questions, too
+    questions: str                       # JSON lines to write
+    images: str                          # folder of the pictures; those in the labels go there
+
+
+def save_picture(cell, name, config):
+    """The name of a picture in --images: its path there, or that of a file which is made of it.
+
+    cell    a path; base64; or {"bytes": base64}, a picture of the library `datasets`
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes")
+    if not isinstance(cell, str):
+        raise ValueError(f"--labels: the picture of {name} is {cell!r:.80}; its path, or its "
+                         "file as base64, is needed")
+    if Path(cell[-300:]).suffix.lower() in PICTURE_EXTENSIONS:
+        return cell
+    try:
+        content = base64.b64decode(cell.rpartition(",")[2], validate=True)   # behind "data:...,"
+    except ValueError as error:
+        raise ValueError(f"--labels: the picture of {name}, {cell!r:.40}, is neither a path with "
+                         f"{', '.join(sorted(PICTURE_EXTENSIONS))} nor base64: {error}") from error
+    file = f"{name}.png"                 # pictures are read by what they hold
+    if Path(file).name != file:
+        raise ValueError(f"--labels: the id {name!r:.80} cannot be the name of a picture's file")
+    Path(config.images).mkdir(parents=True, exist_ok=True)
+    Path(config.images, file).write_bytes(content)
+    return file
+
+
+def save_questions(config, questions):
+    """Write the questions, and say where they and their pictures are."""
+    write_lines(config.questions, questions)
+    print(f"{len(questions):,} questions in {config.questions}, pictures in {config.images}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -439,13 +480,6 @@ def write_sheet(path, rows, texts):
         print(f"note: {replaced} characters that no .xlsx can hold are ? there")
 
 
-@dataclass(frozen=True)
-class MMBenchData:
-    labels: list[str]                    # the official TSV, which holds the questions, too
-    questions: str                       # JSON lines to write
-    images: str                          # folder to write the pictures to
-
-
 def mmbench_data(config):
     """MMBench's sheet as questions, and its pictures as files, one for all rotations."""
     rows = read_mmbench(read_labels(config.labels, "*.tsv"))
@@ -471,8 +505,7 @@ def mmbench_data(config):
         lines.append("请直接回答选项字母。" if chinese else BY_LETTER)
         text = "\n".join(lines)
         questions.append({"question_id": index, "image": name, "text": text})
-    write_lines(config.questions, questions)
-    print(f"{len(questions):,} questions in {config.questions}, pictures in {config.images}")
+    save_questions(config, questions)
 
 
 def score_seed_bench(config, labels):
@@ -587,20 +620,58 @@ def listed_value(cell):
     return [str(value) for value in cell] if isinstance(cell, list) else [str(cell)]
 
 
+CHOICE = "multiple-choice"               # MMMU's word for a question with options
+
+
+def read_mmmu(labels):
+    """{id: row} of MMMU, with their options as lists: the rows of the data set as JSON."""
+    rows = read_label_records(labels, question_type=str)
+    for name, row in rows.items():
+        row["options"] = listed_value(row.get("options"))
+        one_of((CHOICE, "open"), row["question_type"], name)
+        if row["question_type"] == CHOICE and not 2 <= len(row["options"]) <= len(CAPITALS):
+            raise ValueError(f"--labels: {name} has the options {row['options']!r:.80}; 2 to "
+                             f"{len(CAPITALS)} are needed")
+    return rows
+
+
+def mmmu_data(config):
+    """MMMU's rows as questions, and the pictures in them as files.
+
+    OFFICIAL: MMMU's own run of LLaVA-1.5 writes options as (A), (B), ..., and shows the first of
+    several pictures alone. So it is here; how many questions have several is printed.
+    """
+    rows = read_mmmu(read_labels(config.labels, "*.json*"))
+    questions = []
+    for name, row in rows.items():
+        lines = [typed_fields(row, f"--labels: {name}", question=str)["question"]]
+        if row["question_type"] == CHOICE:
+            for letter, option in zip(CAPITALS, row["options"], strict=False):
+                lines.append(f"({letter}) {option}")
+            lines += ["", BY_LETTER]
+        else:
+            lines.append(BY_WORD)
+        image = save_picture(row.get("image_1"), name, config)
+        questions.append({"question_id": name, "image": image, "text": "\n".join(lines)})
+    save_questions(config, questions)
+    several = sum(bool(row.get("image_2")) for row in rows.values())
+    print(f"{several:,} of them have several pictures, of which the first is shown")
+
+
 def score_mmmu(config, labels):
     """MMMU (validation): choices and open questions by the official parsers.
 
     --labels holds the rows of the data set as JSON. OFFICIAL: a choice that cannot be read is drawn
     at random; here it is wrong.
     """
-    rows = read_label_records(labels, question_type=str)
+    rows = read_mmmu(labels)
     texts = texts_by_id(config, rows)
     pairs = []
     for (name, row), text in zip(rows.items(), texts, strict=True):
         truths = listed_value(row.get("answer"))
         letter = ""
-        if row["question_type"] == "multiple-choice":
-            letter = choice_named(text, listed_value(row.get("options")))
+        if row["question_type"] == CHOICE:
+            letter = choice_named(text, row["options"])
             right = letter == one_of(CAPITALS, "".join(truths), name)
         else:
             right = open_is_right(text, truths)
@@ -628,13 +699,44 @@ def value_named(problem, text):
     return None
 
 
+def read_mathvista(labels, **kinds):
+    """{pid: problem} of testmini.json, which is such an object, or of the data set's rows."""
+    rows = [row for rows in labels.values() for row in rows]
+    is_object = not all(isinstance(row, dict) and "pid" in row for row in rows)
+    return read_label_records(labels, key="pid", in_object=is_object, question_type=str, **kinds)
+
+
+def mathvista_data(config):
+    """MathVista's problems as questions, and the pictures in its rows as files.
+
+    OURS: LLaVA-1.5's two format prompts. The benchmark's own ask for the value "at the end" of an
+    answer, where a language model has to find it.
+    """
+    problems = read_mathvista(read_labels(config.labels, "*.json"), question=str)
+    questions = []
+    for name, problem in problems.items():
+        text = problem["question"]
+        if problem.get("unit"):
+            text += f" (Unit: {problem['unit']})"
+        lines = [text]
+        if problem["question_type"] == "multi_choice":
+            choices = typed_fields(problem, f"--labels: {name}", choices=list)["choices"]
+            for i, choice in enumerate(choices):
+                lines.append(f"{chr(ord('A') + i)}. {choice}")
+            lines.append(BY_LETTER)
+        else:
+            lines.append(BY_WORD)
+        image = save_picture(problem.get("decoded_image") or problem.get("image"), name, config)
+        questions.append({"question_id": name, "image": image, "text": "\n".join(lines)})
+    save_questions(config, questions)
+
+
 def score_mathvista(config, labels):
     """MathVista (testmini), as far as no language model must read the answer.
 
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
-    problems = read_label_records(labels, in_object=True, question_type=str, answer_type=str,
-                                  answer=str)
+    problems = read_mathvista(labels, answer_type=str, answer=str)
     pairs = []
     texts = texts_by_id(config, problems)
     for (name, problem), text in zip(problems.items(), texts, strict=True):
@@ -760,7 +862,7 @@ SCORERS = {                              # the scorer, and what its label files 
     "textvqa": (score_textvqa, "TextVQA*.json"),
     "vizwiz": (score_vizwiz, "*.json"),
     "gqa": (score_gqa, "*questions.json"),
-    "mmmu": (score_mmmu, "*.json"),
+    "mmmu": (score_mmmu, "*.json*"),
     "mathvista": (score_mathvista, "*.json")}
 WITHOUT_LABELS = ("vqav2", "vizwiz")     # only their servers can score the test splits
 OFFICIALS = ("pope", "mme", "seed_bench")
@@ -799,7 +901,9 @@ def scorer_command(name):
 
 
 COMMANDS = {f"score {name}": (scorer_command(name), Benchmark) for name in SCORERS}
-COMMANDS["mmbench_data"] = (mmbench_data, MMBenchData)
+COMMANDS["mmbench_data"] = (mmbench_data, QuestionsData)
+COMMANDS["mmmu_data"] = (mmmu_data, QuestionsData)
+COMMANDS["mathvista_data"] = (mathvista_data, QuestionsData)
 
 
 def main(argv=None):

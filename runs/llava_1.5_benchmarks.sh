@@ -10,6 +10,8 @@
 #     scienceqa/   problems.json  pid_splits.json  images/test/
 #     textvqa/     llava_textvqa_val_v051_ocr.jsonl  TextVQA_0.5.1_val.json  train_images/
 #     gqa/         llava_gqa_testdev_balanced.jsonl  testdev_balanced_questions.json  images/
+#     MMMU/        validation.jsonl (docs/evaluation.md says how it is made; it holds pictures and questions)
+#     MathVista/   testmini.json  images/                                   testmini.json has the questions
 #     vizwiz/      llava_test.jsonl  test/                                  only an upload: the server scores
 #     vqav2/       llava_vqav2_mscoco_test-dev2015.jsonl  llava_vqav2_mscoco_test2015.jsonl  test2015/        the same
 source "$(dirname "$0")/env.sh"
@@ -51,6 +53,16 @@ fi
 if have gqa; then
     ask $D/gqa/llava_gqa_testdev_balanced.jsonl $D/gqa/images gqa
     python -m extras.benchmarks score gqa --answers $OUT/gqa.jsonl --labels $D/gqa/testdev_balanced_questions.json --json $OUT/gqa.json
+fi
+if have MMMU; then
+    python -m extras.benchmarks mmmu_data --labels $D/MMMU/validation.jsonl --questions $OUT/mmmu.questions.jsonl --images $D/MMMU/images
+    ask $OUT/mmmu.questions.jsonl $D/MMMU/images mmmu
+    python -m extras.benchmarks score mmmu --answers $OUT/mmmu.jsonl --labels $D/MMMU/validation.jsonl --json $OUT/mmmu.json
+fi
+if have MathVista; then
+    python -m extras.benchmarks mathvista_data --labels $D/MathVista/testmini.json --questions $OUT/mathvista.questions.jsonl --images $D/MathVista
+    ask $OUT/mathvista.questions.jsonl $D/MathVista mathvista
+    python -m extras.benchmarks score mathvista --answers $OUT/mathvista.jsonl --labels $D/MathVista/testmini.json --json $OUT/mathvista.json
 fi
 if have vizwiz; then
     ask $D/vizwiz/llava_test.jsonl $D/vizwiz/test vizwiz

@@ -8,6 +8,7 @@ import pytest
 from extras import benchmarks, published
 from parts.files import read_lines, write_json, write_lines
 
+PICTURE = base64.b64encode(b"a picture").decode()
 SHORT = "\nAnswer the question using a single word or phrase."
 HUMANS = {"sure": ["cat"] * 10, "split": ["Two dogs."] * 2 + ["cat"] * 8}
 
@@ -112,10 +113,9 @@ def test_mme_adds_the_share_of_pictures_that_are_all_right(tmp_path, flags, poin
 
 def write_mmbench(folder):
     """Two questions with two options: index and index + 1,000,000 are the same, rotated."""
-    picture = base64.b64encode(b"a picture").decode()
     head = "index question hint A B C D answer category image source l2-category comment split"
     rows = [head.split()]
-    for index, a, b, answer, image in ((7, "dog", "cat", "A", picture), (8, "1", "2", "B", "7"),
+    for index, a, b, answer, image in ((7, "dog", "cat", "A", PICTURE), (8, "1", "2", "B", "7"),
                                        (1_000_007, "cat", "dog", "B", "7"),
                                        (1_000_008, "2", "1", "A", "7")):
         rows.append([str(index), "Which?", "nan", a, b, "nan", "", answer, "kind", image, "s",
@@ -135,13 +135,18 @@ def test_mmbench_counts_a_question_only_if_each_rotation_is_right(tmp_path):
     assert first.split("\t")[6] == "(A)"
 
 
+def questions_of(folder, name, labels):
+    """What `NAME_data` makes of a label file; the pictures go to folder/images."""
+    argv = [f"{name}_data", "--labels", folder / labels, "--questions", folder / "q.jsonl",
+            "--images", folder / "images"]
+    benchmarks.main([str(word) for word in argv])
+    return read_lines(folder / "q.jsonl")
+
+
 def test_mmbench_data_writes_questions_and_one_picture_for_all_rotations(tmp_path):
     """The prompt of LLaVA-1.5: hint, question, an option a line, and how to answer."""
     write_mmbench(tmp_path)
-    argv = ["mmbench_data", "--labels", tmp_path / "dev.tsv", "--questions", tmp_path / "q.jsonl",
-            "--images", tmp_path / "images"]
-    benchmarks.main([str(word) for word in argv])
-    questions = read_lines(tmp_path / "q.jsonl")
+    questions = questions_of(tmp_path, "mmbench", "dev.tsv")
     assert questions[2] == {
         "question_id": 1_000_007, "image": "7.jpg",
         "text": "Which?\nA. cat\nB. dog\n"
@@ -173,6 +178,49 @@ def test_mmmus_last_letter_counts_and_an_option_only_in_a_longer_answer(tmp_path
     assert scores["accuracy"] == scores["Art_Theory"] == 100 * right
 
 
+MMMU_PICTURES = ["images/1.jpg", PICTURE, {"bytes": PICTURE}, f"data:image/png;base64,{PICTURE}"]
+
+
+@pytest.mark.parametrize("form", ["rows.json", "rows.jsonl"])
+def test_mmmus_rows_become_questions_with_their_pictures_and_are_scored(tmp_path, form, capsys):
+    """The published prompt: options as (A), (B) and a blank line; an open one asks for a word."""
+    choice = {"question": "<image 1> Which?", "question_type": "multiple-choice",
+              "options": "['red', 'blue']", "answer": "B", "image_2": None}
+    rows = [{"id": f"validation_Art_{i}", "image_1": cell} | choice
+            for i, cell in enumerate(MMMU_PICTURES)]
+    rows[3] |= {"question_type": "open", "options": "[]", "answer": "7", "image_2": PICTURE}
+    if form == "rows.json":
+        write_json(tmp_path / form, rows)
+    else:
+        write_lines(tmp_path / form, rows)
+    questions = questions_of(tmp_path, "mmmu", form)
+    assert questions[0] == {
+        "question_id": "validation_Art_0", "image": "images/1.jpg",
+        "text": "<image 1> Which?\n(A) red\n(B) blue\n\n"
+                "Answer with the option's letter from the given choices directly."}
+    assert questions[3]["text"] == f"<image 1> Which?{SHORT}"
+    assert "1 of them have several pictures" in capsys.readouterr().out
+    assert [q["image"] for q in questions[1:]] == [f"validation_Art_{i}.png" for i in (1, 2, 3)]
+    assert {path.read_bytes() for path in (tmp_path / "images").iterdir()} == {b"a picture"}
+    answers = [q | {"text": text} for q, text in zip(questions, "ABB7", strict=True)]
+    assert score(tmp_path, "mmmu", answers, labels=form)["accuracy"] == 75
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"image_1": None}, "the picture of 1 is None; its path"),
+    ({"image_1": "no base64!"}, "picture of 1, 'no base64!', is neither a path with .bmp"),
+    ({"id": "../1"}, "the id '../1' cannot be the name"),
+    ({"options": "['red']"}, "1 has the options .'red'.; 2 to 10"),
+    ({"question_type": "choice"}, "1 is 'choice', not one of multiple-choice, open"),
+    ({"question": None}, "1: question: None where text belongs")])
+def test_a_row_of_mmmu_that_is_no_question_is_named(change, says, tmp_path):
+    good = {"id": "1", "question": "Which?", "question_type": "multiple-choice", "answer": "A",
+            "options": ["red", "blue"], "image_1": PICTURE}
+    write_json(tmp_path / "rows.json", [good | change])
+    with pytest.raises(ValueError, match=says):
+        questions_of(tmp_path, "mmmu", "rows.json")
+
+
 @pytest.mark.parametrize("text, right", [
     ("3.43", True), ("Thus the result is 3.4288.", True), ("It is 24/7.", True), ("34.3", False)])
 def test_mmmus_open_answers_are_numbers_with_two_decimals_or_words(tmp_path, text, right):
@@ -194,6 +242,30 @@ def test_mathvista_counts_what_only_a_language_model_could_read(tmp_path):
     answers = {"1": "(B)", "2": "The blue one", "3": "1.24", "4": "1.3"}
     scores = score(tmp_path, "mathvista", answers, labels="testmini.json")
     assert scores == {"accuracy": 50, "unparsed": 25}
+
+
+@pytest.mark.parametrize("form", ["testmini.json", "rows.jsonl"])
+def test_mathvistas_problems_become_questions_and_are_scored(tmp_path, form):
+    """testmini.json names the pictures' files; the data set's rows hold them."""
+    problems = {
+        "1": {"question": "Which?", "question_type": "multi_choice", "answer_type": "text",
+              "choices": ["red", "blue"], "answer": "blue", "image": "images/1.jpg"},
+        "2": {"question": "How long?", "unit": "cm", "question_type": "free_form", "answer": "1.2",
+              "answer_type": "float", "precision": 1.0, "image": "images/2.jpg"}}
+    if form == "testmini.json":
+        write_json(tmp_path / form, problems)
+    else:
+        write_lines(tmp_path / form, [{"pid": name, "decoded_image": {"bytes": PICTURE}} | problem
+                                      for name, problem in problems.items()])
+    questions = questions_of(tmp_path, "mathvista", form)
+    assert [q["text"] for q in questions] == [
+        "Which?\nA. red\nB. blue\n"
+        "Answer with the option's letter from the given choices directly.",
+        f"How long? (Unit: cm){SHORT}"]
+    names = ["images/1.jpg", "images/2.jpg"] if form == "testmini.json" else ["1.png", "2.png"]
+    assert [q["image"] for q in questions] == names
+    scores = score(tmp_path, "mathvista", {"1": "B", "2": "1.23"}, labels=form)
+    assert scores == {"accuracy": 100, "unparsed": 0}
 
 
 # --------------------------------------------------------------------------------------------------

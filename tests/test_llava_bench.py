@@ -13,8 +13,8 @@ from parts.files import read_lines, write_lines
 def test_a_bench_has_a_question_of_each_type_and_a_reference_answer(tmp_path, serve):
     """LLaVA-Bench (COCO)'s construction: its three files agree, and eval.py can join them."""
     url, _ = serve()
-    llava_bench.main(["make", "--bench", "3", "--captions", str(write_contexts(tmp_path / "c.jsonl", 5)),
-                      "--out", str(tmp_path / "bench"), "--base_url", url, "--model", "m"])
+    run(llava_bench, "make", "--bench", 3, "--captions", write_contexts(tmp_path / "c.jsonl", 5),
+        "--out", tmp_path / "bench", "--base_url", url, "--model", "m")
     questions = read_lines(tmp_path / "bench" / "questions.jsonl")
     reference = read_lines(tmp_path / "bench" / "reference.jsonl")
     context = read_lines(tmp_path / "bench" / "context.jsonl")
@@ -26,8 +26,9 @@ def test_a_bench_has_a_question_of_each_type_and_a_reference_answer(tmp_path, se
 def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, capsys):
     """A candidate must not be scored beside "I'm sorry"; the next picture takes its place."""
     url, _ = serve(faults={"refuses": 0.15})
-    llava_bench.main(["make", "--bench", "6", "--captions", str(write_contexts(tmp_path / "c.jsonl", 40)),
-                      "--out", str(tmp_path / "b"), "--base_url", url, "--workers", "1"])
+    captions = write_contexts(tmp_path / "c.jsonl", 40)
+    run(llava_bench, "make", "--bench", 6, "--captions", captions, "--out", tmp_path / "b",
+        "--base_url", url, "--workers", 1)
     assert "refuses; another picture takes its place" in capsys.readouterr().out
     questions = read_lines(tmp_path / "b" / "questions.jsonl")
     references = read_lines(tmp_path / "b" / "reference.jsonl")
@@ -36,8 +37,7 @@ def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, 
     for question, reference in zip(questions, references, strict=True):
         assert question["text"] == reference["prompt"]
     with pytest.raises(ValueError, match="--bench 41.*40 pictures"):
-        llava_bench.main(["make",
-                          "--bench", "41", "--captions", str(tmp_path / "c.jsonl"), "--out", "x"])
+        run(llava_bench, "make", "--bench", 41, "--captions", captions, "--out", "x")
 
 
 def write_own_bench(folder):
