@@ -7,17 +7,15 @@ Holding a server against its checkpoint: does it give the answers that the folde
 `write` puts questions with their pictures, prompts, ids and greedy answers beside the checkpoint,
 in parity.json. `check` asks any server that speaks OpenAI's chat API the same.
 """
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import requests
 
 import sample
 from data import render
 from extras.probe import data_url
-from parts.files import run_command, run_main, write_json
+from parts.files import read_value, run_command, run_main, write_json
 from parts.pictures import image_path, load_image
 from parts.questions import read_questions
 from parts.records import image_names
@@ -86,10 +84,10 @@ def name_at_server(base_url, folder):
 
 def check_server(config):
     """Ask a running server what is in MODEL/parity.json. Raises ValueError if answers differ."""
-    path = Path(config.model, "parity.json")
-    if not path.is_file():
+    path = os.path.join(config.model, "parity.json")
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; python -m extras.parity write makes it")
-    parity = json.loads(path.read_text(encoding="utf-8"))
+    parity = read_value(path)
     base_url = config.base_url.rstrip("/")
     name = name_at_server(base_url, os.path.abspath(config.model))
     n_different = 0

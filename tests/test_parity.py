@@ -43,6 +43,9 @@ def test_our_server_gives_the_answers_of_the_folder_and_another_answer_is_an_err
         path.write_text(json.dumps(written))
         with pytest.raises(ValueError, match="1 of 2 answers of .* differ"):
             parity.main(check)
+        path.write_text("{")
+        with pytest.raises(ValueError, match="parity.json"):
+            parity.main(check)
         path.unlink()
         with pytest.raises(FileNotFoundError, match="extras.parity write makes it"):
             parity.main(check)
