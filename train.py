@@ -22,7 +22,7 @@ from parts.files import brief_instructions, check_least, run_main, typed_flags
 from parts.ranks import ANSWERING, DTYPES, RECOMPUTED, Machine, Optimizer, groups_of, micro_batching
 from parts.records import Records
 from parts.run import Run, config_table, dry_run, theta_table
-from parts.templates import TEMPLATES, chat_template, choose_template
+from parts.templates import TEMPLATES, choose_template
 from parts.views import ASPECTS, set_view
 
 # -----------------------------------------------------------------------------
@@ -193,7 +193,6 @@ def build_model(config, machine):
         lora.adapt(model, config.lora_rank, had_newline)
     theta = machine.place(model, config.checkpoint_activations, config.compile)
     template = choose_template(config.template, model)
-    model.tokenizer.chat_template = chat_template(template)
     model.meta |= {"template": template.name, **view.meta}
     model.meta |= {key: getattr(config, key) for key in ("stage", "recipe", "init", "seed", "data")}
     return model, theta, template, view

@@ -47,7 +47,7 @@ from parts.checkpoints import (
 )
 from parts.files import IMAGE, read_value, run_main, typed, typed_flags, write_json
 from parts.gated import VisionTower
-from parts.templates import TEMPLATES, chat_template, check_template, template_for
+from parts.templates import TEMPLATES, check_template, template_for
 from parts.tiles import NEXT
 
 
@@ -427,9 +427,7 @@ def convert_to_ours(args):
     config.minllava = our_meta(args, raw, config, tokenizer, stage) | {
         "vision": vision, "vision_inside": inside, "llm": llm, "vocab_size": rows}
     checkpoints.check_meta(config.minllava, vision_config, bool(config.minllava["tiling"]), folder)
-    template = TEMPLATES[config.minllava["template"]]
-    check_template(template, tokenizer)
-    tokenizer.chat_template = chat_template(template)
+    check_template(TEMPLATES[config.minllava["template"]], tokenizer)
 
     write_table(ours, Path(args.out), args.shard)
     ends = config.text_config.eos_token_id

@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from parts.files import IMAGE, read_value, typed, write_json
 from parts.gated import VisionTower
 from parts.lora import adapters, add_adapters, merge_adapters, merged_state
-from parts.templates import TEMPLATES
+from parts.templates import TEMPLATES, chat_template
 from parts.tiles import NEXT, Tiling
 from parts.views import ASPECTS
 
@@ -213,6 +213,8 @@ def hf_pinpoints(tiling):
 
 def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
     """Write all of a checkpoint folder but config.json and the weights."""
+    if "template" in meta:
+        tokenizer.chat_template = chat_template(TEMPLATES[meta["template"]], tokenizer)
     side = vision_config.image_size
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     processor_class = transformers.LlavaProcessor

@@ -107,13 +107,33 @@ def choose_template(name, model):
     return template
 
 
-def chat_template(template):
-    """What data.render writes in a Template, as a chat template in Jinja, for other programs."""
+def chat_template(template, tokenizer):
+    """What data.render writes in a Template, as a chat template in Jinja, for other programs.
+
+    They take the ids of all the text at once, and add no <s>. So it is written here, for a
+    tokenizer that adds it, and a blank where a text starts anew, for one that needs it.
+    """
     question = "text(m.content)"
     if template.name == "plain":                         # its images alone, as in data.render
         question = "'<image>' * (text(m.content).split('<image>') | length - 1)"
+    start = template.first
+    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:      # as in data.encode
+        start = behind(tokenizer.bos_token, template.first, tokenizer)
     before, after = template.answer.split("{}")
-    strings = template._asdict() | {"before": before, "after": after}
+    strings = template._asdict() | {
+        "start": start, "before": before, "after": after, "image_line": f"{IMAGE}\n",
+        "image_reply": IMAGE + template.reply, "new_line": behind(IMAGE, "\n", tokenizer),
+        "new_reply": behind(IMAGE, template.reply, tokenizer)}
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in strings.items()}
     jinja = (PROMPTS / "chat_template.jinja").read_text()
     return string.Template(jinja).substitute(quoted, question=question)
+
+
+def behind(token, text, tokenizer):
+    """A token and a text that starts anew behind it, written so that its ids are the text's alone.
+
+    Newer sentencepiece tokenizers put a blank before a text only where nothing at all precedes it.
+    """
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    together = tokenizer(token + text, add_special_tokens=False)["input_ids"]
+    return token + text if together[1:] == alone else f"{token} {text}"

@@ -22,6 +22,8 @@ from transformers import (
     AddedToken,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -29,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from model import LLaVA
@@ -63,7 +67,9 @@ def tiny_clip(image_size=28, seed=0):
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM)}
 
 
 def tiny_llm(family="llama", tied=False, vocab_size=320, seed=0, **more):

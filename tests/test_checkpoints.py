@@ -1,10 +1,12 @@
 """A checkpoint is a folder that loads strictly, offline, and in transformers as its own."""
 import json
 import os
+import re
 import shutil
 import socket
 from itertools import cycle
 
+import conftest
 import numpy as np
 import pytest
 import sentencepiece
@@ -22,8 +24,8 @@ from model import IGNORE, IMAGE, LLaVA
 from parts import checkpoints
 from parts.decoders import decoder_for
 from parts.engine import Engine
-from parts.templates import TEMPLATES, chat_template
-from parts.views import ASPECTS, view_from, view_of
+from parts.templates import TEMPLATES, missing_tokens
+from parts.views import ASPECTS, set_view, view_from, view_of
 
 FAMILIES = [(family, tied) for family in ("llama", "mistral", "qwen2") for tied in (False, True)]
 # LLaVA, LLaVA-1.5, LLaVA-NeXT
@@ -47,7 +49,6 @@ def see(model, aspect, template="vicuna_v1"):
     if view.tiling:
         model.add_newline()
     model.meta |= view.meta | {"template": template}
-    model.tokenizer.chat_template = chat_template(TEMPLATES[template])
     return model
 
 
@@ -128,6 +129,80 @@ def test_transformers_computes_what_we_compute(projector, aspect, tmp_path):
     mine = ours.W if projector == "linear" else ours.W[0]
     grad = theirs.model.multi_modal_projector.linear_1.weight.grad
     torch.testing.assert_close(mine.weight.grad, grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", conftest.FAMILIES)
+def test_every_kind_of_folder_is_our_model_in_transformers(family, tied, parts, tmp_path):
+    """Sec. 4.1, made as train.py makes it: a tied head that a config.json hides would be a random
+    one there, in silence."""
+    llm = tiny_llm(family, tied, head_dim=12)
+    conftest.save_parts(tmp_path, llm)
+    ours = LLaVA.from_parts(str(parts / "clip"), str(tmp_path / "llm")).eval()
+    for aspect in ASPECTS:
+        set_view(ours, aspect)
+        ours.save_pretrained(tmp_path / aspect)
+        theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / aspect).eval()
+        pictures = PICTURES[:1] if aspect in ("crop", "pad", "anyres_hf") else []
+        asked = sample(ours, [f"{IMAGE * len(pictures)} What is this?", "A thing."], pictures)
+        batch, mask = batch_of(ours, [asked])
+        pixels = pixels_of(tmp_path / aspect, pictures) if pictures else {}
+        out = theirs(input_ids=batch["input_ids"], attention_mask=mask, **pixels)
+        want = out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
+        got, _ = answer_logits(ours, **batch)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, msg=f"{aspect}: another model")
+
+
+SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+            "<|end_header_id|>", "<|eot_id|>")
+
+
+@pytest.mark.parametrize("kind", ["no BOS", "BOS", "sentencepiece", "legacy sentencepiece"])
+def test_the_chat_template_gives_our_ids_with_one_BOS(kind, tmp_path):
+    """Table 2 in other engines, for every template: by transformers' processor, and for those that
+    take the ids of the text alone, as vLLM and SGLang do."""
+    if "sentencepiece" in kind:
+        vicuna_folder(tmp_path, kind.startswith("legacy"))
+        tokenizer = checkpoints.load_tokenizer(str(tmp_path))
+    else:
+        tokenizer = byte_tokenizer(SPECIALS)
+    if kind == "BOS":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 1)])
+    model = see(LLaVA(tiny_clip(), tiny_llm(vocab_size=448), tokenizer), "crop")
+    names = [t.name for t in TEMPLATES.values() if not missing_tokens(t, tokenizer)]
+    for name in names:
+        model.meta["template"] = name
+        model.save_pretrained(tmp_path / name)
+        processor = AutoProcessor.from_pretrained(tmp_path / name)
+        for question in ("<image>\nWhat?", "What?\n<image>", "<image>\n<image>\nBoth?", "Hi."):
+            n = question.count(IMAGE)
+            turns = [question, "A <thing>.", "Why?"]
+            # what follows an answer has a blank of its own to older tokenizers; plain has no turns
+            if name == "plain" or (name, kind) == ("llava_v0", "legacy sentencepiece"):
+                turns = turns[:1]
+            messages = [{"role": ("user", "assistant")[i % 2], "content": as_parts(turn)}
+                        for i, turn in enumerate(turns)]
+            ours = sample(model, turns, PICTURES[:n], name)["input_ids"]
+            theirs = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+            assert theirs["input_ids"][0] == ours, f"{name}: {question!r}"
+            text = processor.apply_chat_template(messages, add_generation_prompt=True)
+            text = text.replace(IMAGE, IMAGE * 4)
+            ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert ids == ours and (1 in ids[:1]) == (kind != "no BOS"), f"{name}: {question!r}"
+    assert len(names) == (5 if "sentencepiece" in kind else len(TEMPLATES))
+
+
+def as_parts(content):
+    """A turn as parts of a message, as OpenAI's API and transformers take it."""
+    parts = []
+    for piece in re.split(f"({IMAGE})", content):
+        if piece == IMAGE:
+            parts.append({"type": "image", "image": PICTURES[0]})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])

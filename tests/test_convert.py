@@ -204,7 +204,8 @@ def test_v1_and_1_5_compute_what_their_parts_compute(tmp_path, kind, family, sto
     template = "mistral_instruct" if family == "mistral" else "vicuna_v1"
     aspect = "crop" if kind == "v1" else "pad"
     assert (meta_of(out)["aspect"], meta_of(out)["template"]) == (aspect, template)
-    assert model.tokenizer.chat_template == chat_template(TEMPLATES[template])
+    want = chat_template(TEMPLATES[template], model.tokenizer)
+    assert model.tokenizer.chat_template == want
     assert model.eos_ids == {2} and model.meta["stage"] == 2
 
 

@@ -108,7 +108,7 @@ def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, as
     """Ours, Sec. 4.2: an engine that applies `chat_template` must show the model the text that it
     was trained on."""
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = chat_template(TEMPLATES[template])
+    tokenizer.chat_template = chat_template(TEMPLATES[template], tokenizer)
     for first in ("<image>\nWhat is 'this', \"{x}\" \\n or {{ 7 * 7 }}?",
                   "Was ist das, größer?\n<image>", "<image>\n<image>\nBoth? 🐈"):
         turns = chat(first, " A cat\n\n{% raw %}. ", "\tWhy?\n")
@@ -121,7 +121,7 @@ def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, as
 def test_the_chat_template_refuses_a_system_message():
     """Table 2: X_system-message is part of the template; another one would silently be lost."""
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = chat_template(TEMPLATES["vicuna_v1"])
+    tokenizer.chat_template = chat_template(TEMPLATES["vicuna_v1"], tokenizer)
     with pytest.raises(Exception, match="system message of this model is fixed"):
         tokenizer.apply_chat_template([{"role": "system", "content": "Be rude."}], tokenize=False)
 

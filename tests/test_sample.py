@@ -16,7 +16,7 @@ from data import Conversations, collate, sample_of
 from model import IGNORE, LLaVA
 from parts.pictures import load_image
 from parts.records import Records, image_names
-from parts.templates import TEMPLATES, chat_template
+from parts.templates import TEMPLATES
 from parts.views import view_of
 
 QUESTION = "What is 0.0?"
@@ -25,7 +25,6 @@ VIEW = view_of("crop", 28, 14)
 
 def save_checkpoint(model, folder, template="llava_v0", stage=2):
     """A checkpoint as train.py leaves it."""
-    model.tokenizer.chat_template = chat_template(TEMPLATES[template])
     model.meta |= {"template": template, "stage": stage, **VIEW.meta}
     model.save_pretrained(folder)
     return folder
