@@ -1,16 +1,17 @@
 """
-LLaVA-1.5's data: academic visual question answering as conversations (Diss. Sec. 4.3).
+LLaVA-1.5's data: academic data sets as conversations, and its mixture by source (Diss. Sec. 4.3).
 
-    python -m extras.academic --questions v2_OpenEnded_mscoco_train2014_questions.json \\
-        --annotations v2_mscoco_train2014_annotations.json --out vqav2.json     also OK-VQA
-    python -m extras.academic --questions train_balanced_questions.json --out gqa.json
-    python -m extras.academic --questions aokvqa_v1p0_train.json --out aokvqa.json
-    python -m extras.academic --questions regions.jsonl --images DIR --out refcoco.json
+    python -m extras.academic convert --questions v2_OpenEnded_mscoco_train2014_questions.json \\
+        --annotations v2_mscoco_train2014_annotations.json --out vqav2.json       also OK-VQA
+    python -m extras.academic convert --questions train_balanced_questions.json --out gqa.json
+    python -m extras.academic convert --questions "refcoco/refs(unc).p" \\
+        --annotations refcoco/instances.json --out refcoco.json
+    python -m extras.academic split --data llava_v1_5_mix665k.json --out data/mix665k
 
 A question gets a line that says how to answer, the response-format prompt. "dog" is then what was
-asked for, and no habit that spoils longer answers. A file is known by its form and its fields, not
-by its name: VQAv2, OK-VQA, TextVQA, GQA, A-OKVQA, and JSON lines of your own, with or without
-choices, or with boxes in pixels:
+asked for, and no habit that spoils longer answers. The files that are read, and how each is known,
+are the table KINDS of extras/academic_layouts.py; in its last rows, JSON lines of your own, with or
+without choices, or with boxes in pixels:
 
     {"image": "a.jpg", "question": "What is it?", "answer": "a dog", "choices": ["a dog", "a cat"]}
     {"image": "a.jpg", "phrase": "the dog on the left", "box": [x, y, width, height]}
@@ -20,12 +21,15 @@ import random
 import string
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from parts.files import IMAGE, read_json, read_value, run_main, typed, typed_flags, write_json
+from extras.academic_layouts import read_academic
+from parts.files import IMAGE, read_json, run_command, run_main, typed, write_array, write_json
 from parts.pictures import image_path, image_size
+from parts.records import record_problem
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 FORMAT_PROMPTS = {
@@ -41,15 +45,15 @@ MOST_SHOWN = 20          # bad records that are printed
 
 @dataclass(frozen=True)
 class Config:
-    questions: str                  # the data set's official file of questions, or JSON lines
+    questions: str                  # an official file, or a folder of AI2D's, or JSON lines
     out: str                        # JSON to train on, in LLaVA's format
-    annotations: str = None         # VQAv2, OK-VQA: the file of answers
+    annotations: str = None         # the official file beside it: answers, boxes, sizes, OCR tokens
     format_prompt: str = "auto"     # auto: letter for questions with choices, short for the others
     image_name: str = None          # as "val2014/{image_id:012d}.jpg"; default: LLaVA-1.5's folders
     skip_bad: bool = False          # leave bad records out and count them, rather than stop
     aspect: str = "pad"             # regions: padded to a square, or stretched as LLaVA-NeXT does
     images: str = None              # regions: the pictures, where records lack width and height
-    seed: int = 0                   # regions: of what is asked for, the phrase or the box
+    seed: int = 0                   # regions: which, and what is asked for, the phrase or the box
 
     CHOICES: ClassVar[dict] = {"format_prompt": ["auto", *FORMAT_PROMPTS],
                                "aspect": ["pad", "stretched"]}
@@ -58,75 +62,9 @@ class Config:
 class QA(NamedTuple):
     """One question with its answer."""
     way: str             # "short", "letter", "none"; of a region what is asked: "phrase" or "box"
-    rotation: int        # by how many places the options were moved on
+    part: int            # questions of different parts never stand in one conversation
     question: str
     answer: str
-
-
-# -----------------------------------------------------------------------------
-# The kinds of files
-
-
-class Kind(NamedTuple):
-    """What a file of one data set looks like."""
-    name: str
-    form: str            # "list", or the field that holds it; "ids" is {id: record}
-    fields: list         # the last is the answer
-    image_name: str      # LLaVA-1.5's folders
-
-    def matches(self, record):
-        return isinstance(record, dict) and record.keys() >= set(self.fields)
-
-    def __str__(self):
-        return f"{self.name} ({', '.join(self.fields)})"
-
-
-COCO = "coco/train2017/{image_id:012d}.jpg"
-TEXTVQA = "textvqa/train_images/{image_id}.jpg"
-KINDS = [
-    Kind("VQAv2", "questions", ["question", "image_id", "multiple_choice_answer"], COCO),
-    Kind("OK-VQA", "questions", ["question", "image_id", "answers"], COCO),
-    Kind("TextVQA", "data", ["question", "image_id", "answers"], TEXTVQA),
-    Kind("GQA", "ids", ["question", "imageId", "answer"], "gqa/images/{imageId}.jpg"),
-    Kind("A-OKVQA", "list", ["question", "image_id", "choices", "correct_choice_idx"], COCO),
-    Kind("regions", "list", ["image", "phrase", "box"], "{image}"),
-    Kind("questions", "list", ["image", "question", "answer"], "{image}"),
-]
-
-
-def read_academic(config):
-    """--questions as (its kind, {index or id: record}), with the fields of --annotations."""
-    data = list(read_json(config.questions))
-    form = "list"
-    if len(data) == 1 and isinstance(data[0], dict) and not {"question", "phrase"} & data[0].keys():
-        form = next((field for field in ("questions", "data") if field in data[0]), "ids")
-        data = data[0] if form == "ids" else typed(data[0][form], list, config.questions)
-    if bool(config.annotations) != (form == "questions"):
-        raise ValueError(f'{config.questions}: the questions of VQAv2 and OK-VQA, {{"questions": '
-                         '[...]}, and no others, have their answers in a file of their own, '
-                         '--annotations FILE')
-    if form == "questions":
-        data = with_annotations(data, config)
-    records = data if form == "ids" else dict(enumerate(data))
-    for record in records.values():
-        for kind in KINDS:
-            if kind.form == form and kind.matches(record):
-                return kind, records
-    raise ValueError(f"{config.questions}: no record is of a known kind, the file begins "
-                     f"{str(data)[:200]}; known are {'; '.join(map(str, KINDS))}")
-
-
-def with_annotations(questions, config):
-    """VQAv2's and OK-VQA's questions, each with the fields of the annotation of its question_id."""
-    annotations = read_value(config.annotations).get("annotations")
-    try:
-        by_id = {str(row["question_id"]): row for row in annotations}
-        if len(by_id) < len(annotations):
-            raise KeyError("a question_id is there twice")
-        return [q | by_id.get(str(q["question_id"]), {}) for q in questions]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{config.questions} and {config.annotations}: records with question_id "
-                         f"are needed, in fields questions and annotations ({error!r})") from error
 
 
 # -----------------------------------------------------------------------------
@@ -160,56 +98,44 @@ def box_to_text(box, width, height, aspect="pad"):
     return str(corners)
 
 
-def ask_region(record, config, place):
+def ask_region(item, image, config, rng):
     """A box asked for its phrase, or a phrase for its box (Diss. Sec. 4.3).
 
     OFFICIAL: one of the two, at random; with both in one conversation, the second question's answer
     would stand in the first.
     """
-    if "width" in record:
-        width, height = (typed(record[side], int, side) for side in ("width", "height"))
+    if "width" in item:
+        width, height = (typed(item[side], int, side) for side in ("width", "height"))
     elif config.images:
-        width, height = image_size(image_path(config.images, record["image"]))
+        width, height = image_size(image_path(config.images, image))
     else:
         raise ValueError("the picture's width and height are needed, here or by --images DIR")
-    phrase = record["phrase"].strip().rstrip(".")
+    phrase = item["phrase"].strip().rstrip(".")
     if not phrase:
-        raise ValueError(f"phrase {record['phrase']!r}: words are needed")
-    x, y, w, h = (typed(number, float, "box") for number in record["box"])
+        raise ValueError(f"phrase {item['phrase']!r}: words are needed")
+    x, y, w, h = (typed(number, float, "box") for number in item["box"])
     text = box_to_text([x, y, x + w, y + h], width, height, config.aspect)
-    way = random.Random(f"{config.seed} {place}").choice(["phrase", "box"])
+    way = rng.choice(["phrase", "box"])
     if way == "phrase":
         return QA(way, 0, DESCRIBE.format(text), phrase)
     return QA(way, 0, LOCATE.format(phrase), text)
 
 
-def answer_in(record, kind):
-    """The answer; of several people's the most frequent, of equally frequent ones the first."""
-    answer = record[kind.fields[-1]]
-    if kind.name == "A-OKVQA":
-        if typed(answer, int, "correct_choice_idx") < 0:
-            raise ValueError(f"correct_choice_idx {answer}: choices are counted from 0")
-        return record["choices"][answer]
-    if isinstance(answer, list):
-        texts = [a["answer"] if isinstance(a, dict) else a for a in answer]
-        return Counter(texts).most_common(1)[0][0]
-    return answer
-
-
-def ask_question(record, config, answer):
+def ask_question(item, config):
     """A question with its answer; or with options and a letter, once for each rotation of them."""
-    text = record["question"].strip()
-    choices = typed(record.get("choices") or [], list, "choices")
+    text, answer = item["question"].strip(), item["answer"]
+    choices = typed(item.get("choices") or [], list, "choices")
     way = config.format_prompt
     if way == "auto":
         way = "letter" if choices else "short"
+    way = item.get("way", way)
     if way != "letter":
         return [QA(way, 0, text, answer)]
     if not 2 <= len(choices) <= 26 or choices.count(answer) != 1:
         raise ValueError("a letter needs 2 to 26 choices, and the answer once among them; found "
                          f"{answer!r} and {choices}")
     asked = []
-    for rotation in range(len(choices)):
+    for rotation in range(len(choices) if item.get("rotate", True) else 1):
         options = choices[rotation:] + choices[:rotation]
         lines = [text]
         for letter, option in zip(string.ascii_uppercase, options, strict=False):
@@ -219,38 +145,63 @@ def ask_question(record, config, answer):
     return asked
 
 
-def ask_record(kind, place, record, config):
-    """One record as (the picture's name, [QA, ...]). ValueError says what is wrong with it."""
-    if not kind.matches(record):
-        raise ValueError(f"needed are {', '.join(kind.fields)}; found {str(record)[:200]}")
-    image_field = next(field for field in kind.fields if field.startswith("image"))
-    if type(record[image_field]) not in (int, str):
-        raise ValueError(f"{image_field}: a name or a number is needed; found "
-                         f"{record[image_field]!r}")
-    try:
-        image = (config.image_name or kind.image_name).format(**record)
-        if kind.name == "regions":
-            asked = [ask_region(record, config, place)]
-        else:
-            asked = ask_question(record, config, answer_in(record, kind))
-    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot be used as {kind.name} ({reason})") from error
-    texts = [record.get("question", image)]
+def ask_conversation(item, place):
+    """The turns of a conversation, which stays alone; a picture goes before its first question."""
+    problem = record_problem(item, "images")
+    if problem:
+        raise ValueError(problem)
+    texts = [turn["value"].replace(IMAGE, "").strip() for turn in item["conversations"]]
+    return [QA("conversation", place, question, answer)
+            for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def picture_of(item, kind, place, record, config):
+    """The name of an item's picture, or None for text alone."""
+    if "image" in item and not item["image"]:
+        return None
+    if config.image_name or "image" not in item:
+        field = kind.fields[0]
+        if type(record[field]) not in (int, str):
+            raise ValueError(f"{field}: a name or a number is needed; found {record[field]!r}")
+        return (config.image_name or kind.image_name).format(**{"key": place} | record)
+    return typed(item["image"], str, "image")
+
+
+def ask_item(item, image, place, config, rng):
+    """One item of a record as [QA, ...]. Raises ValueError that says what is wrong with it."""
+    if "conversations" in item:
+        return ask_conversation(item, place)
+    if "box" in item:
+        asked = [ask_region(item, image, config, rng)]
+    else:
+        asked = ask_question(item, config)
+    texts = [item.get("question", image)]
     for qa in asked:
         texts += [qa.question, qa.answer]
     for text in texts:
         if not isinstance(text, str) or not text.strip() or IMAGE in text:
             raise ValueError(f"text is needed, and without {IMAGE}; found {text!r}")
-    return image, asked
+    return asked
+
+
+@contextmanager
+def noted_problem(problems, where, kind):
+    """Note (place, what is wrong in this block), and go on behind it."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        problems.append((where, f"cannot be used as {kind} ({reason})"))
+    except ValueError as error:
+        problems.append((where, str(error)))
 
 
 # -----------------------------------------------------------------------------
-# The command
+# convert: one data set
 
 
-def as_conversation(asked, prompt):
-    """Questions and answers about one picture as LLaVA's turns, the picture first.
+def as_conversation(asked, prompt, image):
+    """Questions and answers as LLaVA's turns, the picture first, if there is one.
 
     OFFICIAL: the short prompt ends the first question and holds for all of the conversation; the
     letter's ends every question, behind its options. OURS: answers stay as they were annotated,
@@ -259,7 +210,7 @@ def as_conversation(asked, prompt):
     turns = []
     for i, qa in enumerate(asked):
         lines = [qa.question]
-        if i == 0:
+        if i == 0 and image:
             lines.insert(0, IMAGE)
         if prompt and (i == 0 or prompt == LETTER_PROMPT):
             lines.append(prompt)
@@ -269,55 +220,158 @@ def as_conversation(asked, prompt):
 
 
 def group_by_picture(kind, records, config):
-    """All questions about a picture together: ({(image, prompt, rotation): [QA, ...]}, problems).
+    """All questions about a picture together: ({(image, prompt, part): [QA, ...]}, problems, left).
 
     A rotation of the options is a conversation of its own: asked a second time, a question would
-    have been answered just before.
+    have been answered just before. `left` counts what is rightly not asked, by its reason.
     """
-    groups, problems = {}, []
+    groups, problems, left = {}, [], Counter()
     for place, record in records.items():
-        try:
-            image, asked = ask_record(kind, place, record, config)
-        except ValueError as error:
-            problems.append(f"{os.path.basename(config.questions)}[{place}]: {error}")
-            continue
-        for qa in asked:
-            key = image, FORMAT_PROMPTS.get(qa.way, ""), qa.rotation
-            groups.setdefault(key, []).append(qa)
-    return groups, problems
+        where = f"{os.path.basename(config.questions)}[{place}]"
+        rng = random.Random(f"{config.seed} {place}")
+        items = []
+        with noted_problem(problems, where, kind.name):
+            items = items_of(kind, record, rng, left)
+        for item in items:
+            with noted_problem(problems, where, kind.name):
+                image = picture_of(item, kind, place, record, config)
+                for qa in ask_item(item, image, place, config, rng):
+                    key = image, FORMAT_PROMPTS.get(qa.way, ""), qa.part
+                    group = groups.setdefault(key, [])
+                    if kind.once and group:
+                        left["about a picture that has one"] += 1
+                    else:
+                        group.append(qa)
+    return groups, problems, left
+
+
+def items_of(kind, record, rng, left):
+    """What a record says that is for training; of Visual Genome's regions ten, at random."""
+    if not kind.matches(record, kind.joined):
+        raise ValueError(f"needed are {', '.join([*kind.fields, *kind.joined])}; found "
+                         f"{str(record)[:200]}")
+    if kind.split is not None:
+        split = typed(record["split"], type(kind.split), "split")
+        if split != kind.split:
+            left[f"of split {split}"] += 1
+            return []
+    items = kind.items(record, kind)
+    if not items:
+        left["with nothing to ask"] += 1
+    if kind.most is not None and len(items) > kind.most:
+        left["not drawn"] += len(items) - kind.most
+        items = [items[i] for i in sorted(rng.sample(range(len(items)), kind.most))]
+    return items
 
 
 def convert_academic(config):
-    """Write --out, and print what became of all that was read."""
-    kind, records = read_academic(config)
-    groups, problems = group_by_picture(kind, records, config)
-    shown = problems[:MOST_SHOWN]
+    """Make one academic data set LLaVA's conversations, and print what became of its records."""
+    kind, records = read_academic(config.questions, config.annotations)
+    groups, problems, left = group_by_picture(kind, records, config)
+    shown = [f"{where}: {reason}" for where, reason in problems[:MOST_SHOWN]]
+    n_bad = len({where for where, _ in problems})
     if len(problems) > MOST_SHOWN:
         shown.append(f"... and {len(problems) - MOST_SHOWN} more")
     if problems and not (config.skip_bad and groups):
-        raise ValueError("\n".join([f"{len(problems):,} of {len(records):,} records are bad "
+        raise ValueError("\n".join([f"{n_bad:,} of {len(records):,} records are bad "
                                     "(--skip_bad leaves them out):", *shown]))
-    most = MOST_REGIONS if kind.name == "regions" else sys.maxsize
+    if not groups:
+        found = ", ".join(f"{n:,} {reason}" for reason, n in left.items()) or "no question"
+        needed = f", and split {kind.split} is needed" if kind.split else ""
+        raise ValueError(f"{config.questions}: nothing in it to train on; found {found}{needed}")
     conversations, pieces, ways = [], Counter(), Counter()
     for (image, prompt, _), asked in groups.items():
         ways.update(qa.way for qa in asked)
+        most = MOST_REGIONS if asked[0].way in ("phrase", "box") else len(asked)
         for start in range(0, len(asked), most):
-            name = Path(image).stem
+            name = Path(image or "text").stem
             if image in pieces:
                 name += f"_{pieces[image]}"
-            turns = as_conversation(asked[start:start + most], prompt)
-            conversations.append({"id": name, "image": image, "conversations": turns})
+            turns = as_conversation(asked[start:start + most], prompt, image)
+            picture = {"image": image} if image else {}
+            conversations.append({"id": name, **picture, "conversations": turns})
             pieces[image] += 1
     write_json(config.out, conversations)
+    lines = [f"{kind.name}: {len(records):,} records, {len(problems):,} left out", *shown]
+    lines += [f"{n:,} {reason}" for reason, n in left.items()]
     counts = ", ".join(f"{way} {n:,}" for way, n in ways.items())
-    print("\n".join([f"{kind.name}: {len(records):,} records, {len(problems):,} left out", *shown]))
-    print(f"{config.out}: {len(pieces):,} pictures, {len(conversations):,} conversations, "
-          f"{ways.total():,} answers ({counts})")
+    print("\n".join(lines))
+    print(f"{config.out}: {len(pieces.keys() - {None}):,} pictures, {len(conversations):,} "
+          f"conversations, {ways.total():,} answers ({counts})")
+
+
+# -----------------------------------------------------------------------------
+# split: the released mixture
+
+
+MIXTURE_FOLDERS = ("gqa", "ocr_vqa", "textvqa", "vg")
+ON_COCO = {      # what the first question about a picture of COCO holds
+    "a_okvqa": [LETTER_PROMPT],
+    "vqa": [FORMAT_PROMPTS["short"]],
+    "refcoco": [DESCRIBE.split(":")[0], LOCATE.split(":")[0]],
+}
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    data: str                       # llava_v1_5_mix665k.json
+    out: str                        # a folder, for one file a source
+
+
+def source_of(record, where):
+    """Which data set a record of LLaVA-1.5's mixture is from.
+
+    No picture: sharegpt. The folder of the picture: gqa, ocr_vqa, textvqa (the captions of
+    TextCaps) or vg. In coco/, the prompt of the first question: a_okvqa, refcoco, or vqa, which is
+    VQAv2 and OK-VQA, whose records cannot be told apart; what has none is llava_instruct.
+    """
+    image = typed(record, dict, where).get("image") or ""
+    turns = typed(record.get("conversations"), list, f"{where}: conversations")
+    if not image:
+        return "sharegpt"
+    folder = typed(image, str, f"{where}: image").split("/")[0]
+    if folder in MIXTURE_FOLDERS:
+        return folder
+    if folder != "coco":
+        raise ValueError(f"{where}: image {image!r} is in none of coco, "
+                         f"{', '.join(MIXTURE_FOLDERS)}; LLaVA-1.5's mixture is needed")
+    first = typed(turns[0], dict, f"{where}: turn 0") if turns else {}
+    question = typed(first.get("value"), str, f"{where}: turn 0")
+    for source, prompts in ON_COCO.items():
+        if any(prompt in question for prompt in prompts):
+            return source
+    return "llava_instruct"
+
+
+def split_mixture(config):
+    """Split LLaVA-1.5's mixture by source: OUT/gqa.json, OUT/vqa.json, ..., each in its order."""
+    sources = {name: [] for name in ("llava_instruct", "sharegpt", *MIXTURE_FOLDERS, *ON_COCO)}
+    total = 0
+    for record in read_json(config.data):
+        source = source_of(record, f"{os.path.basename(config.data)}[{total}]")
+        sources[source].append(record)
+        total += 1
+    if not total:
+        raise ValueError(f"{config.data}: no records in it")
+    for source, records in sources.items():
+        if records:
+            write_array(Path(config.out, f"{source}.json"), records)
+        print(f"{source:<16}{len(records):>9,}")
+    print(f"{'all':<16}{total:>9,}")
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+COMMANDS = {"convert": (convert_academic, Config), "split": (split_mixture, SplitConfig)}
 
 
 def main(argv=None):
-    description = "Academic visual question answering as LLaVA's conversations."
-    convert_academic(Config(**typed_flags(Config, argv, description)))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] == "--questions":        # as it was typed before there was `split`
+        argv.insert(0, "convert")
+    run_command(COMMANDS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LLaVA-1.5's data (extras/academic.py): questions, answers and boxes as conversations."""
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -25,7 +26,7 @@ LOCATE = "sentence describes: "
 def convert(tmp_path, capsys):
     """convert(questions, annotations, *flags) -> (records, printed); lists become JSON lines."""
     def run(questions, annotations=None, *flags):
-        argv = ["--out", tmp_path / "out.json", *flags]
+        argv = ["convert", "--out", tmp_path / "out.json", *flags]
         for flag, value in (("questions", questions), ("annotations", annotations)):
             if value is not None:
                 rows = map(json.dumps, value) if isinstance(value, list) else [json.dumps(value)]
@@ -65,14 +66,14 @@ def test_vqav2_becomes_one_conversation_a_picture_with_its_prompt_once(convert):
     assert records[0]["image"] == "coco/train2017/000000458752.jpg"
     assert texts(records[0]) == ["<image>\nWhat is this?" + SHORT, "net", "What sport?", "baseball"]
     assert texts(records[1]) == ["<image>\nHow many?" + SHORT, "2"]
-    assert "VQAv2: 3 records, 0 left out" in printed
+    assert "VQAv2 or OK-VQA: 3 records, 0 left out" in printed
     assert "2 pictures, 2 conversations, 3 answers (short 3)" in printed
     records, _ = convert(*files, "--image_name", "val2014/{image_id}.jpg")
     assert records[1]["image"] == "val2014/9.jpg"
 
 
 FORMS = {     # the questions, the annotations, and what they become: picture, question, answer
-    "OK-VQA": ({"questions": [{"image_id": 7, "question": "Race?", "question_id": 5}]},
+    "VQAv2 or OK-VQA": ({"questions": [{"image_id": 7, "question": "Race?", "question_id": 5}]},
                {"annotations": [{"image_id": 7, "question_id": 5, "answers": [
                    {"answer": a} for a in ("run", "race", "race", "walk", "run")]}]},
                ("coco/train2017/000000000007.jpg", "Race?", "run")),
@@ -83,6 +84,15 @@ FORMS = {     # the questions, the annotations, and what they become: picture, q
             ("gqa/images/2354786.jpg", "Dark?", "yes")),
     "questions": ([{"image": "a/b.png", "question": "What?", "answer": "a dog"}], None,
                   ("a/b.png", "What?", "a dog")),
+    "DocVQA": ({"dataset_name": "docvqa", "dataset_split": "train", "data": [
+                   {"questionId": 1, "question": "Which date?", "image": "documents/x_1.png",
+                    "docId": 7, "answers": ["1/8/93", "1993"], "data_split": "train"}]}, None,
+               ("docvqa/documents/x_1.png", "Which date?", "1/8/93")),
+    "ChartQA": ([{"imgname": "4.png", "query": "How many?", "label": "14"}], None,
+                ("chartqa/train/png/4.png", "How many?", "14")),
+    "DVQA": ([{"question": "Which bar?", "question_id": 12, "template_id": "data", "answer": "bond",
+               "image": "bar_train_1.png", "answer_bbox": [1, 2, 3, 4]}], None,
+             ("dvqa/images/bar_train_1.png", "Which bar?", "bond")),
 }
 
 
@@ -96,6 +106,66 @@ def test_each_kind_of_file_is_known_by_its_form_and_not_by_its_name(kind, conver
     assert texts(records[0]) == [f"<image>\n{question}{SHORT}", answer]
     records, _ = convert(questions, annotations, "--format_prompt", "none")
     assert texts(records[0])[0] == f"<image>\n{question}"
+
+
+CHAT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello!"}]
+CAPTION = "Provide a one-sentence caption for the provided image."
+SIGN = {"image_id": "c1", "caption_str": "a red sign", "reference_strs": ["a sign", "a red sign"]}
+COVER = {"imageURL": "http://x/y.gif", "questions": ["Who wrote it?", "Is it art?"],
+         "answers": ["Ann Lee", "No"], "title": "T", "authorName": "Ann Lee", "genre": "Law"}
+PAGE = json.dumps({"gt_parse": {"text_sequence": "One two"}})
+OTHERS = {    # the questions, the annotations, the picture, and what is asked and answered
+    "OCR-VQA": ({"014": COVER | {"split": 1}, "015": COVER | {"split": 3}}, None,
+                "ocr_vqa/images/014.jpg",
+                ["<image>\nWho wrote it?" + SHORT, "Ann Lee", "Is it art?", "No"]),
+    "TextCaps": ({"data": [SIGN, SIGN | {"caption_str": "a sign"}]}, None,
+                 "textvqa/train_images/c1.jpg", [f"<image>\n{CAPTION}", "a sign"]),
+    "TextCaps with OCR": ({"data": [SIGN]},
+                          {"data": [{"image_id": "c1", "ocr_tokens": ["GO", "A"]}]},
+                          "textvqa/train_images/c1.jpg",
+                          [f"<image>\n{CAPTION}\nReference OCR token: GO, A", "a sign"]),
+    "SynthDoG": ([{"file_name": "image_0.jpg", "ground_truth": PAGE}], None,
+                 "synthdog-en/images/image_0.jpg",
+                 ["<image>\nRead out all of the text in the picture.", "One two"]),
+    "LAION-GPT-V": ([{"image": "00/1.jpg", "caption": "A cat.", "link": "http://x"}], None,
+                    "laion-gpt4v/00/1.jpg",
+                    ["<image>\nDescribe this picture in detail.", "A cat."]),
+    "ShareGPT or": ([{"id": "q_0", "conversations": CHAT}], None, None, ["Hello.", "Hello!"]),
+    "ShareGPT or ShareGPT4V": (
+        [{"id": "9", "image": "coco/train2017/9.jpg", "conversations": [
+            {"from": "human", "value": "What is it?\n<image>"},
+            {"from": "gpt", "value": "A cat."}]}],
+        None, "coco/train2017/9.jpg", ["<image>\nWhat is it?", "A cat."]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_official_layouts_become_one_conversation_a_picture(kind, convert):
+    """Diss. Sec. 4.3 and 4.7: covers, captions, pages, and conversations as they are."""
+    questions, annotations, image, expected = OTHERS[kind]
+    records, printed = convert(questions, annotations)
+    assert printed.startswith(kind.removesuffix(" with OCR"))
+    assert [texts(record) for record in records] == [expected]
+    assert records[0].get("image") == image
+    if kind == "OCR-VQA":
+        assert "\n1 of split 3\n" in printed, "the test's covers were not counted"
+    if kind == "TextCaps":
+        assert "\n1 about a picture that has one\n" in printed
+
+
+def test_ai2d_is_a_folder_with_a_file_for_each_picture(convert, tmp_path):
+    """Letters without rotations; where letters are in the picture, it is the second picture."""
+    row = {"answerTexts": ["sun", "moon"], "correctAnswer": 1, "questionId": "0.png-0"}
+    with pytest.raises(ValueError, match=r"no \*.json in this folder"):
+        convert(None, None, "--questions", tmp_path)
+    for name in ("0.png", "1.png"):
+        rows = {"Which?": row | {"abcLabel": False}, "And B?": row | {"abcLabel": True}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"imageName": name, "questions": rows}))
+    records, printed = convert(None, None, "--questions", tmp_path)
+    assert printed.startswith("AI2D: 2 records, 0 left out")
+    assert [r["image"] for r in records] == ["ai2d/images/0.png", "ai2d/abc_images/0.png",
+                                             "ai2d/images/1.png", "ai2d/abc_images/1.png"]
+    assert texts(records[0]) == ["<image>\nWhich?\nA. sun\nB. moon" + LETTER, "B"]
 
 
 def test_a_question_with_choices_is_asked_once_per_choice_in_conversations_of_their_own(convert):
@@ -195,13 +265,13 @@ def test_questions_and_annotations_are_joined_by_the_value_of_question_id(conver
     with pytest.raises(ValueError, match="a question_id is there twice"):
         convert(questions, {"annotations": [*as_text, as_text[0]]})
     annotations["annotations"].pop()                     # that of the first question
-    with pytest.raises(ValueError, match=r"1 of 2 records.*\n.*\[0\]: .*multiple_choice_answer"):
+    with pytest.raises(ValueError, match=r"1 of 2 records.*\n.*\[0\]: .*needed are .*answers"):
         convert(questions, annotations)
     for others in (None, {"annotations": 5}, {"annotations": [{"id": 1}]}, {"questions": []}, [1],
                    [1, 2], []):
         with pytest.raises(ValueError, match="annotations"):
             convert(questions, others)
-    with pytest.raises(ValueError, match="no others, have their answers in a file of their own"):
+    with pytest.raises(ValueError, match="needs no --annotations"):
         convert([GOOD], annotations)
 
 
@@ -209,7 +279,7 @@ def test_questions_and_annotations_are_joined_by_the_value_of_question_id(conver
                                   {"data": [{"x": 1}]}, [], 5])
 def test_a_file_of_no_known_kind_is_refused_with_the_kinds_there_are(data, convert):
     """The message tells what each kind needs."""
-    known = r"questions.json: no record is of a known kind.*A-OKVQA \(question, image_id"
+    known = r"questions.json: no record is of a known kind.*A-OKVQA \(image_id, question"
     with pytest.raises(ValueError, match=known):
         convert(data)
 
@@ -340,3 +410,115 @@ def test_the_size_of_a_picture_is_taken_from_its_file_if_the_record_has_none(con
                 {"width": "9"}, {"box": [0, 0, "a", 1]}, {"box": [True, 0, 9, 9]}):
         with pytest.raises(ValueError, match=r"1 of 1 records are bad.*\nquestions.json\[0\]: "):
             convert([{**row, "width": 100, "height": 50, **bad}])
+
+
+REFS = [{"ref_id": i, "ann_id": i, "image_id": 7, "category_id": 1, "split": split,
+         "file_name": "COCO_train2014_000000000007_0.jpg",
+         "sentences": [{"sent": f"man {i}", "raw": "x"}, {"sent": f"left man {i}", "raw": "y"}]}
+        for i, split in enumerate(["train"] * 6 + ["val", "testA"])]
+INSTANCES = {"images": [{"id": 7, "width": 100, "height": 50, "file_name": "7.jpg"}],
+             "annotations": [{"id": i, "image_id": 7, "bbox": [10, 10, 20.5, 30], "category_id": 1}
+                             for i in range(8)]}
+
+
+class Code:
+    """What a pickle must not do when it is read."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_refcoco_is_read_from_its_pickle_and_from_json_alike(convert, tmp_path):
+    """Every name that people gave, of the training split, at most ten in a conversation."""
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(REFS, protocol=2))
+    records, printed = convert(None, INSTANCES, "--questions", tmp_path / "refs(unc).p")
+    assert printed.startswith("RefCOCO: 8 records, 0 left out\n1 of split val\n1 of split testA")
+    assert [len(texts(r)) for r in records] == [20, 4]
+    assert {r["image"] for r in records} == {"coco/train2017/000000000007.jpg"}
+    assert any("[0.1, 0.35, 0.3, 0.65]" in text for text in texts(records[0]))
+    assert convert(REFS, INSTANCES)[0] == records
+    with pytest.raises(ValueError, match="nothing in it to train on; found 1 of split val, 1 of"):
+        convert(REFS[6:], INSTANCES)
+    with pytest.raises(ValueError, match="bbox, width, height in a file of their own"):
+        convert(REFS)
+    with pytest.raises(ValueError, match="annotations are rows with id in field annotations"):
+        convert(REFS, {"images": []})
+
+
+@pytest.mark.parametrize("content, message", [
+    (pickle.dumps([Code()]), "asks for the code .*system; only plain data"),
+    (pickle.dumps([b"bytes"]), "not JSON serializable"), (b"no pickle", "no pickle of plain data"),
+    (b"", "Ran out of input"), (pickle.dumps({"a": 1}), "where a list belongs")])
+def test_a_pickle_that_is_more_than_plain_data_is_refused(content, message, convert, tmp_path):
+    """A downloaded file never runs code here."""
+    (tmp_path / "refs.p").write_bytes(content)
+    with pytest.raises(ValueError, match=f"refs.p: .*{message}"):
+        convert(None, INSTANCES, "--questions", tmp_path / "refs.p")
+
+
+def test_of_visual_genome_ten_regions_a_picture_are_drawn(convert):
+    """OFFICIAL: ten; sizes and the folder of a picture are in image_data.json."""
+    rows = [{"id": i, "regions": [
+        {"region_id": j, "image_id": i, "phrase": f"thing {j}", "x": j, "y": 1, "width": 9,
+         "height": 9} for j in range(n)]} for i, n in ((1, 12), (2, 3))]
+    data = [{"image_id": i, "width": 100, "height": 50,
+             "url": f"https://x/rak248/VG_100K{'_2' if i == 1 else ''}/{i}.jpg"} for i in (1, 2)]
+    records, printed = convert(rows, data)
+    assert printed.startswith("Visual Genome: 2 records, 0 left out\n2 not drawn")
+    assert [r["image"] for r in records] == ["vg/VG_100K_2/1.jpg", "vg/VG_100K/2.jpg"]
+    assert [len(texts(r)) for r in records] == [20, 6]
+    assert records == convert(rows, data)[0] != convert(rows, data, "--seed", 1)[0]
+    rows[1]["regions"][0]["x"] = 99
+    with pytest.raises(ValueError, match=r"1 of 2 records are bad.*\n.*\[1\]: .*no corners"):
+        convert(rows, data)
+    assert [len(texts(r)) for r in convert(rows, data, "--skip_bad")[0]] == [20, 4]
+
+
+# -----------------------------------------------------------------------------
+# The mixture by source
+
+
+def mixture_record(image, question):
+    picture = {"image": image} if image else {}
+    return {"id": f"{image} {question}", **picture, "model": "kept", "conversations": [
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "x"}]}
+
+
+COCO = "coco/train2017/1.jpg"
+MIXTURE = [(None, "Hello.", "sharegpt"), ("gqa/images/1.jpg", "Q?" + SHORT, "gqa"),
+           ("ocr_vqa/images/1.jpg", "Q?" + SHORT, "ocr_vqa"), ("vg/VG_100K/1.jpg", "Q?", "vg"),
+           ("textvqa/train_images/1.jpg", CAPTION, "textvqa"),
+           (COCO, "Q?\nA. x\nB. y" + LETTER, "a_okvqa"), (COCO, "Q?" + SHORT, "vqa"),
+           (COCO, "Please provide a " + DESCRIBE + "[0.1, 0.2, 0.3, 0.4].", "refcoco"),
+           (COCO, "Please provide the bounding box coordinate of the region this " + LOCATE + "x.",
+            "refcoco"), (COCO, "What is unusual?", "llava_instruct")]
+
+
+def test_the_mixture_is_split_by_source_and_nothing_is_lost(tmp_path, capsys):
+    """The released file of 665K records; each goes to one file, unchanged and in its order."""
+    records = [mixture_record(image, question) for image, question, _ in MIXTURE] * 2
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    academic.main(["split", "--data", str(tmp_path / "mix.json"), "--out", str(tmp_path / "out")])
+    expected = {}
+    for record, (_, _, source) in zip(records, MIXTURE * 2, strict=True):
+        expected.setdefault(source, []).append(record)
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert found == expected
+    counts = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert counts == {source: str(len(rows)) for source, rows in found.items()} | {"all": "20"}
+
+
+@pytest.mark.parametrize("record, message", [
+    (mixture_record("sam/1.jpg", "Q?"), "'sam/1.jpg' is in none of coco, gqa"),
+    (7, "7 where an object belongs"),
+    ({"image": "coco/1.jpg"}, "conversations: None where a list belongs"),
+    ({"image": COCO, "conversations": []}, "turn 0: None where text belongs"),
+    ({"image": COCO, "conversations": [5]}, "turn 0: 5 where an object belongs"),
+    ({"image": 5, "conversations": []}, "image: 5 where text belongs"), (None, "no records")])
+def test_what_is_no_record_of_the_mixture_is_named(record, message, tmp_path):
+    """File, index, and what is needed; nothing is written."""
+    records = [] if record is None else [mixture_record(None, "Hello."), record]
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=rf"mix.json(: |\[1\]).*{message}"):
+        academic.main(["split", "--data", str(tmp_path / "mix.json"), "--out", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()

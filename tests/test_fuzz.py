@@ -68,7 +68,16 @@ FILES = {
     "math.json": by_id(question_type="multi_choice", answer_type="text", answer="2",
                        choices=["x", "2"]),
     "choices.json": rows(image_id="ID", question="Q?", choices=["x", "2"], correct_choice_idx=1),
-    "regions.json": rows(image="#.jpg", width=99, height=50, phrase="thing #", box=[9, 9, 20, 30])}
+    "regions.json": rows(image="#.jpg", width=99, height=50, phrase="thing #", box=[9, 9, 20, 30]),
+    "covers.json": by_id(imageURL="http://x/#.jpg", questions=["Who?", "Is it #?"],
+                         answers=["Ann", "No"], split=1),
+    "refs.json": rows(image_id="ID", ann_id="ID", split="train", sentences=[{"sent": "man #"}]),
+    "objects.json": {"images": PICTURES, "annotations": rows(id="ID", bbox=[20, 25, 80, 75])},
+    "vg.json": rows(id="ID", regions=[{"phrase": "#", "x": 1, "y": 2, "width": 9, "height": 9}]),
+    "vg_data.json": rows(image_id="ID", url="http://x/VG_100K/#.jpg", width=99, height=50),
+    "pages.json": rows(file_name="#.jpg", ground_truth='{"gt_parse": {"text_sequence": "a #"}}'),
+    "mixture.json": rows(id="ID", image="gqa/images/#.jpg", conversations=[
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is #."}])}
 INSTRUCT = "generate_data instruct --out out --mix conversation=1 --base_url URL --captions"
 INDEX = "retrieve index --clip CLIP --images . --out out --workers 0 --device cpu --corpus"
 ANSWERS = "--json out --answers answers.jsonl --labels"
@@ -94,10 +103,16 @@ COMMANDS = f"""
     benchmarks score gqa {ANSWERS} gqa.json
     benchmarks score mmmu {ANSWERS} mmmu.json
     benchmarks score mathvista {ANSWERS} math.json
-    academic --out out --questions vqa.json --annotations vqa.json
-    academic --out out --questions gqa.json
-    academic --out out --questions choices.json
-    academic --out out --questions regions.json
+    academic convert --out out --questions vqa.json --annotations vqa.json
+    academic convert --out out --questions gqa.json
+    academic convert --out out --questions choices.json
+    academic convert --out out --questions regions.json
+    academic convert --out out --questions covers.json
+    academic convert --out out --questions refs.json --annotations objects.json
+    academic convert --out out --questions vg.json --annotations vg_data.json
+    academic convert --out out --questions pages.json
+    academic convert --out out --questions chat.json
+    academic split --out out --data mixture.json
     concept_filter --least 1 --out out --pairs pairs.jsonl
     {INDEX} pairs.jsonl
     {INDEX} pairs.tsv""".strip().splitlines()
