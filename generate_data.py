@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from parts import annotations, client, files
+from parts import annotations, client, files, scoring
 from parts.annotations import REJECTED
 from parts.client import Endpoint, Request
 from parts.files import IMAGE, PROMPTS
@@ -50,9 +50,9 @@ def from_record(record, counts, skip_bad=False):
     """
     image = files.typed(record["image"], str, "image")
     sentences = record.get("captions", []) + record.get("notes", [])
-    captions = annotations.caption_lines(sentences, counts)
-    boxes = annotations.box_lines(record.get("instances", []), counts, skip_bad)
-    return Context(str(record["id"]), image, "\n".join(captions), "\n".join(boxes))
+    captions = "\n".join(annotations.caption_lines(sentences, counts))
+    boxes = "\n".join(annotations.box_lines(record.get("instances", []), counts, skip_bad))
+    return Context(scoring.id_of(record, "id", "record"), image, captions, boxes)
 
 
 def read_contexts(captions, instances=None, skip_bad=False):

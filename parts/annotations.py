@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ijson
 
-from parts.files import read_json, read_text, typed
+from parts.files import distinct_keys, read_json, read_text, typed
 from parts.templates import HOLDS_STOP
 
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$|://", re.I)     # or an address
@@ -229,11 +229,11 @@ def pairs_of_file(path, columns):
         where = f"{path}, line {number}"
         cells = zip(columns.split(), line.rstrip("\n").split("\t"), strict=False)
         try:
-            row = json.loads(line) if is_json else dict(cells)
+            row = json.loads(line, object_pairs_hook=distinct_keys) if is_json else dict(cells)
             image = typed(row["image"], str, where)
             caption = " ".join(row["caption"].split())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{where}: image and caption are needed, as JSON or in "
+            raise ValueError(f"{where}: image and caption are needed, once, as JSON or in "
                              f"--columns {columns!r} with tabs between") from error
         if PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
             raise ValueError(f"{where}: image {image!r} and caption {caption!r} look swapped; "
