@@ -3,7 +3,8 @@ Letting others ask a checkpoint: a web page, and an endpoint that speaks OpenAI'
 
     python -m extras.serve --model out/stage2      the page at http://127.0.0.1:8000, the API at /v1
 
-All of it is OURS, but the filter of a user's text (App. A), `--moderation`; it sees answers, too.
+All of it is OURS, but the filters of a user's text and pictures (App. A), `--moderation`, which
+sees answers, too.
 Three threads: the event loop talks to clients; one reads what they send, so that a bad request is
 refused at once; one runs the model, for one request at a time, as they came.
 
@@ -62,6 +63,7 @@ from parts.pictures import (
 PAGE = Path(__file__).with_name("serve.html")
 # libtiff prints whatever is wrong with a file, so that strangers would fill the server's output
 SERVED = [name for name in FORMATS if name != "TIFF"]
+MODERATED = 2048         # pixels of a side, at most: endpoints have limits; OpenAI's is 20 MB
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Config:
     temperature: float = 0.2             # where a request does not say; 0 is greedy
     top_p: float = 1.0                   # the same
     max_new_tokens: int = 512            # the same
-    moderation: str = None               # endpoint, http://.../v1, to judge questions and answers
+    moderation: str = None               # endpoint, http://.../v1, to judge what is said and shown
     max_queue: int = 64                  # requests at once, the waiting ones included
     max_per_client: int = 16             # of them from one address
     max_mb: int = 20                     # megabytes of a request, its pictures included
@@ -160,6 +162,17 @@ def read_small(name, file):
         image.draft(image.mode, (1, 1))
         upright_rgb(image)
     return SimpleNamespace(size=(height, width) if lies else (width, height))
+
+
+def pictures_to_moderate(question):
+    """A request's pictures as `data:` addresses, as the model is shown them, but not as large.
+
+    They are made anew, for a file may hold another picture than the one that is shown.
+    """
+    pictures = question.pictures()
+    for picture in pictures:
+        picture.thumbnail((MODERATED, MODERATED))
+    return [probe.data_url(picture, "JPEG") for picture in pictures]
 
 
 # -----------------------------------------------------------------------------
@@ -358,26 +371,39 @@ class Server:
                           f"characters, does not fit in a context of {self.context} tokens",
                           "messages", "context_length_exceeded")
 
-    async def moderate(self, what, text):
-        """Raises Refusal if the endpoint flags a text, or does not say: nothing passes unseen."""
+    async def moderate_question(self, question):
+        """The two filters of App. A: the text of a conversation, then each of its pictures.
+
+        A picture is a request of its own, for OpenAI's endpoint takes one at a time.
+        """
+        texts = [turn["value"].replace(files.IMAGE, "").strip() for turn in question.turns]
+        await self.moderate("the question", "\n".join(texts))
+        urls = await asyncio.wrap_future(self.reader.submit(pictures_to_moderate, question))
+        for i, url in enumerate(urls, 1):
+            part = {"type": "image_url", "image_url": {"url": url}}
+            await self.moderate(f"picture {i} of {len(urls)}", [part])
+
+    async def moderate(self, what, content):
+        """Raises Refusal if the endpoint flags a text, or a list with a picture's part, or does not
+        say: nothing passes unseen."""
         key = api_key()
         try:
             reply = await asyncio.to_thread(
                 requests.post, self.config.moderation.rstrip("/") + "/moderations", timeout=30,
-                json={"input": text}, headers={"Authorization": f"Bearer {key}"} if key else {})
+                json={"input": content}, headers={"Authorization": f"Bearer {key}"} if key else {})
             if not reply.ok:
-                raise Refusal(f"the {what} could not be moderated: the endpoint answered "
+                raise Refusal(f"{what} could not be moderated: the endpoint answered "
                               f"{reply.status_code}", status=502)
             result = reply.json()["results"][0]
             flagged = files.typed(result["flagged"], bool, "flagged")
             reasons = [name for name, applies in result.get("categories", {}).items() if applies]
         except Refusal:
             raise
-        except Exception as error:       # whatever it is, the text goes no further
-            raise Refusal(f"the {what} could not be moderated ({type(error).__name__})",
+        except Exception as error:       # whatever it is, nothing goes further
+            raise Refusal(f"{what} could not be moderated ({type(error).__name__})",
                           status=502) from error
         if flagged:
-            raise Refusal(f"the {what} was flagged by moderation ({', '.join(reasons)})",
+            raise Refusal(f"{what} was flagged by moderation ({', '.join(reasons)})",
                           code="content_filter")
 
     def generate(self, question):
@@ -405,7 +431,7 @@ class Server:
                     text += piece
                 yield ""
         if self.config.moderation:
-            await self.moderate("answer", text)
+            await self.moderate("the answer", text)
             yield text
             yield piece                  # the last one: how it ended
 
@@ -413,8 +439,7 @@ class Server:
         """OpenAI's chat API: https://platform.openai.com/docs/api-reference/chat"""
         question = await self.read(request)
         if self.config.moderation:
-            texts = [turn["value"].replace(files.IMAGE, "").strip() for turn in question.turns]
-            await self.moderate("question", "\n".join(texts))
+            await self.moderate_question(question)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()),
                 "model": self.name}
         if question.stream:

@@ -1,6 +1,7 @@
 """Letting others ask: the API by OpenAI's own client, the page by Chromium, real processes."""
 import base64
 import http.server
+import io
 import json
 import random
 import re
@@ -367,23 +368,35 @@ def test_a_full_queue_and_a_greedy_client_are_told_so(flag, says, endless, tmp_p
         wait_until(lambda: post(url, {"messages": [user("?")]}, "/prompt").ok)
 
 
+def start_judge(reply_to):
+    """A moderation endpoint: reply_to(path, input) is (status, text). Returns it, and the flags of
+    a server that asks it."""
+    class Judge(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, text = reply_to(self.path, body["input"])
+            self.wfile.write(f"HTTP/1.0 {status} -\r\n\r\n{text}".encode())
+
+    judge = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=judge.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{judge.server_port}/sk-SECRET"
+    return judge, ("--moderation", address, "--max_new_tokens", 20)
+
+
+def verdict(flagged):
+    result = {"flagged": flagged, "categories": {"violence": flagged, "hate": False}}
+    return json.dumps({"results": [result]})
+
+
 def test_moderation_sees_question_and_answer_and_nothing_passes_it_unseen(endless, tmp_path):
     """App. A's filter: what is flagged is neither answered nor shown, not even its first words."""
     seen, flag, broken = [], None, None      # what the judge below was asked, and how it answers
 
-    class Judge(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, body["input"]))
-            flagged = flag is not None and flag in body["input"]
-            result = {"flagged": flagged, "categories": {"violence": flagged, "hate": False}}
-            reply = broken or json.dumps({"results": [result]})
-            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + reply.encode())
+    def reply_to(path, text):
+        seen.append((path, text))
+        return 200, broken or verdict(flag is not None and flag in text)
 
-    judge = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=judge.serve_forever, daemon=True).start()
-    flags_of_server = ("--moderation", f"http://127.0.0.1:{judge.server_port}/sk-SECRET",
-                       "--max_new_tokens", 20)
+    judge, flags_of_server = start_judge(reply_to)
     with server(tmp_path / "m", endless, *flags_of_server) as url:
         body = {"messages": [user("Say it.")]}
         answer = post(url, body).json()["choices"][0]["message"]["content"]
@@ -409,6 +422,55 @@ def test_moderation_sees_question_and_answer_and_nothing_passes_it_unseen(endles
         reply = post(url, body)
         assert reply.status_code == 502, "without a judge the text passes unseen"
         assert "(ConnectionError)" in reply.text and "sk-SECRET" not in reply.text
+
+
+def picture_of(content):
+    """The picture (PIL) in the image form of a moderation request."""
+    part, = content
+    address = part["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(address)))
+
+
+def test_moderation_sees_every_picture_as_the_model_does(endless, tmp_path):
+    """App. A's second filter: one flagged picture of several, and there is no answer; an endpoint
+    that takes no pictures lets none pass."""
+    takes_pictures, seen = True, []
+
+    def reply_to(path, content):
+        if isinstance(content, str):
+            return 200, verdict(False)
+        seen.append(picture_of(content))
+        if not takes_pictures:
+            return 400, '{"error": {"message": "input is not a string"}}'
+        return 200, verdict(seen[-1].getpixel((0, 0))[0] > 200)     # of a red one
+
+    red, blue, large = (Image.new("RGB", (w, 30), c)
+                        for w, c in ((30, "red"), (40, "blue"), (4000, "blue")))
+    turned = Image.Exif()
+    turned[0x0112] = 6                   # lies on its side
+    buffer = io.BytesIO()
+    blue.save(buffer, "GIF", save_all=True, append_images=[red.resize(blue.size)])
+    animated = "data:image/gif;base64," + base64.b64encode(buffer.getvalue()).decode()
+    buffer = io.BytesIO()
+    blue.save(buffer, "JPEG", exif=turned)
+    lying = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    judge, flags_of_server = start_judge(reply_to)
+    with server(tmp_path / "m", endless, *flags_of_server) as url:
+        assert post(url, {"messages": [user("Say it.", animated, lying, large)]}).ok
+        assert [picture.size for picture in seen] == [(40, 30), (30, 40), (2048, 15)]
+        messages = [user("Say it.", blue), {"role": "assistant", "content": "abc"}]
+        for stream in (False, True):
+            reply = post(url, {"messages": [*messages, user("And?", red)], "stream": stream})
+            assert reply.status_code == 400 and "abc" not in reply.text
+            assert reply.json()["error"]["code"] == "content_filter"
+            assert "picture 2 of 2 was flagged by moderation (violence)" in reply.text
+        takes_pictures = False
+        reply = post(url, {"messages": [user("Say it.", blue)]})
+        assert reply.status_code == 502, "an unseen picture passes"
+        assert "picture 1 of 1 could not be moderated: the endpoint answered 400" in reply.text
+        assert post(url, {"messages": [user("Say it.")]}).ok
+    judge.shutdown()
+    judge.server_close()
 
 
 # -----------------------------------------------------------------------------
