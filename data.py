@@ -240,8 +240,8 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     """The order of one epoch: global batches (arrays of indices); only the last one is short.
 
     OURS: samples are shuffled, sorted by length within windows of 50 batches, and the batches are
-    shuffled; those of a batch are about equally long, and little is padded. "Uniformly sampled"
-    (Sec. 4.2) is read as once an epoch. These arguments alone say the order, so a run can resume.
+    shuffled; those of a batch are about equally long, and little is padded. These arguments alone
+    say the order, so a run can resume.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))                 # (samples,)

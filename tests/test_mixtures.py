@@ -46,6 +46,18 @@ def test_an_amount_is_a_share_with_a_dot_or_a_count(amount, n, write):
     assert times <= {n // 40, -(-n // 40)}, f"some samples come oftener than others: {times}"
 
 
+def test_equal_shares_of_the_types_are_one_number_for_their_files(write):
+    """Sec. 4.2's "uniformly sampled", read so: a small file is repeated, a large one drawn from."""
+    sizes = {"conversation.json": 58, "detail.json": 23, "reasoning.json": 77}
+    paths = [write(name, n) for name, n in sizes.items()]
+    assert Records(paths).counts == [58, 23, 77], "each record comes once an epoch"
+    drawn = ids([f"{path}=53" for path in paths])
+    for name, n in sizes.items():
+        times = {drawn.count(f"{name}_{i}") for i in range(n)}
+        assert sum(i.startswith(name) for i in drawn) == 53
+        assert times <= {53 // n, -(-53 // n)}, f"some of {name} come oftener than others: {times}"
+
+
 def test_what_is_drawn_of_a_source_depends_on_it_and_the_seed_alone(write):
     """Who adds a source, or moves files, trains on the same samples; less is part of more."""
     a, b, moved = write("a.json", 50), write("b.json", 60), write("a.json", 50, "elsewhere")
