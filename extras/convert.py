@@ -249,7 +249,9 @@ def load_original_tokenizer(folder):
         for file in TOKENIZER_FILES:
             if has_file(folder, file):
                 shutil.copy(folder / file, alone)
-        return checkpoints.load_tokenizer(alone)
+        tokenizer = checkpoints.load_tokenizer(alone)
+    tokenizer.vocab_file = str(folder / "tokenizer.model")       # the copy is gone
+    return tokenizer
 
 
 def find_source(args, folder):

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -232,10 +233,21 @@ def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
         num_additional_image_tokens=1, vision_feature_select_strategy="default")
     processor.save_pretrained(folder)
     image_processor.save_pretrained(folder)              # preprocessor_config.json
+    copy_sentencepiece(tokenizer, folder)
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(eos_ids),
         pad_token_id=tokenizer.pad_token_id)
     generation.save_pretrained(folder)
+
+
+def copy_sentencepiece(tokenizer, folder):
+    """Copy the tokenizer.model that a tokenizer was read from, if any: transformers leaves it out,
+    and llama.cpp's converter pads the vocabulary to the model's only beside one."""
+    source = getattr(tokenizer, "vocab_file", None) or ""
+    target = os.path.join(folder, "tokenizer.model")
+    if os.path.basename(source) == "tokenizer.model" and os.path.isfile(source):
+        if os.path.realpath(source) != os.path.realpath(target):
+            shutil.copyfile(source, target)
 
 
 def has_file(folder, name):

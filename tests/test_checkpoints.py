@@ -641,7 +641,14 @@ def test_a_vicuna_folder_becomes_a_LLaVA(tmp_path, vision, legacy):
     for text in ("What is this?", "\nWhat is", "a  b", "日本, Grüße!", "ASSISTANT: 3"):
         assert model.tokenizer(text)["input_ids"] == [1] + pieces.encode(text), f"{text!r}"
     model.save_pretrained(tmp_path / "out")
-    assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
+    loaded = LLaVA.from_pretrained(tmp_path / "out")
+    assert_same(model, loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again")           # over itself, as a run that goes on does
+    for folder in ("out", "again"):
+        kept = (tmp_path / folder / "tokenizer.model").read_bytes()
+        assert kept == (tmp_path / "vicuna" / "tokenizer.model").read_bytes(), (
+            "llama.cpp's converter takes the vocabulary from it")
     # OFFICIAL: behind an image a text starts anew, with sentencepiece's blank
     ids = sample(model, TURNS[:1], [PICTURES[0]])["input_ids"]
     behind = max(k for k, i in enumerate(ids) if i == model.image_id) + 1

@@ -259,6 +259,7 @@ def test_a_sentencepiece_vocabulary_retains_its_blanks(tmp_path, model_type):
     tokenizer = AutoTokenizer.from_pretrained(converted(tmp_path / "out", "--model", parts.dir))
     for text in ("What is this?", "\nWhat is", "a  b", "ASSISTANT: 3"):
         assert tokenizer(text)["input_ids"] == [1] + pieces.encode(text), f"{text!r}"
+    assert (tmp_path / "out" / "tokenizer.model").is_file()
 
 
 # -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AddedToken,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -353,6 +354,10 @@ def main(argv=None):
     tokenizer.save_pretrained(out)
     if config.part == "clip":
         model = pretrain_clip(tokenizer, rng, config.steps or 4500)
+        size = model.config.vision_config.image_size
+        crop_size = {"height": size, "width": size}
+        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size)
+        processor.save_pretrained(out)
     else:
         layers = {"llm": 4, "small_llm": 2}[config.part]
         model = pretrain_llm(tokenizer, rng, config.steps or 5000, layers)
