@@ -1,5 +1,5 @@
 """
-The official files of the data sets of LLaVA-1.5 and LLaVA-NeXT (Diss. Sec. 4.3, Diss. Sec. 4.7), read.
+The official files of the data of LLaVA-1.5 (Diss. Sec. 4.3) and LLaVA-NeXT (Diss. Sec. 4.7), read.
 
 A file is known by its form and its fields, not by its name. Each record says one or more items:
 

@@ -3,8 +3,11 @@ import json
 import os
 import pickle
 import random
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+import train
 from extras import academic
 from extras.academic import box_to_text
 from parts.records import record_problem
@@ -522,3 +526,41 @@ def test_what_is_no_record_of_the_mixture_is_named(record, message, tmp_path):
     with pytest.raises(ValueError, match=rf"mix.json(: |\[1\]).*{message}"):
         academic.main(["split", "--data", str(tmp_path / "mix.json"), "--out", str(tmp_path / "o")])
     assert not (tmp_path / "o").exists()
+
+
+# -----------------------------------------------------------------------------
+# Diss. Table 4.2
+
+
+def test_the_road_to_llava_1_5_changes_one_thing_a_row(tmp_path):
+    """Every command of runs/road_to_llava_1.5.sh parses, and no row changes more than it says."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$OUT/asked"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    shutil.copy(f"{ROOT}/requirements.txt", tmp_path / "installed.txt")
+    script = [shutil.which("bash"), f"{ROOT}/runs/road_to_llava_1.5.sh"]
+    paths = {"VENV": str(tmp_path), "OUT": str(tmp_path / "out")}
+    for _ in range(2):                                   # the second time, all is done
+        subprocess.run(script, env=os.environ | paths, check=True)
+    lines = (tmp_path / "out" / "asked").read_text().replace(f"{tmp_path}/out/", "").splitlines()
+    commands = [shlex.split(line.split("train.py ")[1]) for line in lines if "train.py" in line]
+    configs = [train.resolve(argv)[0] for argv in commands]
+    first = {config.out: config for config in configs if config.stage == 1}
+    rows = [config for config in configs if config.stage == 2]
+    assert [row.out for row in rows] == [f"row{n}" for n in range(10)] and len(first) == 4
+    written = {source for _, _, source in MIXTURE}
+    for line in lines:
+        if "convert" in line:
+            written.add(Path(line.split("--out ")[1].split()[0]).stem)
+    changes = []
+    for before, row in zip(rows, rows[1:], strict=False):
+        sources, earlier = ({Path(file).stem for file in config.data} for config in (row, before))
+        assert sources <= written, f"{row.out} reads what nobody has written: {sources - written}"
+        parts = [field for field in ("vision", "projector", "llm")
+                 if getattr(first[row.init], field) != getattr(first[before.init], field)]
+        assert row.projector == first[row.init].projector, "stage 2 refuses another projector"
+        changes.append(parts + sorted(sources - earlier))
+    assert changes == [["vqav2_plain"], ["vqav2"], ["projector"],
+                       ["a_okvqa", "ocr_vqa", "textvqa", "vqa"], ["refcoco", "vg"], ["vision"],
+                       ["gqa"], ["sharegpt"], ["llm"]]
