@@ -71,13 +71,23 @@ def box_lines(things, counts, skip_bad=False):
 # COCO's files, and other tools' exports in their form
 
 
+class DistinctKeys(dict):
+    """An object of JSON, in which no key may stand twice: one of the two values would be lost."""
+
+    def __setitem__(self, key, value):
+        if key in self:
+            raise ijson.JSONError(f"the key {key!r} stands twice in {dict(self)!r:.80}")
+        super().__setitem__(key, value)
+
+
 def coco_rows(path, key):
     """Yield (its name in messages, row) of one list of an annotation file, one at a time."""
     with open(path, "rb") as f:
         if f.read(3) != b"\xef\xbb\xbf":                 # a byte order mark is passed over
             f.seek(0)
         try:
-            for i, row in enumerate(ijson.items(f, f"{key}.item", use_float=True)):
+            rows = ijson.items(f, f"{key}.item", map_type=DistinctKeys, use_float=True)
+            for i, row in enumerate(rows):
                 where = f"{path}: {key}[{i}]"
                 yield where, typed(row, dict, where)
         except ijson.JSONError as error:

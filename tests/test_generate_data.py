@@ -91,6 +91,14 @@ def test_what_is_wrong_in_cocos_files_is_named(tmp_path, captions, boxes, image_
         generate_data.read_contexts(*coco_files(tmp_path, captions, boxes, image_id))
 
 
+def test_a_key_that_stands_twice_in_cocos_file_is_an_error(tmp_path):
+    """The reader would keep the last of two captions, and nobody would know of the first."""
+    (tmp_path / "c.json").write_text('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
+                                     '[{"image_id": 1, "caption": "a", "caption": "b"}]}')
+    with pytest.raises(ValueError, match="c.json.*'caption' stands twice"):
+        generate_data.read_contexts(str(tmp_path / "c.json"))
+
+
 @pytest.mark.parametrize("bbox", [[300, 25, 20, 20], [50, 25, -20, 20], [10, 10, 2000, 20]])
 def test_a_box_over_the_edge_is_cut_off_and_one_outside_is_named(tmp_path, capsys, bbox):
     """--skip_bad leaves out those that are no boxes of this picture; both are counted."""
