@@ -10,10 +10,11 @@ from PIL import Image
 
 import eval as eval_py
 import generate_data
-from extras import llava_bench
+from extras import llava_bench, scienceqa_gpt4
+from parts import scienceqa
 from parts.files import read_lines, write_lines
 from parts.records import record_problem
-from toy import teacher, world
+from toy import science, teacher, world
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,55 @@ def test_data_bench_and_judge_go_through_the_real_endpoint(toy_world, url, tmp_p
     scores = [row["tuple"] for row in read_lines(tmp_path / "r.jsonl")]
     assert scores[-1] == [10, 10] and scores[:-1] == [[10, 1]] * 11
     assert "no language model" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """A small toy ScienceQA."""
+    out = tmp_path_factory.mktemp("toy") / "science"
+    science.main(["--out", str(out), "--train", "300", "--test", "200"])
+    return out
+
+
+def test_ScienceQA_has_all_columns_and_its_text_proves_what_it_should(school):
+    """Sec. 5.2: a hint alone or no context can be answered by reading, a picture alone cannot."""
+    columns = set()
+    for split in ("train", "test"):
+        for pid, problem in scienceqa.read_problems(school, split).items():
+            columns.update(scienceqa.columns_of(problem))
+            right = problem["choices"][problem["answer"]]
+            proven = science.proven_choice(
+                *science.read_question(scienceqa.science_turn(problem, "QCM-LEA")[0]))
+            if not problem["image"]:
+                assert proven == right, problem
+                continue
+            assert proven in (None, right) and (problem["hint"] or not proven), problem
+            assert (school / "images" / split / pid / problem["image"]).is_file()
+    assert columns == set(scienceqa.COLUMNS)
+
+
+def test_the_expert_reads_cannot_see_and_then_trusts_who_can(school, url, tmp_path):
+    """Table 7's last rows through the real endpoint: beside right answers, the judge is right."""
+    problems = scienceqa.read_problems(school, "test")
+    right = {pid: scienceqa.science_turn(problem, "QCM-LEA")[1]
+             for pid, problem in problems.items()}
+    ours = tmp_path / "ours.jsonl"
+    write_lines(ours, [{"question_id": pid, "text": text} for pid, text in right.items()])
+    flags = ["--labels", str(school), "--base_url", url]
+    expert = str(tmp_path / "expert.jsonl")
+    verdicts = str(tmp_path / "verdicts.jsonl")
+    scienceqa_gpt4.main(["answer", *flags, "--out", expert])
+    scienceqa_gpt4.main(["judge", *flags, "--answers", str(ours), "--second", expert,
+                         "--out", verdicts])
+    eval_py.main(["score", "scienceqa", "--labels", str(school), "--answers", str(ours),
+                  "--second", expert, "--requery", verdicts, "--json", str(tmp_path / "s.json")])
+    scores = json.loads((tmp_path / "s.json").read_text())
+    alone = {column: scores[f"second.{column}"] for column in scienceqa.COLUMNS}
+    assert alone["NO"] > 85 > alone["TXT"] > 60 > alone["IMG"], alone
+    assert scores["judge.AVG"] == 100 > scores["complement.AVG"] > scores["second.AVG"]
+
+
+def test_the_expert_refuses_what_is_no_question_of_the_toy():
+    """A script that took any text for a problem would be mistaken for a language model."""
+    with pytest.raises(ValueError, match="Context and Options"):
+        science.expert_reply("What is the capital of France?", 0)

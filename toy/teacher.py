@@ -9,11 +9,13 @@ system message of a request:
     prompts/TYPE/system_message.txt         it writes the three response types (Sec. 3, Table 1)
     prompts/reference/system_message.txt    it answers a bench's question (Sec. 5.1)
     eval.py's SYSTEM                        it judges two answers (Sec. 5.1)
+    prompts/scienceqa/system_message.txt    it is the text-only expert of toy/science.py (Sec. 5.2)
 
 It knows the pictures of --world by their captions and boxes, as the teacher of the paper does; but
 it looks the boxes up for a conversation, too, of which a request shows captions only: what a script
 can say needs all there is to know. It can only say what its templates say, and what it judges is
-right or wrong, never style. Anything else, it refuses with HTTP 400 and says why.
+right or wrong, never style. The expert knows no picture and needs no --world. Anything else, it
+refuses with HTTP 400 and says why.
 """
 import json
 import random
@@ -26,6 +28,7 @@ from typing import NamedTuple
 from eval import SYSTEM
 from generate_data import TYPES, detail_questions, read_contexts
 from parts.files import PROMPTS, brief_instructions, run_main, typed_flags
+from toy.science import EXPERT, expert_reply
 from toy.world import (
     COLOURS,
     KINDS,
@@ -227,16 +230,16 @@ def read_pictures(world):
 
 
 class Script:
-    """The teacher and the judge of one world, and who is meant by a request.
+    """The teacher and the judge of one world, the expert, and who is meant by a request.
 
     `seed` stands for what is random in a language model: the same request has the same reply.
     """
 
     def __init__(self, world, seed):
         self.seed = seed
-        self.pictures = read_pictures(world)
+        self.pictures = read_pictures(world) if world else {}
         self.roles = {SYSTEM: "judge"}
-        for role in (*TYPES, "reference"):
+        for role in (*TYPES, "reference", "scienceqa"):
             message = PROMPTS / role / "system_message.txt"
             self.roles[message.read_text().strip()] = role
 
@@ -246,6 +249,8 @@ class Script:
         role = self.roles.get(system)
         if role == "judge":
             return JUDGE, self.judge(query)
+        if role == "scienceqa":
+            return EXPERT, expert_reply(query, self.seed)
         if role == "reference":
             context, _, question = query.rpartition("\n\n")
             return TEACHER, self.answer(question, self.picture_of(context))
@@ -261,7 +266,7 @@ class Script:
 
     def picture_of(self, text):
         if text not in self.pictures:
-            raise ValueError(f"no picture of the toy's world has the annotations {text[:80]!r}; "
+            raise ValueError(f"no picture of --world has the annotations {text[:80]!r}; "
                              "for other pictures take a language model")
         return self.pictures[text]
 
@@ -320,7 +325,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class Config:
-    world: str                           # folder of toy.world
+    world: str = None                    # folder of toy.world; the expert needs none
     port: int = 0                        # 0: a free one; the printed address has it
     seed: int = 0                        # of what the teacher says
 
