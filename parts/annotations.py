@@ -71,12 +71,13 @@ def box_lines(things, counts, skip_bad=False):
 # COCO's files, and other tools' exports in their form
 
 
-class DistinctKeys(dict):
-    """An object of JSON, in which no key may stand twice: one of the two values would be lost."""
+class CocoRow(dict):
+    """A row that knows whether a key stood twice in it: one of the two values is lost."""
+    twice = None
 
     def __setitem__(self, key, value):
         if key in self:
-            raise ijson.JSONError(f"the key {key!r} stands twice in {dict(self)!r:.80}")
+            self.twice = key
         super().__setitem__(key, value)
 
 
@@ -86,10 +87,13 @@ def coco_rows(path, key):
         if f.read(3) != b"\xef\xbb\xbf":                 # a byte order mark is passed over
             f.seek(0)
         try:
-            rows = ijson.items(f, f"{key}.item", map_type=DistinctKeys, use_float=True)
+            rows = ijson.items(f, f"{key}.item", map_type=CocoRow, use_float=True)
             for i, row in enumerate(rows):
                 where = f"{path}: {key}[{i}]"
-                yield where, typed(row, dict, where)
+                typed(row, dict, where)
+                if row.twice:
+                    raise ValueError(f"{where}: the key {row.twice!r} stands twice in it")
+                yield where, row
         except ijson.JSONError as error:
             raise ValueError(f"{path}: not COCO's annotations: {error}") from error
 
