@@ -64,9 +64,10 @@ FILES = {
     "vizwiz.json": VQA,
     "gqa.json": by_id(imageId="#", question="Q?", answer="b", isBalanced=True,
                       types={"structural": "query"}),
-    "mmmu.json": rows(id="#", question_type="multiple-choice", answer="B", options="['x', 'y']"),
-    "math.json": by_id(question_type="multi_choice", answer_type="text", answer="2",
-                       choices=["x", "2"]),
+    "mmmu.json": rows(id="#", question="Which #?", image_1="#.jpg", answer="B",
+                      question_type="multiple-choice", options="['x', 'y']"),
+    "math.json": by_id(question="Which #?", image="#.jpg", answer="2", choices=["x", "2"],
+                       question_type="multi_choice", answer_type="text"),
     "choices.json": rows(image_id="ID", question="Q?", choices=["x", "2"], correct_choice_idx=1),
     "regions.json": rows(image="#.jpg", width=99, height=50, phrase="thing #", box=[9, 9, 20, 30]),
     "covers.json": by_id(imageURL="http://x/#.jpg", questions=["Who?", "Is it #?"],
@@ -103,6 +104,8 @@ COMMANDS = f"""
     benchmarks score gqa {ANSWERS} gqa.json
     benchmarks score mmmu {ANSWERS} mmmu.json
     benchmarks score mathvista {ANSWERS} math.json
+    benchmarks mmmu_data --questions out --images pictures --labels mmmu.json
+    benchmarks mathvista_data --questions out --images pictures --labels math.json
     academic convert --out out --questions vqa.json --annotations vqa.json
     academic convert --out out --questions gqa.json
     academic convert --out out --questions choices.json
