@@ -5,10 +5,12 @@ Holding a server against its checkpoint: does it give the answers that the folde
     python -m extras.parity check --model out/stage2 --base_url http://localhost:8000/v1
 
 `write` puts questions with their pictures, prompts, ids and greedy answers beside the checkpoint,
-in parity.json. `check` asks any server that speaks OpenAI's chat API the same.
+in parity.json. `check` asks any server that speaks OpenAI's chat API the same, and fails where a
+prompt has another number of tokens there, or an answer is another one.
 """
 import os
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import requests
 
@@ -35,6 +37,7 @@ class ParityWriteConfig:
 class ParityCheckConfig:
     model: str                           # checkpoint folder with its parity.json
     base_url: str                        # the server's, http://HOST/v1
+    ids: bool = False                    # hold the prompts' ids, too, which vLLM tells when asked
 
 
 def write_parity(config):
@@ -71,43 +74,80 @@ def call_server(method, url, **body):
     return reply.json()
 
 
+def ask(base_url, name, question, pictures=(), **more):
+    """A server's reply to a question with its pictures, as data: addresses; greedy."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    content.append({"type": "text", "text": question})
+    messages = [{"role": "user", "content": content}]
+    return call_server("POST", f"{base_url}/chat/completions", json={
+        "model": name, "temperature": 0, "messages": messages, **more})
+
+
 def name_at_server(base_url, folder):
-    """What the server calls the checkpoint: a listed model of the folder's name, else its path."""
+    """What the server calls the checkpoint: a listed model of the folder's name, or its path, as it
+    was typed here or absolute. Raises ValueError if the server takes neither."""
+    path = os.path.abspath(folder)
     try:
         listed = call_server("GET", f"{base_url}/models")["data"]
     except ValueError:                   # `transformers serve` lists a cache, or fails without one
+        listed = []
+    for model in listed:
+        if os.path.basename(model["id"]) == os.path.basename(path):
+            return model["id"]
+    try:
+        ask(base_url, folder, "Hello", max_tokens=1)     # `transformers serve` wants its own words
         return folder
-    names = [model["id"] for model in listed]
-    same = [name for name in names if os.path.basename(name) == os.path.basename(folder)]
-    return (same or [folder])[0]
+    except ValueError:
+        ask(base_url, path, "Hello", max_tokens=1)
+        return path
+
+
+def differences(reply, expected):
+    """In what a server's reply differs from what is expected of it, in words; [] if in nothing."""
+    found = []
+    n_tokens = (reply.get("usage") or {}).get("prompt_tokens")
+    if n_tokens not in (None, len(expected["ids"])):
+        found.append(f"{n_tokens} prompt tokens, here {len(expected['ids'])}")
+    ids = reply.get("prompt_token_ids")
+    if ids not in (None, expected["ids"]):
+        pairs = enumerate(zip_longest(ids, expected["ids"]))
+        place = next(k for k, (theirs, ours) in pairs if theirs != ours)
+        theirs, ours = ids[place:place + 5], expected["ids"][place:place + 5]
+        found.append(f"ids {theirs} from token {place} on, here {ours}")
+    answer = reply["choices"][0]["message"]["content"].strip()
+    if answer != expected["answer"]:
+        found.append(f"the answer {answer!r}, here {expected['answer']!r}")
+    return found
 
 
 def check_server(config):
-    """Ask a running server what is in MODEL/parity.json. Raises ValueError if answers differ."""
+    """Ask a running server what is in MODEL/parity.json. Raises ValueError if a prompt's number of
+    tokens, its ids, where the server tells them, or an answer is another one."""
     path = os.path.join(config.model, "parity.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; python -m extras.parity write makes it")
     parity = read_value(path)
     base_url = config.base_url.rstrip("/")
-    name = name_at_server(base_url, os.path.abspath(config.model))
-    n_different = 0
+    name = name_at_server(base_url, config.model)
+    more = {"max_tokens": parity["max_new_tokens"], **parity["stop"]}
+    if config.ids:
+        more["return_token_ids"] = True
+    same = {"text alone": [], "with pictures": []}
     for number, expected in enumerate(parity["samples"]):
-        content = [{"type": "image_url", "image_url": {"url": url}} for url in expected["images"]]
-        content.append({"type": "text", "text": expected["question"]})
-        reply = call_server("POST", f"{base_url}/chat/completions", json={
-            "model": name, "temperature": 0, "max_tokens": parity["max_new_tokens"],
-            "messages": [{"role": "user", "content": content}], **parity["stop"]})
-        answer = reply["choices"][0]["message"]["content"].strip()
-        tokens = reply.get("usage", {}).get("prompt_tokens")
-        print(f"{number}: {tokens} prompt tokens, here {len(expected['ids'])}; ", end="")
-        if answer == expected["answer"]:
-            print(f"the same: {answer!r}")
-        else:
-            print(f"ANOTHER ANSWER: {answer!r}, here {expected['answer']!r}")
-            n_different += 1
-    if n_different:
-        raise ValueError(f"{n_different} of {len(parity['samples'])} answers of {base_url} differ "
-                         f"from {path}")
+        reply = ask(base_url, name, expected["question"], expected["images"], **more)
+        if config.ids and not reply.get("prompt_token_ids"):
+            raise ValueError(f"{base_url}: no prompt_token_ids in its reply; leave out --ids")
+        found = differences(reply, expected)
+        print(f"{number}: {'DIFFERENT: ' + '; '.join(found) if found else 'the same'}")
+        same["with pictures" if expected["images"] else "text alone"].append(not found)
+    counts = [f"{kind} {sum(each)} of {len(each)}" for kind, each in same.items() if each]
+    print(f"the same: {', '.join(counts)}")
+    if not all(sum(same.values(), [])):
+        raise ValueError(
+            f"{base_url} differs from {path}: the same are {', '.join(counts)}. One token less or "
+            "more is usually <s>, left out or written twice; many are a picture that is seen in "
+            "another way, or another chat template than the folder's; equal ids and another answer "
+            "are other weights, pixels or arithmetic")
 
 
 COMMANDS = {"write": (write_parity, ParityWriteConfig), "check": (check_server, ParityCheckConfig)}
