@@ -7,6 +7,8 @@ Other people's checkpoints: folders of `liuhaotian/llava-*` to ours, and back.
     python -m extras.convert --model DIR --delta --llm huggyllama/llama-7b --out OUT
             a v0 delta, and the LLaMA that it is for
     python -m extras.convert --to_original --model OURS --out OUT            back
+    python -m extras.convert --as_mlp --model OURS --out OUT
+            a linear W as two layers that compute the same, for engines that know no other
 
 `train.py --init OUT` and `sample.py --model OUT` go on from there. A name, shape or setting that is
 not understood is an error before anything is written. A weight is read when its file is written, so
@@ -59,6 +61,7 @@ class Config:
     vision: str = None           # CLIP, a folder or a hub id; else the one that config.json names
     delta: bool = False          # --model is a v0 delta, to be added to --llm
     to_original: bool = False    # from ours, or any llava-hf folder, to the original's layout
+    as_mlp: bool = False         # ours again, its linear W as the two layers of LLaVA-1.5
     template: str = "auto"       # auto: from config.json and the tokenizer
     shard: str = "2GB"           # size of a written file; about as much memory is needed
 
@@ -223,6 +226,8 @@ def add_lora(table, folder):
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+SETTINGS_FILES = ["chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+                  "processor_config.json"]
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin", "mm_projector.bin", "adapter_model.*",
                 "non_lora_trainables.bin"]
 
@@ -510,12 +515,53 @@ def original_config(config, meta, ours, rows):
     return original
 
 
+def two_layers(weight, bias):
+    """linear_1 and linear_2 of LLaVA-1.5 that compute W z + b, as far as rounding allows.
+
+    gelu(x) - gelu(-x) = x, of either gelu: linear_1 gives z and -z, and linear_2 is [W, -W]. Raises
+    ValueError where z and -z, 2 D_v numbers, do not fit in its D.
+    """
+    D, D_v = weight.shape
+    if 2 * D_v > D:
+        raise ValueError(f"W is {D_v} -> {D}; as two layers it would need D >= 2 D_v, which a 7B "
+                         "model behind CLIP ViT-L has")
+    identity = torch.eye(D_v, dtype=weight.dtype)
+    padding = weight.new_zeros(D - 2 * D_v, D_v)
+    return {LINEAR_1 + "weight": torch.cat([identity, -identity, padding]),
+            LINEAR_1 + "bias": torch.zeros_like(bias),
+            LINEAR_2 + "weight": torch.cat([weight, -weight, weight.new_zeros(D, D - 2 * D_v)], 1),
+            LINEAR_2 + "bias": bias}
+
+
+def convert_to_mlp(args):
+    """Write a folder of ours again, its linear W as two layers."""
+    folder = local_folder(args.model, "model")
+    config, _ = checkpoints.load_settings(folder)
+    check_setting(folder, "projector_hidden_act", config.projector_hidden_act, ["linear"])
+    table = hf_keys(table_of(weight_files(folder)))
+    check_weights(shapes_of(table), weights_of_config(config), folder, "pass a whole folder")
+    W = {name: table[name].read() for name in table if name.startswith((LINEAR_1, LINEAR_2))}
+    checkpoints.check_identity(W, folder)
+    table |= table_in_memory(two_layers(W[LINEAR_1 + "weight"], W[LINEAR_1 + "bias"]))
+    write_table(table, Path(args.out), args.shard)
+    for name in [*SETTINGS_FILES, *TOKENIZER_FILES]:
+        if has_file(folder, name):
+            shutil.copy(folder / name, args.out)
+    config.projector_hidden_act = "gelu"
+    config.save_pretrained(args.out)
+    print(f"{args.out}: W as two layers")
+
+
 def main(argv=None):
     choices = {"template": ["auto", *TEMPLATES]}
     args = Config(**typed_flags(Config, argv, __doc__.strip().splitlines()[0], choices))
     if os.path.exists(args.out):
         raise ValueError(f"--out {args.out} exists; name a new folder")
-    if args.to_original:
+    if args.as_mlp and args.to_original:
+        raise ValueError("--as_mlp and --to_original are two conversions; do one behind the other")
+    if args.as_mlp:
+        convert_to_mlp(args)
+    elif args.to_original:
         convert_to_original(args)
     else:
         convert_to_ours(args)

@@ -74,7 +74,7 @@ def call_server(method, url, **body):
     return reply.json()
 
 
-def ask(base_url, name, question, pictures=(), **more):
+def ask_server(base_url, name, question, pictures=(), **more):
     """A server's reply to a question with its pictures, as data: addresses; greedy."""
     content = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
     content.append({"type": "text", "text": question})
@@ -95,10 +95,10 @@ def name_at_server(base_url, folder):
         if os.path.basename(model["id"]) == os.path.basename(path):
             return model["id"]
     try:
-        ask(base_url, folder, "Hello", max_tokens=1)     # `transformers serve` wants its own words
+        ask_server(base_url, folder, "Hello", max_tokens=1)      # what `transformers serve` wants
         return folder
     except ValueError:
-        ask(base_url, path, "Hello", max_tokens=1)
+        ask_server(base_url, path, "Hello", max_tokens=1)
         return path
 
 
@@ -134,7 +134,7 @@ def check_server(config):
         more["return_token_ids"] = True
     same = {"text alone": [], "with pictures": []}
     for number, expected in enumerate(parity["samples"]):
-        reply = ask(base_url, name, expected["question"], expected["images"], **more)
+        reply = ask_server(base_url, name, expected["question"], expected["images"], **more)
         if config.ids and not reply.get("prompt_token_ids"):
             raise ValueError(f"{base_url}: no prompt_token_ids in its reply; leave out --ids")
         found = differences(reply, expected)

@@ -12,12 +12,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import FORKS, tiny_clip, tiny_llm
+from conftest import FORKS, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from safetensors.torch import load_file, save_file
-from test_checkpoints import text_tokenizer, vicuna_folder
+from test_checkpoints import see, text_tokenizer, vicuna_folder
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from extras import convert
 from model import LLaVA
@@ -467,6 +474,44 @@ def test_memory_peaks_at_about_one_shard(tmp_path, end):
     assert size > 230 and used < 100, f"{used:.0f} MB: the model of {size:.0f} MB is in memory"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 6
     LLaVA.from_pretrained(tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# A linear W for engines that have none
+
+
+@pytest.mark.parametrize("aspect", ["crop", "anyres_hf"])
+def test_a_linear_W_as_two_layers_computes_the_same(tmp_path, aspect):
+    """Eq. (1) as gelu(z) - gelu(-z) = z: what vLLM and llama.cpp know, here and in transformers."""
+    clip = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=22, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        image_size=28, patch_size=14))
+    ours = see(LLaVA(clip, tiny_llm(tied=True), byte_tokenizer()), aspect).eval()
+    nn.init.normal_(ours.W.weight)
+    ours.save_pretrained(tmp_path / "ours")
+    out = converted(tmp_path / "out", "--as_mlp", "--model", tmp_path / "ours")
+    X_v, ids = picture_and_ids(4)
+    index = torch.arange(4)
+    size = None
+    if aspect != "crop":
+        X_v, ids = picture_and_ids(24, squares=5)
+        size = (56, 56)
+        index = view_from(ours.meta, ours.g.config).index(*size)
+    with torch.no_grad():
+        want = ours.f_phi(inputs_embeds=ours.splice(ids, X_v, index)).logits[0, :, :259]
+    assert_computes(out, want, ids, X_v, size)
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    assert config_of(out) == config_of(tmp_path / "ours") | {"projector_hidden_act": "gelu"}
+
+
+def test_a_linear_W_that_does_not_fit_into_two_layers_is_refused(tmp_path):
+    """z and -z are 2 D_v numbers, and llava-hf's hidden layer has D."""
+    see(tiny_llava(), "crop").save_pretrained(tmp_path / "narrow")
+    see(tiny_llava(projector="mlp2x_gelu"), "crop").save_pretrained(tmp_path / "mlp")
+    for name, words in (("narrow", "32 -> 48"), ("mlp", "projector_hidden_act")):
+        argv = ["--as_mlp", "--model", tmp_path / name]
+        assert_refused(tmp_path / "out", argv, words)
 
 
 # -----------------------------------------------------------------------------
