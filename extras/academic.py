@@ -279,25 +279,36 @@ def convert_academic(config):
         found = ", ".join(f"{n:,} {reason}" for reason, n in left.items()) or "no question"
         needed = f", and split {kind.split} is needed" if kind.split else ""
         raise ValueError(f"{config.questions}: nothing in it to train on; found {found}{needed}")
-    conversations, pieces, ways = [], Counter(), Counter()
-    for (image, prompt, _), asked in groups.items():
-        ways.update(qa.way for qa in asked)
-        most = MOST_REGIONS if asked[0].way in ("phrase", "box") else len(asked)
-        for start in range(0, len(asked), most):
-            name = Path(image or "text").stem
-            if image in pieces:
-                name += f"_{pieces[image]}"
-            turns = as_conversation(asked[start:start + most], prompt, image)
-            picture = {"image": image} if image else {}
-            conversations.append({"id": name, **picture, "conversations": turns})
-            pieces[image] += 1
+    conversations = as_records(groups)
     write_json(config.out, conversations)
-    lines = [f"{kind.name}: {len(records):,} records, {len(problems):,} left out", *shown]
-    lines += [f"{n:,} {reason}" for reason, n in left.items()]
+    print(f"{kind.name}: {len(records):,} records, {len(problems):,} left out")
+    for line in [*shown, *(f"{n:,} {reason}" for reason, n in left.items())]:
+        print(line)
+    n_pictures = len({image for image, _, _ in groups if image})
+    ways = Counter(qa.way for asked in groups.values() for qa in asked)
     counts = ", ".join(f"{way} {n:,}" for way, n in ways.items())
-    print("\n".join(lines))
-    print(f"{config.out}: {len(pieces.keys() - {None}):,} pictures, {len(conversations):,} "
-          f"conversations, {ways.total():,} answers ({counts})")
+    print(f"{config.out}: {n_pictures:,} pictures, {len(conversations):,} conversations, "
+          f"{ways.total():,} answers ({counts})")
+
+
+def as_records(groups):
+    """LLaVA's records, one a group; of regions, at most MOST_REGIONS answers in each."""
+    records = []
+    pieces = Counter()
+    for (image, prompt, _), asked in groups.items():
+        most = len(asked)
+        if asked[0].way in ("phrase", "box"):
+            most = MOST_REGIONS
+        for start in range(0, len(asked), most):
+            record = {"id": Path(image or "text").stem}
+            if pieces[image]:
+                record["id"] += f"_{pieces[image]}"
+            pieces[image] += 1
+            if image:
+                record["image"] = image
+            record["conversations"] = as_conversation(asked[start:start + most], prompt, image)
+            records.append(record)
+    return records
 
 
 # -----------------------------------------------------------------------------
@@ -369,7 +380,8 @@ COMMANDS = {"convert": (convert_academic, Config), "split": (split_mixture, Spli
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] == "--questions":        # as it was typed before there was `split`
+    if argv and argv[0].startswith("--") and argv[0] != "--help":
+        # as it was typed before there was `split`
         argv.insert(0, "convert")
     run_command(COMMANDS, argv, __doc__)
 
