@@ -159,7 +159,7 @@ class Kind(NamedTuple):
     joins: tuple = ()       # (a field, where in --annotations, the same field there), ...
     joined: tuple = ()      # the fields that cannot be missing from there
     split: object = None    # the value of "split" that is for training
-    most: int = None        # so many of a record's items are drawn
+    most: int = None        # so many of a record's items are drawn; OURS: which
     once: bool = False      # all records of a picture say the same
 
     def matches(self, record, joined=()):
