@@ -5,10 +5,9 @@ pairs of a large corpus (extras/retrieve.py), train gated blocks in a locked CLI
 
     torchrun --nproc_per_node=8 -m extras.react train --clip DIR|ID --retrieved out/retrieved \\
         --out out/react
-    python -m extras.react eval --models DIR|ID out/react --test FILE --classes FILE \\
-        --templates FILE
 
-The result is a CLIP folder; `train.py --vision out/react` takes its image tower as g.
+The result is a CLIP folder. extras/react_eval.py compares it with the CLIP that it was, and
+`train.py --vision out/react` takes its image tower as g.
 """
 import dataclasses
 import math
@@ -21,27 +20,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import CLIPImageProcessorPil
 
 from extras.retrieve import (
-    left_out_report,
     load_clip,
     open_index,
-    queries_of,
-    read_batches,
     read_facts,
-    read_pairs,
-    read_templates,
-    read_terms,
-    text_features,
     tokenise_for_clip,
 )
-from parts.files import check_least, read_lines, run_command, run_main, typed, write_json
+from parts.files import check_least, read_lines, run_command, run_main, typed
 from parts.gated import gate
-from parts.ranks import DTYPES, Machine, Optimizer, choose_device, micro_batching
+from parts.ranks import DTYPES, Machine, Optimizer, micro_batching
 from parts.run import Run, config_table, theta_table
 from parts.views import preprocess
 from train import lr_at
@@ -70,9 +61,13 @@ def customise(clip, row, k=6):
     towers, trained = ROWS[row]
     for tower in towers:
         gate(getattr(clip, tower), k)
+    return unlock(clip, f"^logit_scale$|{trained}")
+
+
+def unlock(clip, trained):
+    """Let those parameters train whose names match, and no others. Returns {name: parameter}."""
     for name, p in clip.named_parameters():
-        trains = name == "logit_scale" or re.search(trained, name)
-        p.requires_grad_(bool(trains))
+        p.requires_grad_(bool(re.search(trained, name)))
     return {name: p for name, p in clip.named_parameters() if p.requires_grad}
 
 
@@ -305,159 +300,7 @@ def train_clip(config):
         return customise_and_train(config, machine, run)
 
 
-# -----------------------------------------------------------------------------
-# Evaluation
-
-
-@dataclass(frozen=True)
-class ReactEvalConfig:
-    models: list[str]                   # CLIPs to compare, the base first
-    test: list[str] = ()                # pictures to classify: a corpus whose texts are class names
-    classes: str = None                 # text file, a class name a line
-    templates: str = None               # text file, a template a line, averaged
-    probe: list[str] = ()               # pictures with class names that a linear probe learns from
-    pairs: list[str] = ()               # pictures with captions, for image-text retrieval
-    images: str = "."                   # the folder that names in .tsv and .json are relative to
-    out: str = None                     # JSON file for the table
-    batch_size: int = 256
-    workers: int = 4                    # processes that decode pictures
-    device: str = "auto"                # cuda, mps or cpu
-
-    CHOICES: ClassVar[dict] = {"device": ["auto", "cuda", "mps", "cpu"]}
-
-
-def class_vectors(clip, tokenizer, classes, templates):
-    """A zero-shot classifier (C, D): of each class the mean of its texts' features, of length 1."""
-    queries = queries_of(classes, templates)
-    v = text_features(clip, tokenizer, [text for _, _, text in queries])
-    v = v.unflatten(0, (len(classes), len(templates)))   # (C, templates, D)
-    return F.normalize(v.mean(1), dim=-1)                # (C, D)
-
-
-@torch.no_grad()
-def image_features(clip, pairs, config):
-    """u (pairs, D) on the CPU. Raises ValueError for a picture that cannot be read."""
-    parts = []
-    for X, _, is_readable in read_batches(pairs, 0, clip, config):
-        if not is_readable.all():
-            first_bad = sum(map(len, parts)) + is_readable.tolist().index(False)
-            raise ValueError(f"a picture to test cannot be read: {pairs[first_bad].problem()}")
-        parts.append(clip.images(X.to(clip.device)).cpu())
-    return torch.cat(parts)
-
-
-def fit_probe(u, y, penalty, C):
-    """W (1 + D, C) of a logistic regression: a bias, and a vector of weights with an L2 penalty."""
-    W = torch.zeros(u.shape[1] + 1, C, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([W], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        lbfgs.zero_grad()
-        loss = F.cross_entropy(u @ W[1:] + W[0], y) + penalty * W[1:].square().sum()
-        loss.backward()
-        return loss
-    lbfgs.step(closure)
-    return W.detach()
-
-
-def linear_probe(u, y, u_test, y_test, C):
-    """Accuracy of logistic regression on frozen features, with the best of seven penalties on a
-    fifth that is held out."""
-    def accuracy(W, u, y):
-        return ((u @ W[1:] + W[0]).argmax(1) == y).float().mean().item()
-
-    generator = torch.Generator().manual_seed(0)
-    held = torch.randperm(len(u), generator=generator) < len(u) // 5
-    found = {}
-    for penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
-        W = fit_probe(u[~held], y[~held], penalty, C)
-        found[penalty] = accuracy(W, u[held], y[held])
-    best = max(found, key=found.get)
-    return accuracy(fit_probe(u, y, best, C), u_test, y_test)
-
-
-def recall_at(similar, belongs, k):
-    """Share of rows of `similar` (rows, columns) that have one of their own columns, which
-    `belongs` (rows, columns) marks, among the k most similar."""
-    best = similar.topk(min(k, similar.shape[1])).indices
-    return belongs.gather(1, best).any(1).float().mean().item()
-
-
-def retrieval_recalls(clip, tokenizer, pairs, config):
-    """Recall of texts for pictures and of pictures for texts; a picture may have several texts."""
-    pictures = {pair.where: pair for pair in pairs}
-    number = {where: i for i, where in enumerate(pictures)}
-    owner = torch.tensor([number[pair.where] for pair in pairs])             # (texts,)
-    belongs = owner == torch.arange(len(pictures))[:, None]                  # (pictures, texts)
-    u = image_features(clip, list(pictures.values()), config)
-    v = text_features(clip, tokenizer, [pair.text for pair in pairs]).cpu()
-    similar = u @ v.T                                                        # (pictures, texts)
-    recalls = {}
-    for k in (1, 5):
-        recalls[f"I2T R@{k}"] = recall_at(similar, belongs, k)
-        recalls[f"T2I R@{k}"] = recall_at(similar.T, belongs.T, k)
-    return recalls
-
-
-def labels_of(pairs, classes):
-    """y (pairs,): the number of each pair's class name. Raises ValueError for other names."""
-    unknown = sorted({pair.text for pair in pairs} - set(classes))
-    if unknown:
-        raise ValueError(f"{len(unknown)} class names of the pictures are not in --classes, e.g. "
-                         f"{unknown[:3]}")
-    return torch.tensor([classes.index(pair.text) for pair in pairs])
-
-
-def read_test(sources, config):
-    """The pairs of a corpus to evaluate on, all of it."""
-    left_out = []
-    pairs = list(read_pairs(sources, config.images, left_out))
-    if left_out:
-        raise ValueError(f"what is evaluated must be complete: {left_out_report(left_out)}")
-    return pairs
-
-
-def evaluate_clips(config):
-    """Zero-shot classification, linear probe, image-text retrieval; base against customised.
-
-    OURS: top-1, as on ImageNet; ELEVATER's 20 sets have metrics of their own, and its toolkit.
-    """
-    together = {bool(config.test), bool(config.classes), bool(config.templates)}
-    if len(together) > 1 or not (config.test or config.pairs) or (config.probe and not config.test):
-        raise ValueError("--test, --classes and --templates go together (--probe may join them), "
-                         "or --pairs, or both")
-    test = read_test(config.test, config)
-    probe = read_test(config.probe, config)
-    pairs = read_test(config.pairs, config)
-    classes = read_terms(config.classes, "class names") if test else []
-    templates = read_templates(config.templates) if test else []
-    y = labels_of(test, classes)
-    y_probe = labels_of(probe, classes)
-    table = {}
-    for name in config.models:
-        clip, tokenizer = load_clip(name)
-        clip.to(choose_device(config.device))
-        row = table[name] = {}
-        if test:
-            u = image_features(clip, test, config)                           # (pictures, D)
-            W = class_vectors(clip, tokenizer, classes, templates).cpu()     # (C, D)
-            row["zero-shot"] = ((u @ W.T).argmax(1) == y).float().mean().item()
-        if probe:
-            u_probe = image_features(clip, probe, config)
-            row["linear probe"] = linear_probe(u_probe, y_probe, u, y, len(classes))
-        if pairs:
-            row |= retrieval_recalls(clip, tokenizer, pairs, config)
-    print(f"{len(test)} pictures of {len(classes)} classes, {len(templates)} templates; "
-          f"{len(pairs)} texts to retrieve")
-    width = max(map(len, ["percent", *table]))
-    print(f"{'percent':<{width}}" + "".join(f"{column:>14}" for column in row))
-    for name, row in table.items():
-        print(f"{name:<{width}}" + "".join(f"{100 * share:>14.1f}" for share in row.values()))
-    if config.out:
-        write_json(config.out, table)
-
-
-COMMANDS = {"train": (train_clip, ReactConfig), "eval": (evaluate_clips, ReactEvalConfig)}
+COMMANDS = {"train": (train_clip, ReactConfig)}
 
 
 def main(argv=None):

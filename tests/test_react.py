@@ -1,4 +1,4 @@
-"""REACT (Diss. Ch. 2): gated blocks, the loss, training and evaluation, on a tiny CLIP."""
+"""REACT (Diss. Ch. 2): gated blocks, the loss and training, on a tiny CLIP."""
 import json
 import math
 import os
@@ -13,7 +13,7 @@ import test_retrieve
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, byte_tokenizer, lines, run_script, save_parts, start_script
-from test_retrieve import COLOURS, TEMPLATES, run_index, run_retrieve, square
+from test_retrieve import run_index, run_retrieve
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
@@ -23,7 +23,6 @@ from model import LLaVA
 from parts.checkpoints import load_part
 from parts.gated import GatedLayer, VisionTower, gate
 from parts.run import fingerprints
-from parts.views import preprocess
 
 pytest.importorskip("faiss")
 QUICK = ["--workers", "0", "--device", "cpu"]
@@ -313,68 +312,7 @@ def test_a_customisation_that_cannot_be_right_does_not_start(retrieved, clip, tm
 
 
 # -----------------------------------------------------------------------------
-# Evaluation, and into LLaVA
-
-
-def test_a_class_vector_has_length_1_and_templates_count_once_each(clip):
-    """Each template's text normalised, their mean normalised; twice the same changes nothing."""
-    model, tokenizer = load_clip(clip)
-    W = react.class_vectors(model, tokenizer, ["red", "blue"], ["a {}.", "the {}."])
-    twice = react.class_vectors(model, tokenizer, ["red", "blue"], ["a {}.", "the {}."] * 2)
-    torch.testing.assert_close(W, twice)
-    ids = tokenise_for_clip(["a blue.", "the blue."], tokenizer, model.config.text_config)
-    torch.testing.assert_close(W[1], F.normalize(model.texts(ids).mean(0), dim=-1))
-
-
-def test_recall_counts_a_picture_that_finds_one_of_its_texts():
-    """R@K: picture 0 has texts 0 and 1, picture 1 has text 2."""
-    similar = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.8, 0.2]])
-    belongs = torch.tensor([[True, True, False], [False, False, True]])
-    assert [react.recall_at(similar, belongs, k) for k in (1, 2, 5)] == [0.5, 0.5, 1.0]
-    assert react.recall_at(similar.T, belongs.T, 1) == pytest.approx(1 / 3)
-
-
-def test_a_linear_probe_learns_what_is_linear():
-    """Separable classes are told apart, and random labels are not."""
-    torch.manual_seed(0)
-    y = torch.arange(120) % 3
-    u = F.normalize(F.one_hot(y, 8).float() + 0.1 * torch.randn(120, 8), dim=-1)
-    assert react.linear_probe(u[:90], y[:90], u[90:], y[90:], 3) == 1
-    assert react.linear_probe(u[:90], y[torch.randperm(90)], u[90:], y[90:], 3) < 0.7
-
-
-def test_base_and_customised_are_compared_in_one_table(retrieved, clip, corpus, tmp_path, capsys):
-    """Zero-shot, linear probe and retrieval of each model; the first as in a plain loop."""
-    out = str(tmp_path / "out")
-    react.main(training(retrieved, clip, out, "--lr", "0.01"))
-    labels = str(corpus / "labels.tsv")
-    react.main(["eval", "--models", clip, out, "--test", labels, "--probe", labels, "--classes",
-                f"{corpus}/classes.txt", "--templates", f"{corpus}/templates.txt", "--pairs",
-                f"{corpus}/corpus.tsv", "--images", str(corpus), "--out",
-                str(tmp_path / "table.json"), *QUICK])
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert list(table) == [clip, out]
-    assert list(table[clip]) == ["zero-shot", "linear probe", "I2T R@1", "T2I R@1", "I2T R@5",
-                                 "T2I R@5"]
-    shown = capsys.readouterr().out
-    assert f"{100 * table[out]['zero-shot']:.1f}" in shown
-    model, tokenizer = load_clip(out)
-    W = react.class_vectors(model, tokenizer, list(COLOURS), TEMPLATES)
-    right = 0
-    for i in range(64):
-        picture = square(i, list(COLOURS)[i % 4])
-        right += int((W @ model.images(preprocess(picture, 28)[None])[0]).argmax()) == i % 4
-    assert table[out]["zero-shot"] == pytest.approx(right / 64)
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--test", "labels.tsv"], "go together"), ([], "go together"),
-    (["--test", "corpus.tsv", "--classes", "classes.txt", "--templates", "templates.txt"],
-     "64 class names of the pictures are not in --classes")])
-def test_an_evaluation_without_sense_is_refused(clip, corpus, flags, message):
-    flags = [word if word.startswith("--") else str(corpus / word) for word in flags]
-    with pytest.raises(ValueError, match=message):
-        react.main(["eval", "--models", clip, *flags, "--images", str(corpus), *QUICK])
+# Into LLaVA
 
 
 def test_the_customised_tower_is_g_of_a_LLaVA(retrieved, clip, chats, tmp_path):

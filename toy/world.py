@@ -17,14 +17,22 @@ one is the test of composition, `new_pairs`.
 import json
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image, ImageDraw
 
-from parts.files import check_least, read_value, run_command, run_main, write_lines, write_text
+from parts.files import (
+    check_least,
+    read_value,
+    run_command,
+    run_main,
+    write_json,
+    write_lines,
+    write_text,
+)
 
 COLOURS = {
     "red": (222, 45, 38),
@@ -516,7 +524,10 @@ def make_react_world(config):
 
     A third of the corpus shows a target among other things. Two thirds of it, and all pictures to
     classify, lie on dark paper, which the toy's CLIP has never seen; the captions do not say so.
-    The pictures with captions to retrieve are as CLIP knows them.
+    The pictures with captions to retrieve are as CLIP knows them. `datasets.json` lists three data
+    sets of pictures on dark paper, with parts to learn from: the targets, their colours and their
+    shapes. Captions of dark pictures can be retrieved after fine-tuning, and what lies on 200 more
+    is in masks.
     """
     out = Path(config.out)
     rng = random.Random(config.seed)
@@ -539,7 +550,53 @@ def make_react_world(config):
     classes = [f"{colour} {shape}\n" for colour, shape in TARGETS]
     write_text(out / "classes.txt", "".join(classes))
     write_text(out / "templates.txt", "a {}.\na picture of a {}.\nthere is a {}.\n")
-    print(f"{out}: a corpus of 6000 pictures, 1400 to classify as one of 14, 300 with captions")
+    save_datasets(out, rng)
+    for name, count in (("dark_captions", 300), ("dark_captions_train", 900)):
+        scenes = [dark(sample_scene(rng, PAIRS), rng) for _ in range(count)]
+        save_tsv(out, name, scenes, [caption(scene, rng) for scene in scenes])
+    scenes = [dark(sample_scene(rng, TARGETS), rng) for _ in range(200)]
+    save_tsv(out, "masks", scenes, [f"mask_{i}.png" for i in range(len(scenes))])
+    for i, scene in enumerate(scenes):
+        mask_of(scene).save(out / "images" / f"mask_{i}.png")
+    print(f"{out}: a corpus of 6000 pictures, 1400 to classify as one of 14, 300 with captions; "
+          "datasets.json with 700 to learn from, 1200 with captions on dark paper, 200 with masks")
+
+
+def save_datasets(out, rng):
+    """700 pictures to learn from, and datasets.json: they and test.tsv, labelled in three ways."""
+    shown = [pair for pair in TARGETS for _ in range(50)]
+    save_tsv(out, "train", [dark(Scene((thing_of(pair, rng),)), rng) for pair in shown],
+             [" ".join(pair) for pair in shown])
+    rows = [{"name": "targets", "train": "train.tsv", "test": "test.tsv",
+             "classes": "classes.txt", "templates": "templates.txt", "images": "images"}]
+    for which, (name, values) in enumerate({"colours": COLOURS, "shapes": SHAPES}.items()):
+        row = rows[0] | {"name": name, "classes": f"{name}.txt"}
+        for part in ("train", "test"):
+            lines = []
+            for line in (out / rows[0][part]).read_text().splitlines():
+                picture, label = line.split("\t")
+                lines.append(f"{picture}\t{label.split()[which]}\n")
+            row[part] = f"{name}_{part}.tsv"
+            write_text(out / row[part], "".join(lines))
+        write_text(out / row["classes"], "".join(f"{value}\n" for value in values))
+        rows.append(row)
+    rows[1]["templates"] = "colour_templates.txt"
+    write_text(out / "colour_templates.txt", "".join(f"a {{}} {shape}.\n" for shape in SHAPES))
+    write_json(out / "datasets.json", rows)
+
+
+def dark(scene, rng):
+    return Scene(scene.things, dark_grey(rng))
+
+
+def mask_of(scene):
+    """The number in TARGETS of the thing that each pixel shows; 255 where there is paper."""
+    mask = Image.new("L", (scene.side, scene.side), 255)
+    for thing in scene.things:
+        white = replace(thing, paint=(255, 255, 255))
+        shown = draw_scene(Scene((white,), grey=0)).convert("1", dither=Image.Dither.NONE)
+        mask.paste(TARGETS.index(thing.pair), mask=shown)
+    return mask
 
 
 def dark_grey(rng):
