@@ -91,6 +91,18 @@ def react_loss(u, v, tau, gamma):
     return i2t + t2i
 
 
+def choose_gamma(gamma, theta):
+    """The gamma of Diss. Eq. 2.4 that was asked for; else 0.9, or 1 where the text tower trains.
+
+    OURS: a text tower that trains moves its own positives. Texts that come near each other become
+    positives, which draws them nearer, until all are one and the loss of a batch of B is ln B.
+    """
+    if gamma is not None:
+        return gamma
+    trains_texts = any(name.startswith("text_model") for name in theta)
+    return 1.0 if trains_texts else 0.9
+
+
 def global_loss(u, v, tau, gamma, machine):
     """The loss over all ranks' features, on the scale of CLIP's own, a mean of 2 B terms."""
     if machine.world_size > 1:
@@ -124,7 +136,7 @@ class ReactConfig:
     out: str                            # output folder: a CLIP
     train: str = "locked_text_gated_image"      # COURSE: Diss. Table 2.6, a row of ROWS
     gated_layers: int = 6               # the last so many of a tower; 12 for bigG/14
-    gamma: float = 0.9                  # Diss. Eq. 2.4: texts as similar as this are positives
+    gamma: float = None                 # Diss. Eq. 2.4: texts this similar are positives; 0.9 or 1
     resume: bool = False                # go on where a run with the same flags was stopped
     augment: bool = True                # a random part of the picture, mirrored half of the time
     epochs: int = 32
@@ -251,9 +263,10 @@ def customise_and_train(config, machine, run):
     origin = {name: "default" if value == defaults[name] else "command line"
               for name, value in vars(config).items()}
     machine.print0(*config_table(config, origin), *theta_table(clip, theta))
+    gamma = choose_gamma(config.gamma, theta)
     machine.print0(f"data: {len(pairs):,} pairs of {report['corpus']:,}, by {report['queries']:,} "
                    f"queries; {config.global_batch_size} a step, {steps.per_epoch} steps an epoch, "
-                   f"{total} in all\n")
+                   f"{total} in all; gamma {gamma}\n")
 
     def save(folder):
         if machine.rank == 0:
@@ -273,7 +286,7 @@ def customise_and_train(config, machine, run):
         with machine.forward(parallel):
             X_v = batch["X_v"].to(machine.device)        # (share, 3, H, W)
             u, v, tau = parallel(X_v, batch["input_ids"].to(machine.device))
-        loss = global_loss(u, v, tau, config.gamma, machine)
+        loss = global_loss(u, v, tau, gamma, machine)
         value = loss.item()
         run.stop_if(not math.isfinite(value) or value == 0, f"the loss is {value}")
         optimizer.backward(loss)

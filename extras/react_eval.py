@@ -256,8 +256,7 @@ def fine_tuned_accuracy(clip, tokenizer, task, config):
 
 
 def compare_fine_tuned(config):
-    """Fine-tuning of the image tower: few-shot, full-shot, with 1% of the labels (Diss. Table 2.2,
-    Diss. Fig. 2.1)."""
+    """Fine-tuning of the image tower: few-shot, full-shot, 1% of the labels (Diss. Table 2.2)."""
     check_least(config, lr=0, epochs=1, batch_size=1)
     tasks = read_datasets(config.datasets, config.shots, config.seed)
     compare_on(tasks, config, fine_tuned_accuracy)

@@ -195,6 +195,35 @@ def test_a_pair_is_its_own_positive_whatever_rounding_says():
     assert math.isfinite(react.react_loss(v, v, 10.0, 1.0).item())
 
 
+@pytest.mark.parametrize("gamma, is_trap", [(0.9, True), (1.0, False)])
+def test_texts_that_train_and_choose_their_positives_are_a_trap(gamma, is_trap):
+    """Vectors that lie near each other are trained freely: at 0.9 all are positives of all, and the
+    loss stays ln B; at 1 they part."""
+    torch.manual_seed(0)
+    free = [(torch.ones(8, 16) + 0.1 * torch.randn(8, 16)).requires_grad_() for _ in range(2)]
+    adam = torch.optim.Adam(free, lr=0.02)
+    for _ in range(100):
+        u, v = (F.normalize(x, dim=-1) for x in free)
+        loss = react.react_loss(u, v, 10.0, gamma) / 16
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    if is_trap:
+        assert loss.item() == pytest.approx(math.log(8), abs=0.01)
+    else:
+        assert loss.item() < 0.1
+
+
+def test_gamma_is_1_where_the_text_tower_trains():
+    """Unless it is asked for."""
+    for row in react.ROWS:
+        with torch.device("meta"):
+            theta = react.customise(CLIPModel(CLIPConfig()), row)
+        trains_texts = row in ("locked_image", "full", "gated_text", "gated_both")
+        assert react.choose_gamma(None, theta) == (1 if trains_texts else 0.9)
+        assert react.choose_gamma(0.8, theta) == 0.8
+
+
 # -----------------------------------------------------------------------------
 # Training
 
