@@ -19,7 +19,6 @@ without choices, or with boxes in pixels:
 import os
 import random
 import string
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,8 +76,8 @@ def box_to_text(box, width, height, aspect="pad"):
     >>> box_to_text([0, 0, 320, 240], 640, 480)
     '[0.0, 0.12, 0.5, 0.5]'
 
-    "pad" is the square that LLaVA-1.5 pads to (Diss. Sec. 4.3), "stretched" LLaVA-NeXT's global
-    picture. Rounding moves a corner by half a hundredth, here by 3.2 pixels. Raises ValueError for
+    "pad" is the square that LLaVA-1.5 pads to, as released; the dissertation pads only HD's global
+    picture. "stretched" is LLaVA-NeXT's. Rounding moves a corner by half a hundredth, here by 3.2 pixels. Raises ValueError for
     an empty box and for one that reaches more than a pixel beyond the picture.
     """
     x1, y1, x2, y2 = box
@@ -379,10 +378,6 @@ COMMANDS = {"convert": (convert_academic, Config), "split": (split_mixture, Spli
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0].startswith("--") and argv[0] != "--help":
-        # as it was typed before there was `split`
-        argv.insert(0, "convert")
     run_command(COMMANDS, argv, __doc__)
 
 

@@ -78,7 +78,6 @@ class Config:
     CHOICES: ClassVar = {"size": list(SIZES), "stage": [1, 2], "dtype": ["auto", *DTYPES]}
 
 
-
 def complete(config):
     """The configuration with its micro-batch. Raises ValueError if that does not divide."""
     check_least(config, global_batch_size=1, micro_batch_size=1, repeats=1, new_tokens=2)
