@@ -77,8 +77,9 @@ def box_to_text(box, width, height, aspect="pad"):
     '[0.0, 0.12, 0.5, 0.5]'
 
     "pad" is the square that LLaVA-1.5 pads to, as released; the dissertation pads only HD's global
-    picture. "stretched" is LLaVA-NeXT's. Rounding moves a corner by half a hundredth, here by 3.2 pixels. Raises ValueError for
-    an empty box and for one that reaches more than a pixel beyond the picture.
+    picture. "stretched" is LLaVA-NeXT's. Rounding moves a corner by half a hundredth, here by 3.2
+    pixels. Raises ValueError for an empty box and for one that reaches more than a pixel beyond the
+    picture.
     """
     x1, y1, x2, y2 = box
     if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):     # NaN is not, either

@@ -297,7 +297,7 @@ def test_a_file_that_is_no_JSON_is_named_for_what_it_is(content, message, tmp_pa
     if content is not None:
         (tmp_path / "q.json").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=f"q.json: .*{message}"):
-        academic.main(["--questions", str(tmp_path / "q.json"), "--out", str(tmp_path / "o.json")])
+        academic.main(["convert", "--questions", str(tmp_path / "q.json"), "--out", "o.json"])
 
 
 def test_converting_loads_no_torch_and_its_output_may_be_a_link(tmp_path):
@@ -306,12 +306,12 @@ def test_converting_loads_no_torch_and_its_output_may_be_a_link(tmp_path):
     (tmp_path / "link.json").symlink_to("o.json")
     code = ("import sys; from extras import academic; academic.main(sys.argv[1:]); "
             "print({'torch', 'transformers'} & set(sys.modules))")
-    flags = ["--questions", str(tmp_path / "q.json"), "--out", str(tmp_path / "link.json")]
+    flags = ["convert", "--questions", str(tmp_path / "q.json"), "--out", str(tmp_path / "link.json")]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.stdout.splitlines()[-1:] == ["set()"], done.stdout + done.stderr
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "o.json").is_file()
-    academic.main([*flags[:3], "/dev/null"])
+    academic.main([*flags[:4], "/dev/null"])
     assert not os.path.isfile("/dev/null")
 
 
