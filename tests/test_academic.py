@@ -306,7 +306,8 @@ def test_converting_loads_no_torch_and_its_output_may_be_a_link(tmp_path):
     (tmp_path / "link.json").symlink_to("o.json")
     code = ("import sys; from extras import academic; academic.main(sys.argv[1:]); "
             "print({'torch', 'transformers'} & set(sys.modules))")
-    flags = ["convert", "--questions", str(tmp_path / "q.json"), "--out", str(tmp_path / "link.json")]
+    flags = ["convert", "--questions", str(tmp_path / "q.json"),
+             "--out", str(tmp_path / "link.json")]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.stdout.splitlines()[-1:] == ["set()"], done.stdout + done.stderr
