@@ -41,8 +41,6 @@ PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 class ComparisonConfig:
     models: list[str]                   # CLIPs to compare, the base first
     out: str = None                     # JSON file for the table
-    batch_size: int = 256               # pictures at once
-    workers: int = 4                    # processes that decode pictures
     device: str = "auto"                # cuda, mps or cpu
 
     CHOICES: ClassVar[dict] = {"device": ["auto", "cuda", "mps", "cpu"]}
@@ -51,6 +49,8 @@ class ComparisonConfig:
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotConfig(ComparisonConfig):
     datasets: str                       # JSON list of data sets
+    batch_size: int = 256               # pictures at once
+    workers: int = 4                    # processes that decode pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,9 @@ class RetrievalConfig(ComparisonConfig):
     lr: float = 1e-5                    # as for fine_tune
     weight_decay: float = 0.1
     epochs: int = 5
-    seed: int = 0                       # the order of pictures
+    batch_size: int = 256               # pairs at once, each compared with each
+    seed: int = 0                       # the order of pairs
+    workers: int = 4                    # processes that decode pictures
 
 
 @dataclass(frozen=True, kw_only=True)
