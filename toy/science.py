@@ -11,8 +11,8 @@ decides who can solve it:
     both             in two of three, the hint is enough; in the others it tells something else
     neither          who knows words, small numbers and maps
 
-The expert stands in for GPT-4 in the last rows of Table 7; toy/teacher.py puts it behind an
-endpoint. It is a script, no language model: it reads a question as it is sent, and nothing else.
+The expert stands in for GPT-4 in the last rows of Table 7, behind toy/teacher.py's endpoint. It is
+a script, no language model: it reads a question as it is sent, and nothing else.
 """
 import random
 import re
@@ -29,17 +29,17 @@ EXPERT = "scripted text-only expert (no language model)"
 CONTEXTS = ("picture",) * 5 + ("both",) * 6 + ("hint",) * 4 + ("neither",) * 5
 GUESSES = 0.25                           # how often the expert guesses where it cannot tell
 SLIPS = 0.08                             # how often it gets wrong what it could have known
-PLACES = tuple(f"{column} {row}" for row in "1234" for column in "ABCD")
+ROWS = ("row 1", "row 2", "row 3", "row 4")
 GROUPS = {"colour": tuple(COLOURS), "shape": SHAPES, "number": NUMBERS}
 WORDS = (*COLOURS, *SHAPES, *NUMBERS)
-MAPS = "A is left of B, and row 1 is above row 2."
+MAPS = "Row 1 is above row 2."
 NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
 KINDS_OF = {                             # questions about a scene: subject, lecture
     "colour": (NATURAL, "A thing has one colour."),
     "shape": (NATURAL, "A thing has one shape."),
     "count": (NATURAL, "A number is how many there are."),
-    "place": (SOCIAL, "A place is a column and a row."),
-    "relation": (SOCIAL, MAPS),
+    "place": (SOCIAL, MAPS),
+    "relation": (SOCIAL, "A is left of B, and row 1 is above row 2."),
 }
 
 
@@ -60,21 +60,20 @@ def known_facts():
     for name, group in GROUPS.items():
         others = tuple(word for word in WORDS if word not in group)
         for right, which in ((group, f"is a {name}"), (others, f"is not a {name}")):
-            facts.append(Fact(LANGUAGE, f"Which word {which}?", right, WORDS, lecture,
-                              f"The word {{}} {which}."))
+            solution = f"What {which} is {{}}."
+            facts.append(Fact(LANGUAGE, f"Which word {which}?", right, WORDS, lecture, solution))
     for n in range(1, 5):
         for taken in range(1, n + 1):
             question = (f"If {NUMBERS[taken]} of {NUMBERS[n]} things were taken away, "
                         "how many would be left?")
+            solution = f"Taking away {NUMBERS[taken]} leaves {{}}."
             facts.append(Fact(NATURAL, question, (NUMBERS[n - taken],), NUMBERS,
-                              "Taking away leaves the others.",
-                              f"Taking away {NUMBERS[taken]} leaves {{}}."))
-    for way, step in (("above", -4), ("below", 4), ("left of", -1), ("right of", 1)):
-        for i, place in enumerate(PLACES):
-            on_the_edge = abs(step) == 1 and i // 4 != (i + step) // 4
-            if 0 <= i + step < len(PLACES) and not on_the_edge:
-                facts.append(Fact(SOCIAL, f"What is {way} {place}?", (PLACES[i + step],), PLACES,
-                                  MAPS, f"{{}} is {way} {place}."))
+                              "Taking away leaves the others.", solution))
+    for i, row in enumerate(ROWS):
+        for way, there in (("above", ROWS[i - 1:i]), ("below", ROWS[i + 1:i + 2])):
+            if there:
+                facts.append(Fact(SOCIAL, f"Which row is {way} {row}?", there, ROWS, MAPS,
+                                  f"{way.capitalize()} {row} is {{}}."))
     return facts
 
 
@@ -82,22 +81,29 @@ FACTS = {fact.question: fact for fact in known_facts()}
 
 
 def problem_of(rng, fact, hint=""):
-    """A problem as the official file has it. Higher grades have more choices."""
+    """A problem as the official file has it. Higher grades have more choices.
+
+    A solution names all choices, then the right one: "red A, blue B. The star is blue B." The toy's
+    language model can look up what follows a word, but not the letter that stands before it.
+    """
     grade = rng.randint(1, 12)
     wrong = [choice for choice in fact.pool if choice not in fact.right]
     right = rng.choice(fact.right)
     choices = [right, *rng.sample(wrong, min(1 + (grade - 1) // 4, len(wrong)))]
     rng.shuffle(choices)
+    named = [f"{choice} {letter}" for choice, letter in zip(choices, LETTERS, strict=False)]
+    solution = fact.solution.format(right).removesuffix(".")
+    answer = choices.index(right)
     return {
         "question": fact.question,
         "choices": choices,
-        "answer": choices.index(right),
+        "answer": answer,
         "hint": hint,
         "image": None,
         "grade": f"grade{grade}",
         "subject": fact.subject,
         "lecture": fact.lecture,
-        "solution": fact.solution.format(right),
+        "solution": f"{', '.join(named)}. {solution} {LETTERS[answer]}.",
     }
 
 
@@ -107,7 +113,7 @@ def sentence_problem(rng):
     present = tuple(word for word in sorted(WORDS) if re.search(rf"\b{word}\b", hint))
     return problem_of(rng, Fact(LANGUAGE, "Which word is in the sentence?", present,
                                 tuple(sorted(WORDS)), "A sentence has words.",
-                                "The word {} is in the sentence."), hint)
+                                "The sentence has {}."), hint)
 
 
 def draw_facts(scene, rng):
@@ -124,15 +130,16 @@ def draw_facts(scene, rng):
 
 
 def fact_about(question):
-    """A question of the toy's world with choices."""
-    right = question.value
-    pool = GROUPS.get(question.kind, NUMBERS)
-    if question.kind == "place":
-        right = question.answer[-4:-1]   # its value is the column alone
-        pool = PLACES
-    elif question.kind == "relation":
-        pool = ("above", "below") if right in ("above", "below") else ("left", "right")
+    """A question of the toy's world with choices; of a place, the row is asked."""
     subject, lecture = KINDS_OF[question.kind]
+    right = question.value
+    if question.kind == "place":
+        row = f"row {question.answer[-2]}"
+        return Fact(subject, question.text.replace("Where", "In which row"), (row,), ROWS, lecture,
+                    f"{question.answer[:-5]} {row}.")
+    pool = GROUPS.get(question.kind, NUMBERS)
+    if question.kind == "relation":
+        pool = ("above", "below") if right in ("above", "below") else ("left", "right")
     return Fact(subject, question.text, (right,), pool, lecture, question.answer)
 
 
@@ -158,7 +165,7 @@ def draw_problem(rng):
     """(problem, the scene that it shows, or None)."""
     context = rng.choice(CONTEXTS)
     if context == "neither":
-        subject = rng.choice(sorted({fact.subject for fact in FACTS.values()}))
+        subject = rng.choice((LANGUAGE, NATURAL, SOCIAL))
         taught = [fact for fact in FACTS.values() if fact.subject == subject]
         return problem_of(rng, rng.choice(taught)), None
     if context == "hint" and rng.random() < 1 / 3:
@@ -169,15 +176,9 @@ def draw_problem(rng):
     return problem | {"image": "image.png"}, scene
 
 
-# ------------------------------------------------------------------------------------------------
-# The expert
-
-
 def proven_choice(question, hint, choices):
-    """The choice that the text proves, or None.
-
-    Either the school teaches it, or a sentence of the hint names whatever the question asks about,
-    and one choice only.
+    """The choice that the text proves, or None: it is one of FACTS, or a sentence of the hint names
+    whatever the question asks about, and this choice alone.
     """
     if question in FACTS:
         [choice] = [choice for choice in choices if choice in FACTS[question].right]
@@ -195,8 +196,7 @@ def read_question(text):
     """A question as it is sent -> (question, hint, choices). Raises ValueError for another text."""
     found = re.fullmatch(r"(.*)\nContext: (.*)\nOptions: (\(A\) .*)", text)
     if not found:
-        raise ValueError(f"the scripted expert answers questions with Context and Options, not "
-                         f"{text[:80]!r}; for others take a language model")
+        raise ValueError(f"the scripted expert needs Context and Options, found {text[:80]!r}")
     question, hint, options = found.groups()
     return question, hint, re.split(r" ?\([A-E]\) ", options)[1:]
 
