@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -70,7 +71,28 @@ def test_the_world_of_REACT_is_dark_where_CLIP_has_not_been(tmp_path):
         assert len(rows) == count and all(text for _, text in rows)
         files = [tmp_path / "images" / picture for picture, _ in rows]
         greys[name] = sum(Image.open(file).getpixel((0, 0))[0] < 130 for file in files) / count
+    for row in json.loads((tmp_path / "datasets.json").read_text()):
+        classes = set((tmp_path / row["classes"]).read_text().splitlines())
+        for part, count in (("train", 700), ("test", 1400)):
+            rows = [line.split("\t") for line in (tmp_path / row[part]).read_text().splitlines()]
+            assert len(rows) == count and {label for _, label in rows} == classes
     assert greys["test"] == 1 and greys["captions"] == 0 and 0.6 < greys["corpus"] < 0.73
+
+
+def test_a_mask_is_where_its_thing_is():
+    """Squares fill their boxes, other things lie within; the paper is 255."""
+    rng = random.Random(1)
+    for _ in range(20):
+        scene = world.sample_scene(rng, world.TARGETS)
+        mask = np.array(world.mask_of(scene))
+        for thing in scene.things:
+            x, y, width, height = thing.box
+            inside = mask[y:y + height, x:x + width].copy()
+            shown = inside == world.TARGETS.index(thing.pair)
+            assert shown.all() if thing.shape == "square" else 0.2 < shown.mean() < 0.9
+            assert (shown | (inside == 255)).all()
+            mask[y:y + height, x:x + width] = 255
+        assert (mask == 255).all()
 
 
 def test_what_the_teacher_says_is_true_by_its_own_judge():

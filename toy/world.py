@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from parts.files import (
     check_least,
+    read_text,
     read_value,
     run_command,
     run_main,
@@ -563,26 +564,40 @@ def make_react_world(config):
 
 
 def save_datasets(out, rng):
-    """700 pictures to learn from, and datasets.json: they and test.tsv, labelled in three ways."""
+    """700 pictures to learn from, and datasets.json: they and those of test.tsv, labelled as
+    targets, colours and shapes."""
     shown = [pair for pair in TARGETS for _ in range(50)]
-    save_tsv(out, "train", [dark(Scene((thing_of(pair, rng),)), rng) for pair in shown],
-             [" ".join(pair) for pair in shown])
-    rows = [{"name": "targets", "train": "train.tsv", "test": "test.tsv",
-             "classes": "classes.txt", "templates": "templates.txt", "images": "images"}]
-    for which, (name, values) in enumerate({"colours": COLOURS, "shapes": SHAPES}.items()):
-        row = rows[0] | {"name": name, "classes": f"{name}.txt"}
-        for part in ("train", "test"):
-            lines = []
-            for line in (out / rows[0][part]).read_text().splitlines():
-                picture, label = line.split("\t")
-                lines.append(f"{picture}\t{label.split()[which]}\n")
-            row[part] = f"{name}_{part}.tsv"
-            write_text(out / row[part], "".join(lines))
-        write_text(out / row["classes"], "".join(f"{value}\n" for value in values))
-        rows.append(row)
-    rows[1]["templates"] = "colour_templates.txt"
-    write_text(out / "colour_templates.txt", "".join(f"a {{}} {shape}.\n" for shape in SHAPES))
-    write_json(out / "datasets.json", rows)
+    scenes = [dark(Scene((thing_of(pair, rng),)), rng) for pair in shown]
+    save_tsv(out, "train", scenes, [" ".join(pair) for pair in shown])
+    targets = {
+        "name": "targets",
+        "train": "train.tsv",
+        "test": "test.tsv",
+        "classes": "classes.txt",
+        "templates": "templates.txt",
+        "images": "images",
+    }
+    colours = targets | label_by_word(out, 0, "colours", COLOURS)
+    shapes = targets | label_by_word(out, 1, "shapes", SHAPES)
+    templates = [f"a {{}} {shape}.\n" for shape in SHAPES]
+    colours["templates"] = "colour_templates.txt"
+    write_text(out / "colour_templates.txt", "".join(templates))
+    write_json(out / "datasets.json", [targets, colours, shapes])
+
+
+def label_by_word(out, which, name, values):
+    """train.tsv and test.tsv with one word of each label, and the classes that there are then."""
+    row = {"name": name, "classes": f"{name}.txt"}
+    write_text(out / row["classes"], "".join(f"{value}\n" for value in values))
+    for part in ("train", "test"):
+        lines = []
+        for line in read_text(out / f"{part}.tsv").splitlines():
+            picture, label = line.split("\t")
+            word = label.split()[which]
+            lines.append(f"{picture}\t{word}\n")
+        row[part] = f"{name}_{part}.tsv"
+        write_text(out / row[part], "".join(lines))
+    return row
 
 
 def dark(scene, rng):
