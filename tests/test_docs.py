@@ -251,6 +251,8 @@ def parse(module, argv):
         module.check.parse_args(argv)
     elif hasattr(module, "resolve"):
         module.resolve(argv)
+    elif not hasattr(module, "Config"):
+        assert all(word.isdigit() for word in argv), "a seed at most"
     else:
         typed_flags(module.Config, argv, module.__doc__, getattr(module, "CHOICES", None))
 
