@@ -19,7 +19,7 @@ python -m toy.science --out "$D" --seed "$SEED"
 python eval.py scienceqa_data --labels "$D" --split train --out "$OUT/train.json"
 python eval.py scienceqa_data --labels "$D" --split test --questions "$OUT/questions.jsonl"
 python train.py --recipe toy --stage 2 --data "$OUT/train.json" --images "$D/images/train" --init "$STAGE1" --out "$OUT/model" \
-    --epochs 3 --lr 1e-3 --global_batch_size 8 --val_samples 0 --seed "$SEED"
+    --epochs 2 --lr 1e-3 --global_batch_size 8 --val_samples 0 --seed "$SEED"
 python eval.py answer --model "$OUT/model" --questions "$OUT/questions.jsonl" --images "$D/images/test" \
     --answers "$OUT/answers.jsonl" --max_new_tokens 64 --batch_size 100
 

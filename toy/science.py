@@ -83,27 +83,23 @@ FACTS = {fact.question: fact for fact in known_facts()}
 def problem_of(rng, fact, hint=""):
     """A problem as the official file has it. Higher grades have more choices.
 
-    A solution names all choices, then the right one: "red A, blue B. The star is blue B." The toy's
-    language model can look up what follows a word, but not the letter that stands before it.
+    The choices stand in the order of the pool, as many of ScienceQA's are sorted.
     """
     grade = rng.randint(1, 12)
     wrong = [choice for choice in fact.pool if choice not in fact.right]
     right = rng.choice(fact.right)
     choices = [right, *rng.sample(wrong, min(1 + (grade - 1) // 4, len(wrong)))]
-    rng.shuffle(choices)
-    named = [f"{choice} {letter}" for choice, letter in zip(choices, LETTERS, strict=False)]
-    solution = fact.solution.format(right).removesuffix(".")
-    answer = choices.index(right)
+    choices.sort(key=fact.pool.index)
     return {
         "question": fact.question,
         "choices": choices,
-        "answer": answer,
+        "answer": choices.index(right),
         "hint": hint,
         "image": None,
         "grade": f"grade{grade}",
         "subject": fact.subject,
         "lecture": fact.lecture,
-        "solution": f"{', '.join(named)}. {solution} {LETTERS[answer]}.",
+        "solution": fact.solution.format(right),
     }
 
 
