@@ -222,7 +222,7 @@ def main(seconds):
     talker = sample.Talker(sample.Config(str(model), temperature=0, max_new_tokens=12))
     tasks = []
     for client in clients[:N_GOOD]:
-        turns = [talker.ask(f"What is {client.number}?", 1)]
+        turns = [sample.human_turn(f"What is {client.number}?", 1)]
         expected, = talker.answers([(turns, [client.picture])])
         client.ask(expected)             # so that memory is compared with a server at work
         tasks.append((client.ask, expected))

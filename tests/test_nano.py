@@ -1,8 +1,6 @@
 """toy/nano.py: the whole paper in one file, from drawn pictures to answers about held-out ones."""
 import random
 
-import pytest
-
 from toy import nano
 
 
@@ -20,10 +18,3 @@ def test_what_is_spliced_and_what_is_scored():
         assert scored == ["a", "circle", ".", "###"]
         seen.add(words[2])
     assert seen == {nano.IMAGE, "what"}, "the picture always stands on the same side"
-
-
-@pytest.mark.slow
-def test_it_learns_to_see_and_not_to_guess(capsys):
-    """Instruction tuning is what teaches it to answer: its language model has read no question."""
-    seen, blind, captioner = nano.main(0)
-    assert seen >= 80 and blind <= seen - 30 and captioner <= blind
