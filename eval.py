@@ -200,7 +200,7 @@ def judge(config):
     requests = [review_request(config, case) for case in cases]
     if is_preview(requests, config):     # look before you pay
         return
-    replies = scoring.ask_judge(requests, config.reviews, config)    # saved before they are parsed
+    replies = scoring.replies_for(requests, config.reviews, config)    # saved, then parsed
     reviews = [review_of(i, case, replies[requests[i].key], config.judge_model)
                for i, case in enumerate(cases)]
     write_lines(config.reviews, reviews)

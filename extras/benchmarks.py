@@ -28,6 +28,7 @@ from parts.files import (
     run_command,
     run_main,
     typed,
+    typed_fields,
     write_json,
     write_lines,
     write_text,
@@ -43,7 +44,6 @@ from parts.scoring import (
     read_by_id,
     records_by_id,
     score_rows,
-    typed_fields,
 )
 
 # Published under the names of our scores (Diss. Table 4.3, Diss. Table 4.4, Diss. Sec. 4.7).

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from extras.retrieve import left_out_report, read_pairs, read_templates, read_terms
-from parts.files import read_json, typed
+from parts.files import read_json, typed, typed_fields
 
 
 class Task(NamedTuple):
@@ -84,13 +84,12 @@ def read_task(row, where, folder, needs_train):
     keys = ["test", "classes", "templates", "images"]
     if needs_train:
         keys.append("train")
-    files = {}
-    for key in keys:
-        files[key] = str(folder / typed(row.get(key), str, f"{where}: {key}"))
+    typed_fields(row, where, **dict.fromkeys([*keys, "name"], str))
+    files = {key: str(folder / row[key]) for key in keys}
     classes = read_terms(files["classes"], "class names")
     test = read_all([files["test"]], files["images"])
     task = Task(
-        name=typed(row.get("name"), str, f"{where}: name"),
+        name=row["name"],
         classes=classes,
         templates=read_templates(files["templates"]),
         test=test,

@@ -29,20 +29,20 @@ from parts.files import (
     run_command,
     run_main,
     typed,
+    typed_fields,
     write_json,
     write_lines,
     write_text,
 )
 from parts.replies import content_of
 from parts.scoring import (
-    ask_judge,
     check_ids,
     examples,
     judges_of,
     layout,
     read_by_id,
     read_runs,
-    typed_fields,
+    replies_for,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def grade_mm_vet(config):
         if not left:
             break
         requests = {pair: request_of(*pair, attempt) for pair in left}
-        found = ask_judge(list(requests.values()), config.grades, config)
+        found = replies_for(list(requests.values()), config.grades, config)
         replies |= {pair: found[request.key] for pair, request in requests.items()}
         left = [pair for pair in left if is_no_grade(replies[pair])]
     grades = {}
@@ -301,7 +301,7 @@ def swap(config):
     first = read_runs([config.reviews], MOST_FAILED)[0]
     names = [str(case.question["question_id"]) for case in cases]
     check_ids(config.reviews, first, names)
-    replies = ask_judge(requests, config.swapped, config)
+    replies = replies_for(requests, config.swapped, config)
     rows = []
     for name, request in zip(names, requests, strict=True):
         content = content_of(replies[request.key])

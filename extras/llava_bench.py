@@ -205,7 +205,7 @@ def ask_for_references(request_of, names, config):
     texts, left = {}, names
     for attempt in range(MOST_TRIES):
         requests = {name: request_of(name, attempt) for name in left}
-        replies = scoring.ask_judge(list(requests.values()), config.out, config)
+        replies = scoring.replies_for(list(requests.values()), config.out, config)
         left = []
         for name, request in requests.items():
             try:

@@ -48,6 +48,7 @@ from parts.files import (
     run_command,
     run_main,
     typed,
+    typed_fields,
     write_json,
     write_lines,
 )
@@ -77,10 +78,7 @@ def read_facts(path, kinds, command):
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; needed is the --out folder of "
                                 f"python -m extras.retrieve {command}")
-    facts = read_value(path)
-    for key, kind in kinds.items():
-        typed(facts.get(key), kind, f"{path}: {key}")
-    return facts
+    return typed_fields(read_value(path), path, **kinds)
 
 
 # -----------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 from parts import client, scienceqa
 from parts.client import Endpoint, Request
-from parts.files import PROMPTS, check_least, lock_folder, run_command, run_main, write_lines
+from parts.files import PROMPTS, check_least, run_command, run_main, write_lines
 from parts.replies import content_of
+from parts.scoring import replies_for
 
 FOLDER = PROMPTS / "scienceqa"
 
@@ -78,13 +79,11 @@ def ask_expert(kind, questions, shots, config):
         for pid, question in questions.items()}
     if client.is_preview(list(requests.values()), config):
         return
-    with lock_folder(f"{config.out}.raw") as folder:
-        replies = client.ask_everything(list(requests.values()), folder / "raw.jsonl", config)
-        texts = {pid: content_of(replies[request.key]).strip()
-                 for pid, request in requests.items()}
-        write_lines(config.out, [
-            {"question_id": pid, "prompt": questions[pid], "text": text, "model_id": config.model}
-            for pid, text in texts.items()])
+    replies = replies_for(list(requests.values()), config.out, config)
+    texts = {pid: content_of(replies[request.key]) for pid, request in requests.items()}
+    write_lines(config.out, [
+        {"question_id": pid, "prompt": questions[pid], "text": text, "model_id": config.model}
+        for pid, text in texts.items()])
     unnamed = sum(scienceqa.letter_of(text) is None for text in texts.values())
     print(f"{config.out}: {len(texts)} answers, {unnamed} of them name no option")
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaNextConfig
 from transformers.initialization import no_init_weights
 
-from parts.files import IMAGE, read_value, typed, write_json
+from parts.files import IMAGE, read_value, typed, typed_fields, write_json
 from parts.gated import VisionTower
 from parts.lora import adapters, add_adapters, merge_adapters, merged_state
 from parts.templates import TEMPLATES, chat_template
@@ -573,10 +573,8 @@ def save_adapter(model, folder, base, state):
 def adapter_settings(folder):
     """An adapter's adapter_config.json. Raises ValueError if PEFT would compute another thing."""
     path = os.path.join(folder, "adapter_config.json")
-    config = read_value(path)
-    kinds = {"r": int, "lora_alpha": float, "lora_dropout": float, "base_model_name_or_path": str}
-    for key, kind in kinds.items():
-        typed(config.get(key), kind, f"{path}: {key}")
+    config = typed_fields(read_value(path), path, r=int, lora_alpha=float, lora_dropout=float,
+                          base_model_name_or_path=str)
     for key, value in ADAPTER_KIND.items():
         if config.get(key) not in (value, None):         # None: PEFT's default, and no W in it
             raise ValueError(f"{path}: an adapter of another kind: {key} {config[key]!r}, not "

@@ -98,6 +98,14 @@ def typed(value, kind, where):
     return value
 
 
+def typed_fields(record, where, **kinds):
+    """A record that was read, which must have these fields, each of its type of JSON."""
+    typed(record, dict, where)
+    for field, kind in kinds.items():
+        typed(record.get(field), kind, f"{where}: {field}")
+    return record
+
+
 def distinct_keys(pairs):
     """A JSON object, in which no key may stand twice: one of the two would be lost."""
     value = dict(pairs)

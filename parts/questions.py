@@ -13,10 +13,10 @@ from functools import cache
 
 from tqdm import tqdm
 
-from parts.files import read_json, read_lines, write_lines
+from parts.files import read_json, read_lines, typed_fields, write_lines
 from parts.pictures import image_path, image_problem, load_image
 from parts.records import image_names
-from parts.scoring import id_of, typed_fields
+from parts.scoring import id_of
 
 
 def read_questions(path, folder):

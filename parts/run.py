@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from parts.files import lock_folder, read_lines, read_value, typed, write_json
+from parts.files import lock_folder, read_lines, read_value, typed, typed_fields, write_json
 from parts.ranks import divisors, local_shard, restarts
 
 # flags that change nothing of what a run computes
@@ -199,8 +199,7 @@ class Run:
         state = read_value(path / "state.json")
         kinds = {"step": int, "data": int, "config": dict, "scaler": dict, "shapes": dict,
                  "frozen": dict, "parts": dict}
-        for name, kind in kinds.items():
-            typed(state.get(name), kind, f"{path / 'state.json'}: {name}")
+        typed_fields(state, path / "state.json", **kinds)
         now = self.facts()
         differ = [f"--{flag} {now['config'].get(flag)} (was {state['config'].get(flag)})"
                   for flag in differing(state["config"], now["config"]) if flag not in NOT_COMPARED]

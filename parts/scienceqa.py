@@ -8,8 +8,8 @@ ScienceQA's files: problems as its authors publish them, as turns to train on, a
 import re
 from pathlib import Path
 
-from parts.files import IMAGE, read_value, typed, write_json
-from parts.scoring import check_ids, layout, percent, read_by_id, score_rows, typed_fields
+from parts.files import IMAGE, read_value, typed, typed_fields, write_json
+from parts.scoring import check_ids, layout, percent, read_by_id, score_rows
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 LETTERS = ["A", "B", "C", "D", "E"]

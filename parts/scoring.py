@@ -13,18 +13,10 @@ import os
 import numpy as np
 
 from parts.client import ask_everything
-from parts.files import PROMPTS, lock_folder, read_json, read_value, typed
+from parts.files import PROMPTS, lock_folder, read_json, read_value, typed, typed_fields
 
 # --------------------------------------------------------------------------------------------------
 # Records found by id
-
-
-def typed_fields(record, where, **kinds):
-    """A record that was read, which must have these fields, each of its type of JSON."""
-    typed(record, dict, where)
-    for field, kind in kinds.items():
-        typed(record.get(field), kind, f"{where}: {field}")
-    return record
 
 
 def id_of(record, key, where):
@@ -198,7 +190,7 @@ def printable(text):
     return text.encode(errors="backslashreplace").decode()
 
 
-def ask_judge(requests, path, config):
+def replies_for(requests, path, config):
     """The replies to all requests, {key: reply}; each is kept in PATH.raw and never paid twice."""
     raw = f"{path}.raw"
     if os.path.exists(path) and not os.path.exists(raw):
