@@ -164,12 +164,8 @@ def sample_of(turns, pictures, tokenizer, template, view, where="prompt"):
 
 
 @dataclass
-class Conversations(Dataset):
-    """LLaVA-format samples {where, input_ids, labels, pictures}, made when they are asked for.
-
-    Index it by (epoch, i, scored): Eq. (2) is drawn anew in each epoch, from seed, epoch and i.
-    scored=False gives a copy without labels, which fills a last batch up, see `micro_batches`.
-    """
+class Conversations:
+    """Conversations in LLaVA's format, made into samples when they are asked for."""
     records: Records
     folder: str                           # that image names are relative to
     tokenizer: object                     # None: samples can be checked, but not made
@@ -204,8 +200,9 @@ class Conversations(Dataset):
                 raise
             return self.encoded(i, 0, sizes)      # the draw that the check found to fit
 
-    def __getitem__(self, key):
-        epoch, i, scored = key
+    def sample(self, i, epoch=0, scored=True):
+        """{where, input_ids, labels, pictures}. Eq. (2) is drawn anew in each epoch, from seed,
+        epoch and i. Without labels, scored=False, it fills a last batch up: `micro_batches`."""
         where = self.records.where(i)     # 'chat.json[1432] (id 000000123)'
         try:
             pictures = self.pictures(i)
@@ -258,16 +255,18 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
 
 
 def micro_batches(batch, lengths, epoch, micro_batch_size, world_size, rank):
-    """This rank's share of a global batch, as lists of keys; the same number on every rank.
+    """This rank's share of a global batch: lists of arguments of `Conversations.sample`, as many
+    on every rank.
 
     Neighbours in length share a micro-batch. A short last batch is filled up with unscored copies,
     which add nothing to the loss, so that no rank waits for one that has no work.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]      # (samples of the batch,)
-    keys = [(epoch, int(i), True) for i in order]         # of Conversations: (epoch, i, scored)
-    keys += [(epoch, keys[0][1], False)] * (-len(keys) % world_size)
+    samples = [(int(i), epoch, True) for i in order]      # (i, epoch, scored)
+    samples += [(int(order[0]), epoch, False)] * (-len(samples) % world_size)
     width = micro_batch_size * world_size
-    return [keys[start:start + width][rank::world_size] for start in range(0, len(keys), width)]
+    groups = [samples[start:start + width] for start in range(0, len(samples), width)]
+    return [group[rank::world_size] for group in groups]
 
 
 @dataclass
@@ -294,7 +293,8 @@ class Steps(Dataset):
         batch = self.indices[self.plan[position]]         # of all ranks
         share = micro_batches(batch, self.lengths, epoch, self.micro_batch_size,
                               self.world_size, self.rank)
-        return [collate([self.data[key] for key in keys], self.data.view) for keys in share]
+        return [collate([self.data.sample(*which) for which in group], self.data.view)
+                for group in share]
 
 
 def collate(samples, view, side="right"):

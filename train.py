@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import torch
 
-from data import Conversations, Steps, collate, show
+from data import Conversations, Steps, collate, micro_batches, show
 from model import IGNORE, LLaVA
 from parts import check, checkpoints, lora
 from parts.files import brief_instructions, check_least, run_main, typed_flags
@@ -154,7 +154,6 @@ def resolve(argv):
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
     check_least(config, max_length=1, epochs=1, max_steps=0, lr=0, lora_rank=0, save_every=1,
                 global_batch_size=1, micro_batch_size=1, val_samples=0, keep=1, workers=0)
-
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
     if config.lora_rank and config.init == "none":
@@ -184,8 +183,7 @@ def build_model(config, machine):
         for flag in ("feature_layer", "projector"):
             found = getattr(model, flag)
             if found != getattr(config, flag):
-                raise ValueError(f"--init {config.init} has {flag} {found}, not "
-                                 f"{getattr(config, flag)}; take --{flag} {found}")
+                raise ValueError(f"--init {config.init} has {flag} {found}: take --{flag} {found}")
     had_newline = model.newline is not None
     view = set_view(model, config.aspect)        # tiles add model.newline, which may train
     model.set_stage(config.stage, train_g=bool(config.lr_g))
@@ -245,22 +243,25 @@ def accumulate(model, batches, machine, optimizer, n_answer):
 
 
 @torch.no_grad()
-def validate(run, step, model, data, held_out, micro_batch_size):
-    """Log the loss per answer token on held-out samples, and answers to the first three of them."""
+def held_out_loss(machine, model, data, held_out, lengths, micro_batch_size):
+    """The loss per answer token of samples that no step trains on; of all ranks."""
+    ranks = machine.world_size, machine.rank
+    total = n = 0
+    for group in micro_batches(held_out, lengths, 0, micro_batch_size, *ranks):
+        batch = collate([data.sample(*which) for which in group], data.view)
+        with machine.forward(model):
+            loss, count = model(**machine.to_device(batch))
+        total += loss.item()
+        n += count
+    return machine.sum(total) / machine.sum(n)
+
+
+def validate(run, step, model, data, held_out, lengths, micro_batch_size):
+    """Log the loss on held-out samples, and answers to the first three of them."""
     if not len(held_out):
         return
     machine = run.machine
-    keys = [(0, int(i), True) for i in held_out]
-    keys += [(0, keys[0][1], False)] * (-len(keys) % machine.world_size)     # no rank waits
-    keys = keys[machine.rank::machine.world_size]
-    total = n = 0
-    for start in range(0, len(keys), micro_batch_size):
-        samples = [data[key] for key in keys[start:start + micro_batch_size]]
-        with machine.forward(model):
-            loss, count = model(**machine.to_device(collate(samples, data.view)))
-        total += loss.item()
-        n += count
-    total, n = machine.sum(total, n)
+    loss = held_out_loss(machine, model, data, held_out, lengths, micro_batch_size)
     prompts, truths = zip(*[data.question(int(i)) for i in held_out[:3]], strict=True)
     batch = collate(prompts, data.view, side="left")
     with machine.forward(model):
@@ -268,8 +269,8 @@ def validate(run, step, model, data, held_out, micro_batch_size):
                                  max_new_tokens=64)
     answers = [{"id": where, "truth": truth, "answer": answer}
                for where, truth, answer in zip(batch["where"], truths, answers, strict=True)]
-    machine.print0(f"  held out: loss {total / n:.4f}", *[f"    {row}" for row in answers])
-    run.log({"step": step, "val_loss": total / n, "answers": answers})
+    machine.print0(f"  held out: loss {loss:.4f}", *[f"    {row}" for row in answers])
+    run.log({"step": step, "val_loss": loss, "answers": answers})
 
 
 def train(config, origin, machine, run):
@@ -291,7 +292,7 @@ def train(config, origin, machine, run):
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
     machine.print0(f"batch: {config.global_batch_size} = {machine.world_size} ranks x {micro} x "
                    f"{accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all\n")
-    machine.print0(render_first(collate([data[0, int(train_on[0]), True]], view)))
+    machine.print0(render_first(collate([data.sample(int(train_on[0]))], view)))
 
     peaks = {"W": config.lr_W or config.lr, "g": config.lr_g,
              "f_phi": config.lr, "newline": config.lr}
@@ -307,7 +308,7 @@ def train(config, origin, machine, run):
     run.rehearse(save, LLaVA.from_pretrained)    # a full disk is found out before training
     first = run.resume()
     if run.lacks_validation(first, total):       # a kill came between state and validation
-        validate(run, first, model, data, held_out, micro)
+        validate(run, first, model, data, held_out, lengths, micro)
     parallel = machine.wrap(model)       # gradients are averaged over the ranks
 
     for step, batches in run.steps(steps, first, total, render_first):
@@ -327,7 +328,7 @@ def train(config, origin, machine, run):
             run.save_state()
             if run.stopping:             # by Ctrl-C or a scheduler, when is_due is true, too
                 return run.goodbye()
-            validate(run, step + 1, model, data, held_out, micro)
+            validate(run, step + 1, model, data, held_out, lengths, micro)
 
     model.meta["steps"] = total
     run.finish(save)
@@ -340,7 +341,7 @@ def count_answer_tokens(batches):
 
 def longest_step(model, data, order, machine, optimizer, n):
     """One step on the n longest samples, for --dry_run; order (samples,), the longest first."""
-    batch = collate([data[0, int(i), True] for i in order[:n]], data.view)
+    batch = collate([data.sample(int(i)) for i in order[:n]], data.view)
     accumulate(model, [batch], machine, optimizer, count_answer_tokens([batch]))
     optimizer.step()
 

@@ -240,7 +240,7 @@ def show_sample(data, i, show):
     problem = record_problem(data.records[i], data.folder)
     if problem:
         raise ValueError(f"{where}: {problem}")
-    sample = data[0, i, True]
+    sample = data.sample(i)
     tokens, scored, *_ = data.measure(i)
     names = [name for name, _ in sample["pictures"]]
     print(f"{where}, template {data.template.name}, {tokens} tokens, {scored} scored, "

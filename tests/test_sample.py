@@ -93,7 +93,7 @@ def test_the_prompt_is_that_of_training_id_for_id(checkpoint, picture, chats, ca
     model = LLaVA.from_pretrained(checkpoint)
     data = Conversations(Records([chats / "chat.json"]), chats / "images", model.tokenizer,
                          TEMPLATES["llava_v0"], VIEW, image_position="first")
-    trained = data[0, 0, True]
+    trained = data.sample(0)
     n = next(i for i, label in enumerate(trained["labels"]) if label != IGNORE)
     shown = printed(capsys, "--model", checkpoint, "--image", picture, "--question", QUESTION,
                     "--temperature", 0, "--max_new_tokens", 12, "--show_prompt")

@@ -710,7 +710,7 @@ def test_a_run_shows_logs_and_plots_what_it_does(flags, tmp_path, capsys):
     _, _, _, data, plan, held_out = build(argv)
     assert len(held_out) == 5 and not set(held_out) & set(plan.indices)
     model = LLaVA.from_pretrained(out)
-    batch = data_module.collate([data[0, int(i), True] for i in held_out], data.view)
+    batch = data_module.collate([data.sample(int(i)) for i in held_out], data.view)
     with torch.no_grad():
         loss, n = model(**Machine("cpu").to_device(batch))
     assert validations[-1]["val_loss"] == pytest.approx(loss.item() / n, abs=1e-5)
@@ -754,8 +754,8 @@ def test_another_feature_layer_is_used_and_stored(flags, straight, tmp_path):
     out = tmp_path / "out"
     train.main(flags(out, *STAGE[1], "--feature_layer", -1, "--max_steps", 1))
     assert losses(out)[0] != losses(straight(1))[0]
-    for init, flag, says in ((out, "--stage", "feature_layer -1, not -2"),
-                             (straight(1), "--projector", "projector linear, not mlp2x_gelu")):
+    for init, flag, says in ((out, "--stage", "feature_layer -1: take --feature_layer -1"),
+                             (straight(1), "--projector", "take --projector linear")):
         value = {"--stage": 2, "--projector": "mlp2x_gelu"}[flag]
         with pytest.raises(ValueError, match=says):
             train.main(flags(tmp_path / "two", "--stage", 2, "--init", init, flag, value))
