@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from parts import checkpoints
 from parts.files import IMAGE  # "<image>": one reserved id of the tokenizer
@@ -228,7 +228,7 @@ class LLaVA(nn.Module):
     def from_parts(cls, vision, llm, dtype=torch.float32, **options):
         """A new LLaVA: a pretrained CLIP, a pretrained language model, a random W."""
         g = checkpoints.load_part(VisionTower, vision, dtype, "vision")
-        f_phi = checkpoints.load_part(AutoModelForCausalLM, llm, dtype, "llm")
+        f_phi = checkpoints.load_language_model(llm, dtype)
         tokenizer = checkpoints.load_tokenizer(llm)       # with <image>
         checkpoints.grow_vocabulary(f_phi, len(tokenizer))
         model = cls(g, f_phi, tokenizer, meta={"vision": vision, "llm": llm}, **options)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaNextConfig
 from transformers.initialization import no_init_weights
 
+from parts.decoders import check_language_model
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
 from parts.gated import VisionTower
 from parts.lora import adapters, add_adapters, merge_adapters, merged_state
@@ -416,6 +417,8 @@ def load(cls, folder, dtype=torch.float32):
     for p in model.parameters():         # not model.to(dtype), which would round the rotary
         p.data = p.data.to(dtype)        # frequencies, too
     model.load_state_dict(from_hf_keys(model, read_weights(folder), folder))
+    with named_errors(folder):
+        check_language_model(f_phi)
     if has_file(folder, "generation_config.json"):
         f_phi.generation_config.eos_token_id = read_ends(folder)
     return model.eval()
@@ -491,6 +494,14 @@ def load_part(cls, name, dtype, flag):
                          f"files, or of another shape, e.g. {bad[:5]}; is it another model?")
     check_finite(part.state_dict(), f"--{flag} {name}")
     return part
+
+
+def load_language_model(name, dtype):
+    """A pretrained f_phi. Raises ValueError for one that is not computed or saved here."""
+    f_phi = load_part(transformers.AutoModelForCausalLM, name, dtype, "llm")
+    with named_errors(f"--llm {name}"):
+        check_language_model(f_phi)
+    return f_phi
 
 
 def load_tokenizer(llm):

@@ -4,10 +4,10 @@ f_phi as it answers: some tokens at a time, behind a cache of keys and values (f
     prompt --extend--> logits of the next word --extend--> ...         the cache grows in place
 
 `Plain` is any language model of transformers with transformers' own cache. `Fast` is the Llama
-family (Llama, Mistral, Qwen2) written out: projections of one input are a single product, and keys
-and values have their place from the start, where a second question about a picture finds them. On
-x86 processors weights are packed for oneDNN, whose products of a few rows take down to half the
-time of torch's.
+family (Llama, Mistral, Qwen2 and 3, SmolLM3) written out: projections of one input are a single
+product, and keys and values have their place from the start, where a second question about a
+picture finds them. On x86 processors weights are packed for oneDNN, whose products of a few rows
+take down to half the time of torch's.
 
 Letters in shape comments:
     B rows   n new tokens   D width of f_phi   V vocabulary   H query heads
@@ -21,7 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-FAMILY = ("llama", "mistral", "qwen2")   # each `model_type` whose layers `Fast` writes out
+# each `model_type` whose layers `Fast` writes out
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 MIN_PACKED = 2 ** 18     # weights of a product; oneDNN takes longer than torch for smaller ones
 MAX_PACKED = 2 ** 31     # weights of a model; packing is a copy, which a larger one cannot afford
 ROOM = 256               # a cache's length is a multiple of it, so a compiled step fits again
@@ -125,7 +126,10 @@ class Fast:
         for layer, (keys, values) in zip(self.layers, kv, strict=True):
             qkv = layer.qkv(self.norm(h, layer.norm_1))  # (B, n, (H + 2 G) d)
             qk, v = qkv.view(B, n, -1, self.d).split([self.H + self.G, self.G], 2)
-            qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)  # rotary positions
+            if layer.norm_qk is not None:                # Qwen3's, of each head
+                qk = self.norm(qk, None) * layer.norm_qk
+            if layer.has_rotary:                         # each but every fourth of SmolLM3
+                qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)
             q, k = qk.split([self.H, self.G], 2)         # (B, n, H, d), (B, n, G, d)
             keys.index_copy_(2, slots, k.transpose(1, 2))
             values.index_copy_(2, slots, v.transpose(1, 2))
@@ -138,7 +142,7 @@ class Fast:
         return self.norm(h[:, -1], self.last_norm)
 
     def norm(self, h, weight):
-        return F.rms_norm(h, weight.shape, weight, self.eps)
+        return F.rms_norm(h, h.shape[-1:], weight, self.eps)
 
     def select(self, cache, rows):
         cache.kv = [(keys[rows], values[rows]) for keys, values in cache.kv]
@@ -148,7 +152,15 @@ def layer_of(layer, packed):
     """A decoder layer of transformers: two norms, and four products for its seven nn.Linear."""
     attention = layer.self_attn
     mlp = layer.mlp
+    norm_qk = None
+    if hasattr(attention, "q_norm"):
+        d = attention.head_dim
+        heads = [(attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)]
+        norm_qk = torch.cat([norm.weight.expand(linear.out_features // d, d)
+                             for norm, linear in heads])
     return SimpleNamespace(
+        norm_qk=norm_qk,                                 # (H + G, d)
+        has_rotary=getattr(attention, "use_rope", True),
         norm_1=layer.input_layernorm.weight,
         norm_2=layer.post_attention_layernorm.weight,
         qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], packed),
@@ -215,6 +227,38 @@ def decoder_for(f_phi, compiled=False):
         raise ValueError(f"--compile: a language model of type {config.model_type} is not one of "
                          f"{', '.join(FAMILY)} with full attention; leave it out")
     return Plain(f_phi)
+
+
+@torch.no_grad()
+def check_language_model(f_phi):
+    """Raises ValueError unless a language model fits: what trains, saves and shards it relies on
+    the names of Llama's modules, and on logits that are the head's product and nothing else.
+
+    It is tried rather than looked up, on two tokens and one layer: unknown kinds may fit, too.
+    """
+    kind = f_phi.config.model_type
+    allowed = "; Llama, Mistral, Qwen2 and 3, SmolLM3, Gemma 3 (text alone), Phi-3 and 4 fit"
+    base = getattr(f_phi, "model", None)
+    head = f_phi.get_output_embeddings()
+    is_plain = isinstance(head, nn.Linear) and head.bias is None
+    if not (is_plain and hasattr(base, "layers") and hasattr(base, "embed_tokens")):
+        raise ValueError(f"a language model of type {kind} lacks model.layers, model.embed_tokens "
+                         f"or an lm_head without bias, which Llama has{allowed}")
+    if getattr(f_phi.config, "use_bidirectional_attention", False):
+        raise ValueError(f"{kind} with use_bidirectional_attention sees the words that it has to "
+                         f"predict{allowed}")
+    layers = base.layers
+    base.layers = layers[:1]
+    ids = torch.tensor([[0, 1]], device=head.weight.device)
+    logits = f_phi(ids, use_cache=False).logits                              # (1, 2, V)
+    H = base.embed_tokens(ids)                                               # (1, 2, D)
+    h = base(inputs_embeds=H, use_cache=False).last_hidden_state
+    base(inputs_embeds=H / 2, use_cache=False)           # Gemma 4 fails: a visual token is no word
+    base.layers = layers
+    if not torch.equal(logits, head(h)):
+        raise ValueError(f"{kind} is not its word embeddings, layers and head alone: a soft cap, a "
+                         "scale or embeddings of each layer are known neither in training nor in "
+                         f"the llava-hf layout{allowed}")
 
 
 def quantise(f_phi):

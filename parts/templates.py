@@ -32,7 +32,10 @@ CURIOUS = "A chat between a curious {0} and an artificial intelligence assistant
 LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual "
            "content that the user provides, and assist the user with a variety of tasks using "
            "natural language.")
+SMOLLM = ("## Metadata\n\nReasoning Mode: /no_think\n\n## Custom Instructions\n\n"
+          "You are a helpful AI assistant named SmolLM, trained by Hugging Face.")
 END = "<|im_end|>\n"
+THINK = "<think>\n\n</think>\n"          # an empty thought: such a model then answers at once
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 
 TEMPLATES = {template.name: template for template in (
@@ -54,33 +57,52 @@ TEMPLATES = {template.name: template for template in (
              "\n<|im_start|>user\n", f"{END}<|im_start|>assistant\n", "{}", "<|im_end|>"),
     Template("llama_3", HEADER.format("system") + f"{LLAMA_2}<|eot_id|>" + HEADER.format("user"),
              HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant"), "{}", "<|eot_id|>"),
+    # OURS, these five: what each language model was published with, without thinking. The
+    # published SmolLM3 also states today's date, and Qwen3 and it lose earlier empty thoughts.
+    Template("qwen_3", "<|im_start|>user\n", "\n<|im_start|>user\n",
+             f"{END}<|im_start|>assistant\n{THINK}\n", "{}", "<|im_end|>"),
+    Template("smollm_3", f"<|im_start|>system\n{SMOLLM}\n\n<|im_start|>user\n",
+             "\n<|im_start|>user\n", f"{END}<|im_start|>assistant\n{THINK}", "{}", "<|im_end|>"),
+    Template("gemma", "<start_of_turn>user\n", "\n<start_of_turn>user\n",
+             "<end_of_turn>\n<start_of_turn>model\n", "{}", "<end_of_turn>"),
+    # Phi-3's text has newlines, but its tokenizer drops what is blank behind such a token
+    Template("phi_3", "<|user|>", "<|user|>", "<|end|><|assistant|>", "{}", "<|end|>"),
+    Template("phi_4", "<|im_start|>user<|im_sep|>", "<|im_start|>user<|im_sep|>",
+             "<|im_end|><|im_start|>assistant<|im_sep|>", "{}", "<|im_end|>"),
     # OFFICIAL: the released stage 1 drops the question of Sec. 4.2: image, caption, newline.
     Template("plain", "", "", "", "{}", "\n"),
 )}
 
 # Marks of chat formats. In a text that is trained on they, like a STOP, would end it too early.
-MARK = (r"(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<(?:eos|bos|unk|pad)>|<(?:end|start)_of_turn>"
-        r"|\[/?INST\])")
+TOKEN = r"<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<(?:eos|bos|unk|pad)>|<(?:end|start)_of_turn>"
+MARK = rf"(?:{TOKEN}|\[/?INST\])"
 HOLDS_STOP = re.compile(f"{MARK}|{re.escape(TEMPLATES['llava_v0'].STOP)}|{re.escape(IMAGE)}")
 
 
 def template_for(config, tokenizer):
     """The template that a language model knows best. OURS: the paper has one model."""
     words = tokenizer.get_vocab()
-    if "<|im_start|>" in words:
-        return TEMPLATES["qwen_1_5" if config.model_type.startswith("qwen") else "chatml_direct"]
-    if "<|start_header_id|>" in words:
-        return TEMPLATES["llama_3"]
-    if config.model_type == "mistral":
-        return TEMPLATES["mistral_instruct"]
-    if "<<SYS>>" in (tokenizer.chat_template or ""):
-        return TEMPLATES["llava_llama_2"]
-    return TEMPLATES["vicuna_v1"]
+    kind = config.model_type
+    published = tokenizer.chat_template or ""
+    fits = {                             # the first that does is taken
+        "phi_4": "<|im_sep|>" in words,
+        "smollm_3": kind == "smollm3",
+        "qwen_3": kind == "qwen3" and "enable_thinking" in published,
+        "qwen_1_5": kind.startswith("qwen") and "<|im_start|>" in words,
+        "chatml_direct": "<|im_start|>" in words,
+        "llama_3": "<|start_header_id|>" in words,
+        "gemma": "<start_of_turn>" in words,
+        "phi_3": "<|user|>" in words and "<|end|>" in words,
+        "mistral_instruct": kind == "mistral",
+        "llava_llama_2": "<<SYS>>" in published,
+        "vicuna_v1": True,
+    }
+    return TEMPLATES[next(name for name in fits if fits[name])]
 
 
 def missing_tokens(template, tokenizer):
     """The special tokens of a template that a tokenizer lacks: as plain text they stop nothing."""
-    special = re.findall(r"</?s>|<\|\w+\|>", "".join(template))
+    special = re.findall(f"{TOKEN}|</?think>", "".join(template))
     return [token for token in special if token not in tokenizer.get_vocab()]
 
 
@@ -104,7 +126,16 @@ def choose_template(name, model):
             name = template_for(model.f_phi.config, model.tokenizer).name
     template = TEMPLATES[name]
     check_template(template, model.tokenizer)
+    stop_at(template, model)
     return template
+
+
+def stop_at(template, model):
+    """STOP, where it is a token of its own, ends every answer of the model: here, and, by the
+    checkpoint's generation_config.json, in other programs. Base models name another one alone."""
+    i = model.tokenizer.added_tokens_encoder.get(template.STOP)
+    if i is not None:
+        model.f_phi.generation_config.eos_token_id = sorted(model.eos_ids | {i})
 
 
 def chat_template(template, tokenizer):

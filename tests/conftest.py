@@ -22,17 +22,23 @@ from transformers import (
     AddedToken,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from model import LLaVA
@@ -69,7 +75,10 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "gemma": (GemmaConfig, GemmaForCausalLM)}
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM)}
 
 
 def tiny_llm(family="llama", tied=False, vocab_size=320, seed=0, **more):

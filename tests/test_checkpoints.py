@@ -154,7 +154,8 @@ def test_every_kind_of_folder_is_our_model_in_transformers(family, tied, parts, 
 
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
-            "<|end_header_id|>", "<|eot_id|>")
+            "<|end_header_id|>", "<|eot_id|>", "<think>", "</think>", "<start_of_turn>",
+            "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_sep|>")
 
 
 @pytest.mark.parametrize("kind", ["no BOS", "BOS", "sentencepiece", "legacy sentencepiece"])

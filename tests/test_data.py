@@ -53,6 +53,9 @@ V0 = ("A chat between a curious human and an artificial intelligence assistant. 
 L2 = ("You are a helpful language and vision assistant. You are able to understand the visual "
       "content that the user provides, and assist the user with a variety of tasks using natural "
       "language.")
+NO_THINK = ("<|im_start|>system\n## Metadata\n\nReasoning Mode: /no_think\n\n## Custom "
+            "Instructions\n\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face."
+            "\n\n")
 HEAD_3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
 Q = "<image>\nWhat is this?"
 RENDERED = {  # the prompt of one open turn, and what a finished first and an open second turn add
@@ -74,6 +77,23 @@ RENDERED = {  # the prompt of one open turn, and what a finished first and an op
         f"{HEAD_3.format('system')}{L2}<|eot_id|>{HEAD_3.format('user')}{Q}<|eot_id|>"
         f"{HEAD_3.format('assistant')}",
         f"A cat.<|eot_id|>{HEAD_3.format('user')}Why?<|eot_id|>{HEAD_3.format('assistant')}"),
+    # with enable_thinking=False, its empty thought also in front of the first answer
+    "qwen_3": (
+        f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "A cat.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n"),
+    # with enable_thinking=False, without its two lines of dates
+    "smollm_3": (
+        f"{NO_THINK}<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n",
+        "A cat.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n"),
+    "gemma": (f"<start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n",
+              "A cat.<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n"
+              "<start_of_turn>model\n"),
+    "phi_3": (f"<|user|>{Q}<|end|><|assistant|>", "A cat.<|end|><|user|>Why?<|end|><|assistant|>"),
+    "phi_4": (
+        f"<|im_start|>user<|im_sep|>{Q}<|im_end|><|im_start|>assistant<|im_sep|>",
+        "A cat.<|im_end|><|im_start|>user<|im_sep|>Why?<|im_end|><|im_start|>assistant<|im_sep|>"),
     "plain": ("<image>", "A cat.\n"),
 }
 
@@ -345,7 +365,7 @@ def tokenizer(request, tmp_path_factory):
         made = PreTrainedTokenizerFast(
             tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     for token in ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
-                  "<|eot_id|>", IMAGE):
+                  "<|eot_id|>", "<|end|>", "<end_of_turn>", IMAGE):
         made.add_tokens([AddedToken(token, special=True, normalized=False)])
     return made
 

@@ -72,13 +72,14 @@ def watched(decoder, monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family, more", [
     ("llama", {}), ("llama", {"tied": True}), ("llama", {"attention_bias": True}),
-    ("mistral", {"sliding_window": None}), ("qwen2", {})])
+    ("mistral", {"sliding_window": None}), ("qwen2", {}), ("qwen3", {"head_dim": 20}),
+    ("smollm3", {"no_rope_layers": [1, 0]})])
 def test_written_out_layers_give_the_logits_of_transformers(family, more, packed, monkeypatch):
     """f_phi of Sec. 4.1: logits (1e-4) at every step of a ragged batch, and generate's answers."""
     monkeypatch.setattr(decoders, "MIN_PACKED", 0 if packed else 10 ** 9)
     model = LLaVA(tiny_clip(), tiny_llm(family, **more), byte_tokenizer()).eval()
     for name, p in model.f_phi.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
             torch.nn.init.normal_(p, std=0.3)        # zeros would hide a bias that was left out
     batch = batch_of(model)
     expected = generated(model, batch, **SAMPLING)

@@ -12,9 +12,11 @@ from model import LLaVA
 from parts.checkpoints import load_adapter, save, save_adapter
 from parts.lora import LoRA, adapters, add_adapters, dropout_on, merge_adapters, merged_state
 
-FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])   # qwen2: with biases
+# qwen2 has biases; phi3 has fewer, wider layers
+FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
 
 
 def batch(rows=3, T=24):
@@ -128,7 +130,8 @@ def test_theta_is_W_and_an_adapter_on_each_linear_layer_of_f_phi_but_the_head(fa
     before = answer_logits(model, **inputs)[0]
     theta = theta_of(with_adapters(model))
     assert torch.equal(before, answer_logits(model, **inputs)[0])
-    want = {f"f_phi.model.layers.{i}.{x}.lora_{m}" for i in range(2) for x in LINEAR for m in "AB"}
+    linear = FUSED if family == "phi3" else LINEAR
+    want = {f"f_phi.model.layers.{i}.{x}.lora_{m}" for i in range(2) for x in linear for m in "AB"}
     assert theta.keys() == want | {"W.weight", "W.bias"}, "theta is not {W, A, B}"
     assert set(copied(model)) == names | want, "a weight of the base has another name now"
     assert {theta[name].dtype for name in want} == {torch.float32}, "bf16 loses small steps"
