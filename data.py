@@ -29,7 +29,7 @@ from model import IGNORE
 from parts import check, checkpoints
 from parts.files import IMAGE, run_main
 from parts.pictures import image_path, image_size, load_image
-from parts.records import Records, image_names
+from parts.records import Records
 from parts.templates import TEMPLATES, Template, check_template, template_for
 from parts.tiles import NEWLINE
 from parts.views import View, view_from, view_of
@@ -180,14 +180,14 @@ class Conversations:
         return len(self.records)
 
     def pictures(self, i):
-        names = image_names(self.records[i])
+        names = self.records[i]["image"]
         return [(name, load_image(image_path(self.folder, name))) for name in names]
 
     def encoded(self, i, epoch=0, sizes=None):
         """input_ids, labels and the turns that fit. `sizes`: of the pictures, where known."""
         record = self.records[i]
         if sizes is None:
-            paths = [image_path(self.folder, name) for name in image_names(record)]
+            paths = [image_path(self.folder, name) for name in record["image"]]
             # squares have as many tokens whatever the picture's size
             sizes = [image_size(path) if self.view.tiling else (1, 1) for path in paths]
         rng = random.Random(f"{self.seed} {epoch} {i}")   # the same draw, whoever asks again

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from parts.files import IMAGE
 from parts.pictures import absence, image_path, image_problem
-from parts.records import image_names, record_problem
+from parts.shards import Place
 from parts.templates import TEMPLATES
 from parts.views import ASPECTS
 
@@ -41,11 +41,11 @@ def inspect_data(data, workers=0):
     problems = {}
     names = {}                           # as an ordered set
     for i, record in enumerate(data.records):
-        problem = record_problem(record, data.folder)
+        problem = data.records.problem(i, data.folder)
         if problem:
             problems[i] = problem
         else:
-            names |= dict.fromkeys(image_names(record))
+            names |= dict.fromkeys(record["image"])
 
     names = list(names)
     look_up = functools.partial(inspect_picture, data.folder)
@@ -53,7 +53,7 @@ def inspect_data(data, workers=0):
     table = np.zeros((len(data), 7), np.int32)
     good = [i for i in range(len(data)) if i not in problems]
     for i in good:
-        for name in image_names(data.records[i]):
+        for name in data.records[i]["image"]:
             problem, column = pictures[name]
             if column:
                 table[i, column] += 1
@@ -73,6 +73,8 @@ def inspect_data(data, workers=0):
 def inspect_picture(folder, name):
     """(problem or None, the column that counts such a picture or None)"""
     problem = image_problem(folder, name)
+    if isinstance(name, Place):
+        return problem, None
     if problem == absence(folder, name):
         return problem, MISSING
     if not problem and image_path(folder, name) != os.path.join(folder, name):
@@ -98,18 +100,23 @@ def measure_sample(data, reserved, i):
     record = data.records[i]
     turns = record["conversations"]
     try:
-        check_texts(turns, reserved, data.template)
+        check_texts(record, reserved, data.template)
         if data.tokenizer is None:
-            return None, (0, 0, len(image_names(record)), len(turns), 0)
+            return None, (0, 0, len(record["image"]), len(turns), 0)
         tokens, scored, images, fitting = data.measure(i)
     except ValueError as error:
         return str(error), (0, 0, 0, 0, 0)
     return None, (tokens, scored, images, fitting, len(turns) - fitting)
 
 
-def check_texts(turns, reserved, template):
-    """Raises ValueError for a text that holds one of `reserved_words`."""
-    for n, turn in enumerate(turns):
+def check_texts(record, reserved, template):
+    """Raises ValueError for a text that holds one of `reserved_words`, and for a system message
+    that is not the template's, before which it would not stand."""
+    system = record["system"]
+    if system and template and system.strip() not in template.first:
+        raise ValueError(f"its system message {system!r:.60} is not that of template "
+                         f"{template.name}; take it out, or train with another --template")
+    for n, turn in enumerate(record["conversations"]):
         found = [word for word in reserved if word in turn["value"]]
         if found:
             raise ValueError(f"turn {n} ({turn['from']}) holds {min(found)!r}, a mark of the "
@@ -182,18 +189,19 @@ def unfit_templates(records, problems):
     for i, record in enumerate(records):
         if i in problems:
             continue
-        texts = [turn["value"] for turn in record["conversations"]]
         for template, found in samples.items():
-            if any(template.STOP in text for text in texts):
+            try:
+                check_texts(record, {template.STOP}, template)
+            except ValueError:
                 found.append(i)
     return [f"--template {template.name} would refuse {len(found)} samples, which hold its "
-            f"{template.STOP!r}, e.g. {records.where(found[0])}"
+            f"{template.STOP!r} or another system message, e.g. {records.where(found[0])}"
             for template, found in samples.items() if found]
 
 
 def first_renamed(data, i):
     """A sample's first picture that is there under another name, and that name."""
-    for name in image_names(data.records[i]):
+    for name in data.records[i]["image"]:
         path = image_path(data.folder, name)
         if path != os.path.join(data.folder, name):
             return name, os.path.relpath(path, data.folder)
@@ -237,11 +245,12 @@ def show_sample(data, i, show):
     if not 0 <= i < len(data):
         raise ValueError(f"--index {i}: the file has samples 0 to {len(data) - 1}")
     where = data.records.where(i)
-    problem = record_problem(data.records[i], data.folder)
+    problem = data.records.problem(i, data.folder)
+    if not problem:
+        sample = data.sample(i)
+        problem, (tokens, scored, *_) = measure_sample(data, reserved_words(data), i)
     if problem:
         raise ValueError(f"{where}: {problem}")
-    sample = data.sample(i)
-    tokens, scored, *_ = data.measure(i)
     names = [name for name, _ in sample["pictures"]]
     print(f"{where}, template {data.template.name}, {tokens} tokens, {scored} scored, "
           f"images {names}")
@@ -253,7 +262,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description="Check, show or measure data.", allow_abbrev=False)
     add = parser.add_argument
     add("command", choices=["check", "show", "stats"])
-    add("files", nargs="+", metavar="FILE", help="JSON or JSON lines; FILE=0.5, FILE=20000: a part")
+    add("files", nargs="+", metavar="FILE",
+        help="JSON, JSON lines, Parquet, tar, or a folder of them; FILE=0.5, FILE=20000: a part")
     add("--seed", type=int, default=42, help="train.py's, which decides on the parts")
     add("--images", metavar="DIR", help="folder that the image names are relative to")
     add("--model", metavar="DIR", help="checkpoint: its tokenizer, template and view")

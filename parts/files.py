@@ -3,6 +3,7 @@ What lies on disk and what is typed: JSON, JSON lines, flags, read strictly and 
 Nothing here needs torch, so commands that only read and write text start without delay.
 """
 import argparse
+import codecs
 import dataclasses
 import fcntl
 import inspect
@@ -41,27 +42,40 @@ def read_text(path):
 
     Raises FileNotFoundError, and ValueError that says what a file is that holds no such text.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: this is a folder; name a file in it")
-    content = Path(path).read_bytes()
-    for start, kind in NOT_TEXT.items():
-        if content.startswith(start):
-            raise ValueError(f"{path}: this is {kind}")
+    check_text_file(path)
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(content, path):
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no UTF-8 text: {error}") from error
 
 
+def check_text_file(path):
+    """Raises FileNotFoundError, and ValueError for what is a folder or begins as no text does."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: this is a folder; name a file in it")
+    with open(path, "rb") as f:
+        head = f.read(8)
+    for start, kind in NOT_TEXT.items():
+        if head.startswith(start):
+            raise ValueError(f"{path}: this is {kind}")
+
+
 @contextmanager
-def errors_of_json(path):
-    """Turn what is wrong with JSON into a ValueError that names the file, and line and column."""
+def errors_of_json(path, lines=0):
+    """Turn what is wrong with JSON into a ValueError that names the file, and line and column.
+
+    lines   how many of the file's are before the JSON
+    """
     try:
         yield
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
+        place = f"line {lines + error.lineno}, column {error.colno}"
         raise ValueError(f"{path}: bad JSON at {place}: {error.msg}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: JSON that is nested too deeply") from error
@@ -74,9 +88,44 @@ def read_json(path):
 
     Raises like `read_text`, and ValueError that names line and column of bad JSON.
     """
-    text = read_text(path)
-    with errors_of_json(path):
-        yield from split_json(text)
+    for record, _, _ in read_spans(path):
+        yield record
+
+
+def read_spans(path):
+    """Yield (record, the byte where it begins, its bytes) of a JSON array, or of JSON lines.
+
+    Lines are read one by one, so that a file may be larger than the memory; an array is read whole.
+    Raises like `read_json`.
+    """
+    check_text_file(path)
+    decode = json.JSONDecoder(object_pairs_hook=distinct_keys).decode
+    with open(path, "rb") as f:
+        if f.read(3) != codecs.BOM_UTF8:
+            f.seek(0)
+        start = f.tell()
+        in_array = f.read(1000).lstrip().startswith(b"[")
+        f.seek(start)
+        lines = 0
+        for line in () if in_array else f:
+            if line.strip():
+                try:
+                    record = decode(line.decode())
+                except (ValueError, RecursionError):
+                    break                # it goes on in the next line, or is wrong
+                yield record, start, len(line)
+            start += len(line)
+            lines += 1
+        f.seek(start)
+        text = decode_text(f.read(), path)
+    done = 0
+    with errors_of_json(path, lines):
+        for record, at, end in split_json(text, in_array):
+            start += len(text[done:at].encode())
+            size = len(text[at:end].encode())
+            yield record, start, size
+            start += size
+            done = end
 
 
 def read_value(path, kind=dict):
@@ -116,16 +165,17 @@ def distinct_keys(pairs):
     return value
 
 
-def split_json(text):
-    """Yield the values of a JSON array's text, or those that blanks separate, as in JSON lines."""
+def split_json(text, in_array):
+    """Yield (value, its start, its end) of a JSON array's text, or of the values that blanks
+    separate, as in JSON lines."""
     decode = json.JSONDecoder(object_pairs_hook=distinct_keys).raw_decode
-    in_array = text.lstrip().startswith("[")
     separator = re.compile(r"\s*,\s*|\s*(?=\])" if in_array else r"\s*")
     end = "]" if in_array else ""                 # "" is what a slice behind the text gives
-    at = re.match(r"\s*\[?\s*", text).end()
+    at = re.match(r"\s*\[\s*" if in_array else r"\s*", text).end()
     while text[at:at + 1] != end:
+        start = at
         value, at = decode(text, at)
-        yield value
+        yield value, start, at
         gap = separator.match(text, at)
         if not gap:
             raise json.JSONDecodeError("Expecting ',' or ']'", text, at)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from parts.shards import Place
+
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")       # all that Pillow is let to read
 # Extensions that may stand for each other, see `image_path`.
 PICTURE_EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
@@ -32,12 +34,15 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 @contextmanager
 def opened(source, name=None):
-    """A picture (path or file object, called `name` in errors) whose header is read.
+    """A picture (path, Place or file object, called `name` in errors) whose header is read.
 
     Raises FileNotFoundError, and ValueError for what is no picture of FORMATS, is cut off, or is
     far too large or too thin: of a thin strip, a square crop would show almost nothing.
     """
+    name = name or source
     try:
+        if isinstance(source, Place):
+            source = io.BytesIO(source.read())
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if max(width, height) > MAX_RATIO * min(width, height):
@@ -50,7 +55,7 @@ def opened(source, name=None):
         why = error                      # but for an unknown format, where Pillow prints an object
         if isinstance(error, UnidentifiedImageError):
             why = f"its format is none of {', '.join(FORMATS)}"
-        raise ValueError(f"{name or source}: not a readable picture ({why})") from error
+        raise ValueError(f"{name}: not a readable picture ({why})") from error
 
 
 def load_image(source, name=None):
@@ -153,13 +158,16 @@ def what_is_there(folder, name):
 
 
 def image_path(folder, name):
-    """folder/name. If that is no file: the one file there that is meant beyond doubt.
+    """folder/name. If that is no file: the one file there that is meant beyond doubt. A Place is
+    its own path.
 
     It may differ in its extension alone, in the Unicode form of its letters, or have slashes for
     backslashes; an absolute path may lead into the folder. OURS: LLaVA-1.5's lists call every
     picture of OCR-VQA .jpg, which not all of them are. Raises ValueError if the name leaves the
     folder, or if several files could be meant.
     """
+    if isinstance(name, Place):
+        return name
     wanted = name
     if not os.path.lexists(os.path.join(folder, name)):
         wanted = name.replace("\\", "/")

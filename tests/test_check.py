@@ -195,7 +195,8 @@ def test_without_a_template_the_check_lists_those_that_would_not_do(tmp_path, ca
 
 
 @pytest.mark.parametrize("more, says", [
-    ({"video": "clip.mp4"}, "'video' is not read"), ({"images": ["1.jpg"]}, "'images' is not read"),
+    ({"video": "clip.mp4"}, "'video' is not read"),
+    ({"images": ["1.jpg"]}, "0 <image> tags for 1 image"),
     ({"Image": "1.jpg"}, "'Image' is not read"), ({"audio": "a.wav"}, "'audio' is not read"),
     ({"system": "You are a cat."}, "'system' is not read"), ({"image": 0}, "image is 0"),
     ({"image": {"path": "1.jpg"}}, "image is {"), ({"image": [None]}, "image is [None]")])
@@ -218,7 +219,7 @@ def test_roles_and_media_of_turns_are_problems(tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     (gzip.compress(b"[]", mtime=0), "this is gzip"), ("[]".encode("utf-16"), "this is UTF-16"),
-    (b"PAR1\0\0", "this is Parquet"), (b"[" * 100000, "nested too deeply"),
+    (b"PAR1\0\0", "Parquet"), (b"[" * 100000, "nested too deeply"),
     (b"[]", "no records"), (b'[{"id": 1', "bad JSON")])
 @pytest.mark.parametrize("command", ["check", "stats"])
 def test_what_is_no_json_is_said(command, content, says, tmp_path):

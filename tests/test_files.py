@@ -104,12 +104,14 @@ def test_what_is_wrong_with_a_record_is_said(change, says):
 
 def test_records_are_found_and_named(tmp_path):
     """Every message names its sample by file, place and id; half a surrogate pair survives."""
-    rows = [RECORD, {"conversations": [{"value": "\ud83d"}]}, "text"]
+    rows = [RECORD, {"id": "\ud83d", "conversations": [{"value": "\ud83d"}]}, "text"]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     records = Records([tmp_path / "chat.json"])
-    assert [records[i] for i in range(len(records))] == rows
+    assert records[0] == RECORD | {"image": ["7.jpg"], "system": None}
     assert [records.where(i) for i in range(3)] == [
-        "chat.json[0] (id 7)", "chat.json[1]", "chat.json[2]"]
+        "chat.json[0] (id 7)", "chat.json[1] (id \\ud83d)", "chat.json[2]"]
+    assert "turn 0 is from None" in records.problem(1, "images")
+    assert "a str where an object" in records.problem(2, "images")
     other = Records([f"{tmp_path}/chat.json=6"])
     assert records.checksum != other.checksum and len(other) == 6
 
