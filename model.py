@@ -232,7 +232,7 @@ class LLaVA(nn.Module):
         tokenizer = checkpoints.load_tokenizer(llm)       # with <image>
         checkpoints.grow_vocabulary(f_phi, len(tokenizer))
         model = cls(g, f_phi, tokenizer, meta={"vision": vision, "llm": llm}, **options)
-        model.W.to(dtype)
+        model.W.to(dtype or torch.float32)
         return model
 
     @classmethod

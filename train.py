@@ -173,13 +173,12 @@ def resolve(argv):
 def build_model(config, machine):
     """The model on its device, theta, template and view. ValueError if --init does not fit them."""
     torch.manual_seed(config.seed)       # W's initial values
-    # what is frozen is kept as it computes; machine.place brings what trains to fp32
-    dtype = machine.dtype if config.stage == 1 or config.lora_rank else torch.float32
+    # dtype None: as in the files; machine.place casts
     if config.init in (None, "none"):
-        model = LLaVA.from_parts(config.vision, config.llm, dtype,
+        model = LLaVA.from_parts(config.vision, config.llm, dtype=None,
                                  feature_layer=config.feature_layer, projector=config.projector)
     else:
-        model = LLaVA.from_pretrained(config.init, dtype)
+        model = LLaVA.from_pretrained(config.init, dtype=None)
         for flag in ("feature_layer", "projector"):
             found = getattr(model, flag)
             if found != getattr(config, flag):
@@ -305,7 +304,7 @@ def train(config, origin, machine, run):
 
     save = functools.partial(save_model, machine, model)
     run.watch(model, theta, optimizer, zlib.crc32(lengths.tobytes(), data.records.checksum))
-    run.rehearse(save, LLaVA.from_pretrained)    # a full disk is found out before training
+    run.rehearse(save, functools.partial(LLaVA.from_pretrained, dtype=None))
     first = run.resume()
     if run.lacks_validation(first, total):       # a kill came between state and validation
         validate(run, first, model, data, held_out, lengths, micro)

@@ -387,6 +387,7 @@ def save(model, folder, dtype=None, state=None):
 def load(cls, folder, dtype=torch.float32):
     """A model of class `cls` (model.LLaVA) from a checkpoint folder, in eval mode.
 
+    dtype   None: its weights are the files', mapped, as parts/ranks.py wants them
     An adapter's folder is loaded as its base with the adapter merged. Raises FileNotFoundError if
     the folder holds no checkpoint, ValueError for keys that are missing or left over.
     """
@@ -396,7 +397,7 @@ def load(cls, folder, dtype=torch.float32):
             raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no "
                                     "checkpoint folder here; put its place into its adapter_config"
                                     ".json (base_model_name_or_path), or pass a merged checkpoint")
-        model = load(cls, base, dtype)
+        model = load(cls, base, dtype or torch.float32)
         load_adapter(model, folder)
         merge_adapters(model.f_phi)
         return model
@@ -414,9 +415,14 @@ def load(cls, folder, dtype=torch.float32):
         model = cls(g, f_phi, tokenizer, config.vision_feature_layer, projector_of(config), meta)
         if meta["tiling"]:
             model.add_newline()
-    for p in model.parameters():         # not model.to(dtype), which would round the rotary
-        p.data = p.data.to(dtype)        # frequencies, too
-    model.load_state_dict(from_hf_keys(model, read_weights(folder), folder))
+    if dtype:
+        for p in model.parameters():     # not model.to(dtype), which would round the rotary
+            p.data = p.data.to(dtype)    # frequencies, too
+    state = from_hf_keys(model, read_weights(folder), folder)
+    model.load_state_dict(state, assign=dtype is None)
+    if dtype is None:
+        f_phi.tie_weights()              # they were assigned one by one
+        model.W.float()
     with named_errors(folder):
         check_language_model(f_phi)
     if has_file(folder, "generation_config.json"):
@@ -483,11 +489,16 @@ def check_new(new, old, path):
 def load_part(cls, name, dtype, flag):
     """cls.from_pretrained(name); a weight that the files lack is an error, never a random number.
 
-    `flag` is the command's flag, without dashes, which errors name.
+    dtype   None: that of the files, which are mapped
+    flag    the command's flag, without dashes, which errors name
     """
     with named_errors(f"--{flag} {name}: cannot be loaded as {cls.__name__}"):
-        part, info = cls.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        kind = getattr(cls, "config_class", None) or transformers.AutoConfig
+        config = kind.from_pretrained(name)
+        if dtype is None:
+            config.dtype = None          # what it says need not be true of the files
+        part, info = cls.from_pretrained(name, config=config, dtype=dtype or "auto",
+                                         output_loading_info=True, ignore_mismatched_sizes=True)
     bad = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if bad:
         raise ValueError(f"--{flag} {name}: {len(bad)} weights of {cls.__name__} are not in its "

@@ -150,10 +150,9 @@ class Machine:
         """Put a model whose stage is set on its device: in fp32 what trains, in the compute dtype
         what is frozen; compiled, recomputed, sharded as asked.
 
-        Returns theta, {name: parameter}, which in shards are other objects than before.
+        Its weights may be mapped files, of which a rank then holds its shards alone. Returns theta,
+        {name: parameter}, which in shards are other objects than before.
         """
-        for p in model.parameters():
-            p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype)
         model.eval()                     # CLIP and LLaMA-like models have no dropout to switch on
         if compile:
             compile_layers(model, self.device)
@@ -161,7 +160,8 @@ class Machine:
         if self.shard:
             shard_model(model, self.device, self.dtype)
         else:
-            model.to(self.device)
+            copy_weights(model.parameters(), self.device, self.dtype)
+            model.to(self.device)        # its buffers, too
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def wrap(self, model):
@@ -278,12 +278,24 @@ def shard_model(model, device, dtype):
         layers += model.g.encoder.layers
     else:
         not_sharded = set(model.g.parameters())
+        copy_weights(not_sharded, device, dtype)
         model.g.to(device)
-    for layer in layers:
+    for layer in layers:                 # one is whole at a time, and then 1/n of it stays
+        copy_weights(layer.parameters(), device, dtype)
         fsdp.fully_shard(layer, **options)
     # the rest: embeddings, head, norms, W, newline
+    rest = [p for p in model.parameters() if not isinstance(p, DTensor) and p not in not_sharded]
+    copy_weights(rest, device, dtype)
     fsdp.fully_shard(model, **options, ignored_params=not_sharded)
     fsdp.register_fsdp_forward_method(model, "generate")     # it gathers as `forward` does
+
+
+def copy_weights(parameters, device, dtype):
+    """Copy these to a device, in fp32 what trains, in `dtype` what is frozen: of a mapped file
+    nothing is left in use, so that it may change."""
+    for p in parameters:
+        kind = torch.float32 if p.requires_grad else dtype
+        p.data = p.data.to(device, kind, copy=True)
 
 
 def local_shard(tensor):

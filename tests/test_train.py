@@ -25,7 +25,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import data as data_module
 import train
@@ -237,11 +237,13 @@ def test_a_step_is_transformers_loss_and_gradient(flags, tmp_path):
     assert len(steps[0]) == 2 and len(steps[4]) == 1, "accumulation or the short batch is gone"
 
 
-def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None):
+def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None,
+             script=f"{ROOT}/train.py"):
     """What `torchrun` over so many processes shows; it must end, with that exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={ranks}", *options, f"{ROOT}/train.py", *argv]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+               f"--nproc_per_node={ranks}", *options, str(script), *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    process = subprocess.Popen(command, env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
     try:
@@ -260,6 +262,49 @@ def test_two_ranks_train_as_one(stage, flags, straight, tmp_path):
     """Real processes, gloo: steps of text alone, too, and a last batch that is filled up."""
     torchrun(2, flags(tmp_path / "out", *STAGE[stage], "--micro_batch_size", 1))
     assert_equal_runs(tmp_path / "out", straight(stage), 1e-5)
+
+
+LOADING = """
+import sys, threading, time
+import train
+from parts.ranks import Machine
+
+def held():                              # by this process alone, in MB: not what is mapped
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
+
+def watch():
+    while True:
+        peaks.append(held())
+        time.sleep(0.001)
+
+config, _ = train.resolve(sys.argv[1:])
+machine = Machine("cpu", "fp32", shard=True)
+peaks = [held()]
+threading.Thread(target=watch, daemon=True).start()
+_, theta, _, _ = train.build_model(config, machine)
+size = 4 * sum(p.numel() for p in theta.values()) / 2 ** 20
+machine.print0(f"peak {max(peaks) - peaks[0]:.0f} of {size:.0f} MB")
+machine.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["none", "stage1"])
+def test_a_rank_that_shards_never_holds_the_whole_model(init, flags, tmp_path):
+    """Two gloo processes: each holds its half in fp32, and a layer at a time. Eight whole copies of
+    7B in fp32 would be 216 GB of a machine's memory."""
+    llm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=320, hidden_size=512, intermediate_size=2048, num_hidden_layers=24,
+        num_attention_heads=8, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    parts = save_parts(tmp_path, llm.to(torch.bfloat16))
+    argv = flags(tmp_path / "out", *STAGE[2], "--vision", parts / "clip", "--llm", parts / "llm")
+    if init == "stage1":
+        LLaVA.from_parts(str(parts / "clip"), str(parts / "llm")).save_pretrained(tmp_path / "one")
+        argv = flags(tmp_path / "out", *STAGE[2], "--init", tmp_path / "one")
+    (tmp_path / "loading.py").write_text(LOADING)
+    shown = torchrun(2, argv, script=tmp_path / "loading.py")
+    peak, whole = map(int, re.search(r"peak (\d+) of (\d+) MB", shown).groups())
+    assert whole > 250 and peak < 0.8 * whole, shown[-500:]
 
 
 @pytest.mark.slow
