@@ -97,6 +97,7 @@ class Machine:
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.dtype, self.reason = choose_dtype(dtype, self.device)
         self.shard = shard
+        self.background = None           # the ranks again, for what they do beside training
         kind = self.device.type
         if shard and (kind == "mps" or self.dtype == torch.float16):
             raise ValueError("--shard goes with cuda or cpu and bf16 or fp32, "
@@ -114,6 +115,7 @@ class Machine:
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             timeout=timedelta(hours=2),  # so long may rank 0 check the data while the others wait
             store=store, rank=self.rank, world_size=self.world_size)
+        self.background = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
     def finish(self):
         """End together. Nothing may hold what `wrap` returned any more: its destructor joins
@@ -135,11 +137,11 @@ class Machine:
             dist.all_reduce(total)
         return total.tolist() if len(values) > 1 else total.item()
 
-    def gather(self, value):
+    def gather(self, value, group=None):
         """Every rank's value, as a list on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group)
         return values
 
     def to_device(self, batch, names=TRAINING):

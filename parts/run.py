@@ -21,12 +21,14 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -59,6 +61,8 @@ class Run:
         self.signals = []
         self.stopping = False
         self.step = None
+        self.background = ThreadPoolExecutor(1)
+        self.unwritten = None            # a state that is being written there
         if writes and self.log_file.exists() and not self.resumes:
             raise ValueError(f"{self.out} holds a run already: --resume to go on with it, "
                              "or another --out")
@@ -74,6 +78,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.background.shutdown()       # a state that is being written is still written
         self.lock.__exit__(kind, error, trace)
         if error is None:
             self.machine.finish()
@@ -141,17 +146,28 @@ class Run:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
     def save_state(self):
-        """Save what this step has come to, on all ranks at once; the `keep` newest states stay."""
-        self.write_state(self.out / "train_state", self.step + 1)
+        """Copy what this step has come to; it is written while the run goes on, on all ranks at
+        once. The `keep` newest states stay."""
+        self.finish_state()
+        copy = BlockingAsyncStager().stage(self.state())
+        facts = self.facts() | {"step": self.step + 1}
+        self.unwritten = self.background.submit(
+            self.write_state, self.out / "train_state", copy, facts)
 
-    def write_state(self, folder, step):
+    def finish_state(self):
+        """Wait until the last state is written. Raises ValueError if it cannot be."""
+        if self.unwritten:
+            self.unwritten.result()
+
+    def write_state(self, folder, tensors, facts):
         """Write a state under a temporary name, then rename it: a kill leaves none that is half."""
         unfinished = folder / "writing"
-        path = folder / f"step_{step:08d}"
+        path = folder / f"step_{facts['step']:08d}"
+        group = self.machine.background
         with self.writing(unfinished, path):
-            dcp.save(self.state(), checkpoint_id=unfinished)         # each rank its shards
-            facts = self.facts()
-            facts |= {"step": step, "parts": self.digests(unfinished, os.listdir(unfinished))}
+            # each rank its shards, in files of its own; of what all have, each a part
+            dcp.save(tensors, checkpoint_id=unfinished, process_group=group)
+            facts["parts"] = self.digests(unfinished, os.listdir(unfinished), group)
             if self.machine.rank == 0:
                 write_json(unfinished / "state.json", facts, indent=None)
                 shutil.rmtree(path, ignore_errors=True)
@@ -163,7 +179,7 @@ class Run:
             for old in saved_states(folder)[:-self.config.keep]:
                 shutil.rmtree(old)
 
-    def digests(self, folder, names):
+    def digests(self, folder, names, group=None):
         """{name: SHA-256} of files, which the ranks share out; None for one that is not there."""
         mine = {}
         for name in sorted(names)[self.machine.rank::self.machine.world_size]:
@@ -171,7 +187,7 @@ class Run:
             if (folder / name).is_file():
                 with open(folder / name, "rb") as f:
                     mine[name] = hashlib.file_digest(f, "sha256").hexdigest()
-        return {name: digest for found in self.machine.gather(mine)
+        return {name: digest for found in self.machine.gather(mine, group)
                 for name, digest in found.items()}
 
     def resume(self):
@@ -230,7 +246,7 @@ class Run:
             save(folder)
             if self.machine.rank == 0:
                 load(folder)
-            self.write_state(folder / "train_state", 0)
+            self.write_state(folder / "train_state", self.state(), self.facts() | {"step": 0})
 
     # -----------------------------------------------------------------------------
     # The loop
@@ -326,6 +342,7 @@ class Run:
 
     def goodbye(self):
         """After a signal: say how to go on. Returns the exit code, 128 and the signal's number."""
+        self.finish_state()
         self.machine.print0(f"stopped after step {self.step}; the same command with --resume goes "
                             "on from here")
         return 128 + max(self.signals, default=signal.SIGINT)
@@ -335,6 +352,7 @@ class Run:
 
         save(folder) writes the model, on all ranks.
         """
+        self.finish_state()
         unfinished = self.out / "writing"
         with self.writing(unfinished, self.out):
             save(unfinished)

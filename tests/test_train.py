@@ -33,7 +33,7 @@ from model import LLaVA
 from parts import checkpoints, lora
 from parts.files import write_json
 from parts.ranks import Machine, Optimizer, groups_of, micro_batching
-from parts.run import check_moves, fingerprints
+from parts.run import Run, check_moves, fingerprints
 
 # Learning rates at which 8 steps visibly move what trains. AdamW's first steps are nearly
 # lr * sign(gradient), which would blow up rounding where a gradient is about 0.
@@ -309,19 +309,21 @@ def test_a_rank_that_shards_never_holds_the_whole_model(init, flags, tmp_path):
 
 @pytest.mark.slow
 def test_shards_train_as_one_process_and_any_number_of_ranks_goes_on(flags, straight, tmp_path):
-    """FSDP2 over 3 processes, with g, equals one process; its state of step 4 goes on under one
-    process, and under two whose layers run again in the backward pass."""
-    reference = straight("NeXT")
+    """FSDP2 over 3 processes, with g, equals one process. Its state of step 4, a file a process,
+    goes on under one, and under two whose layers run again in the backward pass."""
     batches = ["--global_batch_size", 6, "--micro_batch_size", 2]
     torchrun(3, flags(tmp_path / "three", *STAGE["NeXT"], *batches, "--shard"))
     assert train.main(flags(tmp_path / "one", *STAGE["NeXT"], *batches)) == 0
     assert_equal_runs(tmp_path / "three", tmp_path / "one", 1e-5)
+    state = tmp_path / "three" / "train_state/step_00000004"
+    sizes = [path.stat().st_size for path in sorted(state.glob("*.distcp"))]
+    assert len(sizes) == 3 and max(sizes) < 1.5 * min(sizes), "a rank wrote what others hold"
     for ranks in (1, 2):
         out = tmp_path / f"ranks_{ranks}"
-        shutil.copytree(reference / "train_state/step_00000004", out / "train_state/step_00000004")
+        shutil.copytree(state, out / "train_state" / state.name)
         more = ["--shard", "--checkpoint_activations", "all"] if ranks == 2 else []
-        torchrun(ranks, flags(out, *STAGE["NeXT"], "--resume", *more))
-        got, want = (load_file(folder / "model.safetensors") for folder in (out, reference))
+        torchrun(ranks, flags(out, *STAGE["NeXT"], "--resume", *batches[:2], *more))
+        got, want = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "one"))
         for name in want:
             torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-5, msg=name)
 
@@ -423,6 +425,23 @@ def test_a_kill_between_saving_and_validating_loses_no_record(flags, chats, tmp_
     found, want = ([record for record in lines(folder / "log.jsonl") if "val_loss" in record]
                    for folder in (out, tmp_path / "whole"))
     assert [record["step"] for record in found] == [2, 4] and found == want
+
+
+def test_a_state_is_what_training_had_come_to_while_it_goes_on(flags, tmp_path):
+    """It is written beside training, from a copy: no rank waits for the disk."""
+    argv = [*flags(tmp_path / "out", *STAGE[1]), "--resume"]
+    config = train.resolve(argv)[0]
+    machine, model, theta, _, _, _ = build(argv)
+    optimizer = Optimizer([{"params": list(theta.values()), "peak": 0.0}], machine)
+    run = Run(config, machine)
+    run.watch(model, theta, optimizer, 0)
+    W = model.W.weight.detach().clone()
+    run.step = 2
+    with torch.no_grad():
+        run.save_state()
+        model.W.weight.zero_()
+        run.finish_state()
+    assert run.resume() == 3 and torch.equal(model.W.weight, W)
 
 
 @pytest.mark.slow
