@@ -237,8 +237,7 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     """The order of one epoch: global batches (arrays of indices); only the last one is short.
 
     OURS: samples are shuffled, sorted by length within windows of 50 batches, and the batches are
-    shuffled; those of a batch are about equally long, and little is padded. These arguments alone
-    say the order, so a run can resume.
+    shuffled, so that little is padded. These arguments alone say the order: a run can resume.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))                 # (samples,)
@@ -254,19 +253,21 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     return full + [batch for batch in batches if len(batch) < global_batch_size]
 
 
-def micro_batches(batch, lengths, epoch, micro_batch_size, world_size, rank):
+def micro_batches(batch, lengths, epoch, budget, world_size, rank):
     """This rank's share of a global batch: lists of arguments of `Conversations.sample`, as many
-    on every rank.
-
-    Neighbours in length share a micro-batch. A short last batch is filled up with unscored copies,
-    which add nothing to the loss, so that no rank waits for one that has no work.
+    on every rank. Neighbours in length share one, up to `budget` tokens with their padding. A
+    short last batch is filled up with unscored copies, which add nothing to the loss.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]      # (samples of the batch,)
-    samples = [(int(i), epoch, True) for i in order]      # (i, epoch, scored)
-    samples += [(int(order[0]), epoch, False)] * (-len(samples) % world_size)
-    width = micro_batch_size * world_size
-    groups = [samples[start:start + width] for start in range(0, len(samples), width)]
-    return [group[rank::world_size] for group in groups]
+    samples = [(int(order[0]), epoch, False)] * (-len(order) % world_size)
+    samples += [(int(i), epoch, True) for i in order]     # (i, epoch, scored), short ones first
+    groups = [[]]
+    for start in range(0, len(samples), world_size):
+        row = samples[start:start + world_size]           # a sample for each rank
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[row[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(row[rank])
+    return groups
 
 
 @dataclass
@@ -276,7 +277,7 @@ class Steps(Dataset):
     indices: np.ndarray                   # of the samples to train on
     lengths: np.ndarray                   # of all samples, in tokens
     global_batch_size: int
-    micro_batch_size: int                 # samples of one forward pass on one rank
+    budget: int                           # tokens of a forward pass on one rank, with padding
     world_size: int = 1
     rank: int = 0
 
@@ -291,8 +292,7 @@ class Steps(Dataset):
             self.plan = plan_epoch(lengths, self.global_batch_size, self.data.seed, epoch)
             self.epoch = epoch
         batch = self.indices[self.plan[position]]         # of all ranks
-        share = micro_batches(batch, self.lengths, epoch, self.micro_batch_size,
-                              self.world_size, self.rank)
+        share = micro_batches(batch, self.lengths, epoch, self.budget, self.world_size, self.rank)
         return [collate([self.data.sample(*which) for which in group], self.data.view)
                 for group in share]
 

@@ -19,7 +19,7 @@ from data import Conversations, Steps, collate, micro_batches, show
 from model import IGNORE, LLaVA
 from parts import check, checkpoints, lora
 from parts.files import brief_instructions, check_least, run_main, typed_flags
-from parts.ranks import ANSWERING, DTYPES, RECOMPUTED, Machine, Optimizer, groups_of, micro_batching
+from parts.ranks import ANSWERING, DTYPES, RECOMPUTED, Machine, Optimizer, groups_of, share_of
 from parts.records import Records
 from parts.run import Run, config_table, dry_run, theta_table
 from parts.templates import TEMPLATES, choose_template
@@ -36,10 +36,10 @@ CLIP_336 = "openai/clip-vit-large-patch14-336"           # N = 576
 PAPER = dict(                                            # rates, epochs and batches: Sec. 5
     vision=CLIP, template="llava_v0", image_position="random",
     stage1=dict(data=[f"{CC3M}/chat.json"], images=f"{CC3M}/images",
-                epochs=1, lr=2e-3, global_batch_size=128, micro_batch_size=16),
+                epochs=1, lr=2e-3, global_batch_size=128),
     # OFFICIAL: the later "full schedule" script trains with batch 128; the paper says 32
     stage2=dict(data=[f"{COCO}/llava_instruct_150k.json"], images="data/coco/train2017",
-                epochs=3, lr=2e-5, global_batch_size=32, micro_batch_size=4))
+                epochs=3, lr=2e-5, global_batch_size=32))
 SCIENCEQA = dict(
     PAPER, image_position="first",                       # OURS: as sample.py asks
     stage2=dict(PAPER["stage2"], data=["out/scienceqa/train.json"],
@@ -47,10 +47,9 @@ SCIENCEQA = dict(
 V1_5 = dict(                                             # Diss. Sec. 4.3
     vision=CLIP_336, projector="mlp2x_gelu", template="vicuna_v1", image_position="first",
     stage1=dict(data=["data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"], template="plain",
-                images="data/LLaVA-Pretrain", epochs=1, lr=1e-3, global_batch_size=256,
-                micro_batch_size=32),
+                images="data/LLaVA-Pretrain", epochs=1, lr=1e-3, global_batch_size=256),
     stage2=dict(data=["data/llava_v1_5_mix665k.json"], images="data", aspect="pad",
-                epochs=1, lr=2e-5, global_batch_size=128, micro_batch_size=16))
+                epochs=1, lr=2e-5, global_batch_size=128))
 V1_5_LORA = dict(V1_5, stage2=dict(V1_5["stage2"], lr=2e-4, lr_W=2e-5, lora_rank=128))
 # OURS: HD's code and weights were not released; its stage 1 is that of 1.5, at 224 pixels
 HD = dict(V1_5, vision=CLIP, stage2=dict(V1_5["stage2"], aspect="hd", max_length=4096))
@@ -113,7 +112,7 @@ class Config:
     lr: float = 2e-3                    # peak rate of AdamW, without weight decay
     lora_rank: int = 0                  # stage 2: adapters train instead of f_phi (parts/lora.py)
     global_batch_size: int = 128        # samples a step over all ranks, whatever the machine
-    micro_batch_size: int = None        # samples a forward pass on one rank; more is accumulated
+    micro_batch_tokens: int = 8192      # of a forward pass on one rank; more is accumulated
     seed: int = 42
     val_samples: int = 0                # held out, for a validation loss; the paper trains on all
     save_every: int = 500               # steps between two states to go on from, and validations
@@ -153,7 +152,7 @@ def resolve(argv):
     origin = {field.name: "default" for field in dataclasses.fields(Config)}
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
     check_least(config, max_length=1, epochs=1, max_steps=0, lr=0, lora_rank=0, save_every=1,
-                global_batch_size=1, micro_batch_size=1, val_samples=0, keep=1, workers=0)
+                global_batch_size=1, micro_batch_tokens=1, val_samples=0, keep=1, workers=0)
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
     if config.lora_rank and config.init == "none":
@@ -242,11 +241,11 @@ def accumulate(model, batches, machine, optimizer, n_answer):
 
 
 @torch.no_grad()
-def held_out_loss(machine, model, data, held_out, lengths, micro_batch_size):
+def held_out_loss(machine, model, data, held_out, lengths, budget):
     """The loss per answer token of samples that no step trains on; of all ranks."""
     ranks = machine.world_size, machine.rank
     total = n = 0
-    for group in micro_batches(held_out, lengths, 0, micro_batch_size, *ranks):
+    for group in micro_batches(held_out, lengths, 0, budget, *ranks):
         batch = collate([data.sample(*which) for which in group], data.view)
         with machine.forward(model):
             loss, count = model(**machine.to_device(batch))
@@ -255,12 +254,12 @@ def held_out_loss(machine, model, data, held_out, lengths, micro_batch_size):
     return machine.sum(total) / machine.sum(n)
 
 
-def validate(run, step, model, data, held_out, lengths, micro_batch_size):
+def validate(run, step, model, data, held_out, lengths):
     """Log the loss on held-out samples, and answers to the first three of them."""
     if not len(held_out):
         return
     machine = run.machine
-    loss = held_out_loss(machine, model, data, held_out, lengths, micro_batch_size)
+    loss = held_out_loss(machine, model, data, held_out, lengths, run.config.micro_batch_tokens)
     prompts, truths = zip(*[data.question(int(i)) for i in held_out[:3]], strict=True)
     batch = collate(prompts, data.view, side="left")
     with machine.forward(model):
@@ -276,9 +275,8 @@ def train(config, origin, machine, run):
     """One run, from the banner to the checkpoint. Returns the exit code."""
     model, theta, template, view = build_model(config, machine)
     data, lengths, train_on, held_out, report = build_data(config, machine, model, template, view)
-    micro, accumulated = micro_batching(config.global_batch_size, config.micro_batch_size,
-                                        machine.world_size)
-    steps = Steps(data, train_on, lengths, config.global_batch_size, micro,
+    most = share_of(config.global_batch_size, machine.world_size) * int(lengths[train_on].max())
+    steps = Steps(data, train_on, lengths, config.global_batch_size, config.micro_batch_tokens,
                   machine.world_size, machine.rank)
     total = steps.per_epoch * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
@@ -289,8 +287,8 @@ def train(config, origin, machine, run):
 
     # the banner: what a reader should see before step 0
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
-    machine.print0(f"batch: {config.global_batch_size} = {machine.world_size} ranks x {micro} x "
-                   f"{accumulated} accumulated; {steps.per_epoch} steps an epoch, {total} in all\n")
+    machine.print0(f"batch: {config.global_batch_size} over {machine.world_size} ranks; "
+                   f"{steps.per_epoch} steps an epoch, {total} in all\n")
     machine.print0(render_first(collate([data.sample(int(train_on[0]))], view)))
 
     peaks = {"W": config.lr_W or config.lr, "g": config.lr_g,
@@ -299,7 +297,7 @@ def train(config, origin, machine, run):
     if config.dry_run:
         order = train_on[np.argsort(-lengths[train_on])]
         take_step = functools.partial(longest_step, model, data, order, machine, optimizer)
-        machine.print0(*dry_run(take_step, micro, accumulated, machine))
+        machine.print0(*dry_run(take_step, config.micro_batch_tokens, most, machine))
         return 0
 
     save = functools.partial(save_model, machine, model)
@@ -307,7 +305,7 @@ def train(config, origin, machine, run):
     run.rehearse(save, functools.partial(LLaVA.from_pretrained, dtype=None))
     first = run.resume()
     if run.lacks_validation(first, total):       # a kill came between state and validation
-        validate(run, first, model, data, held_out, lengths, micro)
+        validate(run, first, model, data, held_out, lengths)
     parallel = machine.wrap(model)       # gradients are averaged over the ranks
 
     for step, batches in run.steps(steps, first, total, render_first):
@@ -327,7 +325,7 @@ def train(config, origin, machine, run):
             run.save_state()
             if run.stopping:             # by Ctrl-C or a scheduler, when is_due is true, too
                 return run.goodbye()
-            validate(run, step + 1, model, data, held_out, lengths, micro)
+            validate(run, step + 1, model, data, held_out, lengths)
 
     model.meta["steps"] = total
     run.finish(save)
@@ -338,11 +336,14 @@ def count_answer_tokens(batches):
     return sum((batch["labels"][:, 1:] != IGNORE).sum().item() for batch in batches)
 
 
-def longest_step(model, data, order, machine, optimizer, n):
-    """One step on the n longest samples, for --dry_run; order (samples,), the longest first."""
+def longest_step(model, data, order, machine, optimizer, tokens):
+    """One step for --dry_run: twice the longest samples, so many tokens at once, for there are
+    gradients in the second pass. Returns the tokens; order (samples,) has the longest first."""
+    n = max(1, tokens // len(data.sample(int(order[0]))["input_ids"]))
     batch = collate([data.sample(int(i)) for i in order[:n]], data.view)
-    accumulate(model, [batch], machine, optimizer, count_answer_tokens([batch]))
+    accumulate(model, [batch, batch], machine, optimizer, count_answer_tokens([batch, batch]))
     optimizer.step()
+    return batch["input_ids"].numel()
 
 
 def save_model(machine, model, folder):

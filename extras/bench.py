@@ -44,7 +44,7 @@ from parts.engine import Engine
 from parts.files import ROOT, check_least, run_command, run_main
 from parts.gated import VisionTower
 from parts.pictures import load_image
-from parts.ranks import DTYPES, Machine, Optimizer, choose_device, groups_of, micro_batching
+from parts.ranks import DTYPES, Machine, Optimizer, choose_device, groups_of
 from parts.run import peak_memory
 from parts.views import preprocess, view_from
 from train import accumulate, count_answer_tokens
@@ -81,7 +81,10 @@ class Config:
 def complete(config):
     """The configuration with its micro-batch. Raises ValueError if that does not divide."""
     check_least(config, global_batch_size=1, micro_batch_size=1, repeats=1, new_tokens=2)
-    at_once, _ = micro_batching(config.global_batch_size, config.micro_batch_size, 1)
+    at_once = min(config.micro_batch_size or config.global_batch_size, config.global_batch_size)
+    if config.global_batch_size % at_once:
+        raise ValueError(f"--micro_batch_size {at_once} does not divide --global_batch_size "
+                         f"{config.global_batch_size}; all contestants take as many at once")
     return replace(config, micro_batch_size=at_once)
 
 
@@ -400,24 +403,24 @@ def padding_of(lengths, batches):
 def bench_data(config):
     """Padding of an epoch's micro-batches, on 1 and on 8 ranks; pictures a second of one core."""
     config = complete(config)
-    for stage, G, at_once in ((1, 128, 16), (2, 32, 4), (2, 128, 16)):
+    for stage, G, budget in ((1, 128, 8192), (2, 32, 8192), (2, 128, 8192)):
         rng = np.random.default_rng(0)
         _, lengths = draw_epoch("135m", stage, 256, rng, n=100_000)
         plan = plan_epoch(lengths, G, 0, 0)
-        one = padding_of(lengths, batches_of_ranks(plan, lengths, at_once, 1))
-        eight = padding_of(lengths, batches_of_ranks(plan, lengths, min(at_once, G // 8), 8))
-        shuffled = padding_of(lengths, rng.permutation(len(lengths)).reshape(-1, at_once))
-        print(f"stage {stage}, batch {G}, micro-batch {at_once}: padding {one:.2%} on 1 rank, "
-              f"{eight:.2%} on 8; in random batches {shuffled:.1%}")
+        one = padding_of(lengths, batches_of_ranks(plan, lengths, budget, 1))
+        eight = padding_of(lengths, batches_of_ranks(plan, lengths, budget, 8))
+        shuffled = padding_of(lengths, rng.permutation(len(lengths)).reshape(-1, 16))
+        print(f"stage {stage}, batch {G}, {budget} tokens at once: padding {one:.2%} on 1 rank, "
+              f"{eight:.2%} on 8; in random batches of 16 {shuffled:.1%}")
     bench_pictures(config)
 
 
-def batches_of_ranks(plan, lengths, at_once, world_size):
+def batches_of_ranks(plan, lengths, budget, world_size):
     """The samples of every micro-batch of every rank."""
     batches = []
     for batch in plan:
         for rank in range(world_size):
-            parts = micro_batches(batch, lengths, 0, at_once, world_size, rank)
+            parts = micro_batches(batch, lengths, 0, budget, world_size, rank)
             batches += [np.array(keys)[:, 1] for keys in parts]
     return batches
 

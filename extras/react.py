@@ -32,7 +32,7 @@ from extras.retrieve import (
 )
 from parts.files import check_least, read_lines, run_command, run_main, typed
 from parts.gated import gate
-from parts.ranks import DTYPES, Machine, Optimizer, micro_batching
+from parts.ranks import DTYPES, Machine, Optimizer, share_of
 from parts.run import Run, config_table, theta_table
 from parts.views import preprocess
 from train import lr_at
@@ -187,7 +187,7 @@ class ReactSteps(Dataset):
         if B > len(pairs):
             raise ValueError(f"--global_batch_size {B}: at most the {len(pairs)} pairs that were "
                              "retrieved")
-        self.share, _ = micro_batching(B, None, machine.world_size)
+        self.share = share_of(B, machine.world_size)
         self.first = machine.rank * self.share
         self.per_epoch = len(pairs) // B
 

@@ -62,26 +62,13 @@ def restarts():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def micro_batching(global_batch_size, micro_batch_size, world_size):
-    """(micro-batch, accumulated): times the ranks, their product is the global batch size.
-
-    micro_batch_size None is as many as possible. Raises ValueError, with sizes that would do.
-    """
+def share_of(global_batch_size, world_size):
+    """A rank's share of a global batch. Raises ValueError, with a size that would do."""
     share, rest = divmod(global_batch_size, world_size)
     if rest:
         raise ValueError(f"global_batch_size {global_batch_size} over {world_size} ranks: take a "
                          f"multiple of {world_size}, e.g. {(share + 1) * world_size}")
-    micro = min(micro_batch_size or share, share)
-    if share % micro:
-        fitting = " | ".join(map(str, divisors(share)))
-        raise ValueError(f"global_batch_size {global_batch_size} = {world_size} ranks x {share} "
-                         f"samples, which micro_batch_size {micro} does not divide; "
-                         f"--micro_batch_size {fitting} would")
-    return micro, share // micro
-
-
-def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+    return share
 
 
 # -----------------------------------------------------------------------------

@@ -33,10 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from parts.files import lock_folder, read_lines, read_value, typed, typed_fields, write_json
-from parts.ranks import divisors, local_shard, restarts
+from parts.ranks import local_shard, restarts
 
 # flags that change nothing of what a run computes
-NOT_COMPARED = {"out", "resume", "save_every", "workers", "device", "micro_batch_size", "keep",
+NOT_COMPARED = {"out", "resume", "save_every", "workers", "device", "micro_batch_tokens", "keep",
                 "shard", "checkpoint_activations", "dry_run"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)    # Ctrl-C, and what a scheduler sends
 warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp's, of a single process
@@ -149,7 +149,9 @@ class Run:
         """Copy what this step has come to; it is written while the run goes on, on all ranks at
         once. The `keep` newest states stay."""
         self.finish_state()
-        copy = BlockingAsyncStager().stage(self.state())
+        # without their gradients, which would be copied, too
+        tensors = {name: tensor.detach() for name, tensor in self.state().items()}
+        copy = BlockingAsyncStager().stage(tensors)
         facts = self.facts() | {"step": self.step + 1}
         self.unwritten = self.background.submit(
             self.write_state, self.out / "train_state", copy, facts)
@@ -458,42 +460,47 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def dry_run(take_step, micro, accumulated, machine):
-    """Take real steps; say what they need at the peak, and which micro-batch would fit, as lines.
+def dry_run(take_step, budget, most, machine):
+    """Take two real steps; say what they need at the peak, and how many tokens would fit, as lines.
 
-    take_step(n) is one step on the n longest samples at once. The smallest comes first, for the
-    peak of a process never falls.
+    take_step(tokens) is one step on the longest samples, so many tokens at once or a sample; it
+    returns how many they were. The smallest comes first, for the peak of a process never falls.
+    `most` is what a rank has of a step, and more than that is never at once.
     """
-    share = micro * accumulated
+    budget = min(budget, most)
     peaks = {}
-    too_large = math.inf
-    for n in sorted({1, min(2, share), micro}):
+    for at_most in (1, budget, budget // 2, budget // 4, budget // 8):
         try:
-            take_step(n)
+            tokens = take_step(at_most)
         except torch.OutOfMemoryError:
-            too_large = n
+            continue
+        peaks[tokens] = peak_memory(machine.device)
+        if at_most > 1:
             break
-        peaks[n] = peak_memory(machine.device)
     if machine.device.type == "cuda":
         memory = torch.cuda.get_device_properties(machine.device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.world_size
-    lines = [f"{n} at once: {peak / 1e9:.2f} GB at the peak" for n, peak in peaks.items()]
-    fitting = [n for n in divisors(share)
-               if n < too_large and extrapolate(peaks, n) <= 0.9 * memory]
+    lines = [f"{n} tokens at once: {peak / 1e9:.2f} GB at the peak" for n, peak in peaks.items()]
+    fitting = min(most, tokens_that_fit(peaks, 0.9 * memory))
     advice = ("nothing fits: --checkpoint_activations all, --shard over more devices, or adapters "
               "(--lora_rank)")
     if fitting:
-        advice = f"take --micro_batch_size {fitting[-1]}"
+        advice = f"take --micro_batch_tokens {fitting}"
     return [*lines, f"{memory / 1e9:.2f} GB are here, of which a tenth stays free", advice]
 
 
-def extrapolate(peaks, n):
-    """What n samples need, on the line through the smallest and the largest measurement."""
+def tokens_that_fit(peaks, memory):
+    """How many tokens need so many bytes, by the line through the measurements; 0 if the least
+    does not fit."""
+    if not peaks or min(peaks.values()) > memory:
+        return 0
     least = min(peaks)
-    most = max(peaks)
-    growth = (peaks[most] - peaks[least]) / max(1, most - least)
-    return peaks[most] + growth * (n - most)
+    largest = max(peaks)
+    growth = (peaks[largest] - peaks[least]) / max(1, largest - least)
+    if growth == 0:
+        return largest
+    return int(least + (memory - peaks[least]) / growth)
 
 
 def plot_losses(folder, ylabel):

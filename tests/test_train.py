@@ -1,6 +1,7 @@
 """How it is trained (Sec. 4.2): recipes, the loss over ranks and accumulation, kills, guards."""
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -32,8 +34,8 @@ import train
 from model import LLaVA
 from parts import checkpoints, lora
 from parts.files import write_json
-from parts.ranks import Machine, Optimizer, groups_of, micro_batching
-from parts.run import Run, check_moves, fingerprints
+from parts.ranks import Machine, Optimizer, groups_of, share_of
+from parts.run import Run, check_moves, fingerprints, tokens_that_fit
 
 # Learning rates at which 8 steps visibly move what trains. AdamW's first steps are nearly
 # lr * sign(gradient), which would blow up rounding where a gradient is about 0.
@@ -78,8 +80,8 @@ def build(argv):
     machine = Machine(config.device, config.dtype)
     model, theta, template, view = train.build_model(config, machine)
     data, lengths, train_on, held_out, _ = train.build_data(config, machine, model, template, view)
-    micro, _ = micro_batching(config.global_batch_size, config.micro_batch_size, 1)
-    steps = data_module.Steps(data, train_on, lengths, config.global_batch_size, micro)
+    steps = data_module.Steps(data, train_on, lengths, config.global_batch_size,
+                              config.micro_batch_tokens)
     return machine, model, theta, data, steps, held_out
 
 
@@ -189,14 +191,37 @@ def test_the_learning_rate_warms_up_linearly_and_ends_in_a_cosine():
 
 
 def test_a_batch_size_that_cannot_be_kept_is_refused_with_ones_that_can():
-    """The promise: ranks x micro-batch x accumulation is the global batch size."""
-    for G, micro, ranks in [(128, 16, 8), (128, 4, 8), (32, None, 4), (6, 16, 3), (5, 5, 1)]:
-        size, accumulated = micro_batching(G, micro, ranks)
-        assert ranks * size * accumulated == G and size <= (micro or G)
+    """The promise: ranks x a rank's share is the global batch size."""
+    assert (share_of(128, 8), share_of(5, 1)) == (16, 5)
     with pytest.raises(ValueError, match="a multiple of 4, e.g. 8"):
-        micro_batching(6, 1, 4)
-    with pytest.raises(ValueError, match=r"--micro_batch_size 1 \| 2 \| 3 \| 6 would"):
-        micro_batching(12, 4, 2)
+        share_of(6, 4)
+
+
+@pytest.mark.parametrize("budget, ranks, n", [
+    (1, 1, 5), (300, 1, 32), (300, 3, 31), (2000, 2, 8), (10 ** 6, 4, 30)])
+def test_a_micro_batch_keeps_to_its_tokens_and_all_ranks_have_as_many(budget, ranks, n):
+    """Each sample once, unscored copies aside; with its padding within the budget, or alone; and
+    as few as can be: no two neighbours would fit together."""
+    rng = np.random.default_rng(n)
+    lengths = rng.integers(20, 200, 100)
+    batch = rng.choice(100, n, replace=False)
+    shares = [data_module.micro_batches(batch, lengths, 7, budget, ranks, rank)
+              for rank in range(ranks)]
+    assert len({tuple(map(len, share)) for share in shares}) == 1, "a rank would wait for ever"
+    groups = [group for share in shares for group in share]
+    assert sorted(i for group in groups for i, _, scored in group if scored) == sorted(batch)
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i, _, _ in group) <= budget
+    for one, two in itertools.pairwise(shares[-1]):
+        assert (len(one) + 1) * lengths[two[0][0]] > budget
+
+
+def test_the_budget_of_tokens_changes_nothing_but_memory(flags, straight, tmp_path):
+    """The loss is divided by the answer tokens of the whole batch, however it is cut up."""
+    for budget in (1, 600):
+        out = tmp_path / str(budget)
+        train.main(flags(out, *STAGE[1], "--micro_batch_tokens", budget))
+        assert_equal_runs(out, straight(1), 1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -208,7 +233,7 @@ def test_a_step_is_transformers_loss_and_gradient(flags, tmp_path):
     alone and with the short last batch, against LlavaForConditionalGeneration."""
     argv = flags(tmp_path / "out", *STAGE[2])
     machine, model, theta, _, at_once, _ = build(argv)
-    steps = build([*argv, "--micro_batch_size", "2"])[4]
+    steps = build([*argv, "--micro_batch_tokens", "600"])[4]
     model.save_pretrained(tmp_path / "hf")
     oracle = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     pairs = {"W": (model.W.weight, oracle.model.multi_modal_projector.linear_1.weight),
@@ -260,7 +285,7 @@ def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None,
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_train_as_one(stage, flags, straight, tmp_path):
     """Real processes, gloo: steps of text alone, too, and a last batch that is filled up."""
-    torchrun(2, flags(tmp_path / "out", *STAGE[stage], "--micro_batch_size", 1))
+    torchrun(2, flags(tmp_path / "out", *STAGE[stage], "--micro_batch_tokens", 1))
     assert_equal_runs(tmp_path / "out", straight(stage), 1e-5)
 
 
@@ -311,7 +336,7 @@ def test_a_rank_that_shards_never_holds_the_whole_model(init, flags, tmp_path):
 def test_shards_train_as_one_process_and_any_number_of_ranks_goes_on(flags, straight, tmp_path):
     """FSDP2 over 3 processes, with g, equals one process. Its state of step 4, a file a process,
     goes on under one, and under two whose layers run again in the backward pass."""
-    batches = ["--global_batch_size", 6, "--micro_batch_size", 2]
+    batches = ["--global_batch_size", 6, "--micro_batch_tokens", 1]
     torchrun(3, flags(tmp_path / "three", *STAGE["NeXT"], *batches, "--shard"))
     assert train.main(flags(tmp_path / "one", *STAGE["NeXT"], *batches)) == 0
     assert_equal_runs(tmp_path / "three", tmp_path / "one", 1e-5)
@@ -343,11 +368,22 @@ def test_what_saves_memory_or_time_changes_nothing(what, flags, straight, tmp_pa
 
 
 def test_a_dry_run_measures_the_longest_samples_and_writes_nothing(flags, tmp_path, capsys):
-    """--dry_run: real steps, what they took, and the micro-batch that fits."""
+    """--dry_run: two real steps, what they took, and the tokens that fit at once."""
     assert train.main(flags(tmp_path / "out", *STAGE[2], "--dry_run")) == 0
     shown = capsys.readouterr().out
-    assert len(re.findall(r"\d at once: +\d\.\d\d GB at the peak", shown)) == 3, shown[-900:]
-    assert "take --micro_batch_size 4" in shown and not (tmp_path / "out").exists()
+    steps = re.findall(r"^(\d+) tokens at once: \d\.\d\d GB at the peak", shown, re.MULTILINE)
+    [fitting] = re.findall(r"^take --micro_batch_tokens (\d+)$", shown, re.MULTILINE)
+    one, four = map(int, steps)
+    assert four == 4 * one == int(fitting), "all of a step fits"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fits_is_on_the_line_through_two_measurements():
+    """500 bytes and 2 a token; where not even the least fits, nothing is advised."""
+    assert tokens_that_fit({100: 700, 400: 1300}, 2500) == 1000
+    assert tokens_that_fit({100: 700, 400: 1300}, 900) == 200
+    assert tokens_that_fit({100: 700}, 600) == tokens_that_fit({}, 600) == 0
+    assert tokens_that_fit({100: 700}, 800) == 100
 
 
 def test_stage_1_trains_only_W_and_stage_2_also_phi(straight, parts):
@@ -467,9 +503,10 @@ def test_kills_at_any_moment_even_while_saving_lose_nothing(flags, straight, tmp
 def test_a_rank_that_is_killed_comes_back_with_torchruns_restart(flags, straight, tmp_path):
     """torchrun --max-restarts starts all ranks again: they go on from the last state."""
     out = tmp_path / "out"
+    state = out / "train_state" / "step_00000003"
 
     def kill_one(process):
-        while log_size(out) < 4 and process.poll() is None:
+        while not state.exists() and process.poll() is None:
             time.sleep(0.001)
         children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
         ranks = [p for p in children if "train.py" in open(f"/proc/{p}/cmdline").read()]
@@ -535,7 +572,7 @@ def test_a_used_folder_other_flags_and_other_data_are_refused(flags, chats, tmp_
     for flag, value in (("--lr", "0.001"), ("--seed", "7"), ("--global_batch_size", "8")):
         with pytest.raises(ValueError, match=rf"other flags: {flag} .*{value}.* \(was .*\)$"):
             train.main([*argv, "--resume", flag, value])
-    assert train.main([*argv, "--resume", "--save_every", "7", "--micro_batch_size", "2"]) == 0
+    assert train.main([*argv, "--resume", "--save_every", "7", "--micro_batch_tokens", "9"]) == 0
     copy.write_text(text.replace("green.", "taupe."))
     with pytest.raises(ValueError, match="the data are not those"):
         train.main([*argv, "--resume"])
@@ -749,13 +786,13 @@ def test_a_run_shows_logs_and_plots_what_it_does(flags, tmp_path, capsys):
     """The banner in its order, a record a step and a validation, a plot; the last validation is
     what the saved checkpoint gives on samples that were not trained on."""
     out = tmp_path / "out"
-    argv = flags(out, *STAGE[2], "--val_samples", 5, "--save_every", 4, "--micro_batch_size", 2)
+    argv = flags(out, *STAGE[2], "--val_samples", 5, "--save_every", 4, "--micro_batch_tokens", 300)
     assert train.main([*argv, "--max_steps", "6"]) == 0
     shown = capsys.readouterr().out
     place = 0
     for pattern in (r"^lr +0\.001 +command line$", r"^seed +42 +default$", r"^  g .* 0 +float32$",
                     r"^  W +1,584 +1,584 +float32$", r"17 samples.*, 0 bad",
-                    r"^batch: 4 = 1 ranks x 2 x 2 accumulated",
+                    r"^batch: 4 over 1 ranks; 5 steps",
                     r"^A chat between a curious human .*###Human: ", r"###Assistant:« It is .*###»",
                     r"^step +0/6 \| loss +\d"):
         found = re.compile(pattern, re.MULTILINE).search(shown, place)
