@@ -259,7 +259,7 @@ def test_a_step_is_transformers_loss_and_gradient(flags, tmp_path):
             torch.testing.assert_close(ours.grad, grad, atol=1e-5, rtol=0, msg=name)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         assert optimizer.step() == pytest.approx(norm.item(), abs=1e-5)
-    assert len(steps[0]) == 2 and len(steps[4]) == 1, "accumulation or the short batch is gone"
+    assert len(steps[0]) > 1 == len(steps[4]), "accumulation or the short batch is gone"
 
 
 def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None,
@@ -792,7 +792,7 @@ def test_a_run_shows_logs_and_plots_what_it_does(flags, tmp_path, capsys):
     place = 0
     for pattern in (r"^lr +0\.001 +command line$", r"^seed +42 +default$", r"^  g .* 0 +float32$",
                     r"^  W +1,584 +1,584 +float32$", r"17 samples.*, 0 bad",
-                    r"^batch: 4 over 1 ranks; 5 steps",
+                    r"^batch: 4 over 1 ranks; 3 steps",
                     r"^A chat between a curious human .*###Human: ", r"###Assistant:« It is .*###»",
                     r"^step +0/6 \| loss +\d"):
         found = re.compile(pattern, re.MULTILINE).search(shown, place)
