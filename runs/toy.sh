@@ -2,7 +2,7 @@
 # The paper in miniature, offline, on two CPU cores: world, stage 1, stage 2, questions on held-out pictures, tables.
 #     bash runs/toy.sh [--rebuild] [seed] [folder]      9 to 10 minutes after the install; folder is emptied first
 # --rebuild pretrains the two parts in toy/pretrained again, side by side: 33 minutes more.
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/toy_env.sh"
 BEGAN=$SECONDS
 if [ "${1:-}" = --rebuild ]; then
     shift
@@ -20,15 +20,9 @@ phase() {   # phase NAME COMMAND...: run it and note its minutes
     "$@"
     MINUTES+=("$name=$(python -c "print(round(($SECONDS - $began) / 60, 2))")")
 }
-teacher() {  # a script behind an endpoint on localhost, teacher and judge: no language model. Sets URL
-    python -m toy.teacher --world "$W" --seed "$SEED" > "$OUT/teacher.txt" & TEACHER=$!
-    trap 'kill $TEACHER' EXIT
-    until grep -q http "$OUT/teacher.txt"; do sleep 0.2; kill -0 $TEACHER; done
-    URL=$(cat "$OUT/teacher.txt")
-}
 write() {    # stage 1 by naive expansion; stage 2 by the teacher, who reads captions and boxes
     python generate_data.py expand --pairs "$W/pairs.jsonl" --out "$OUT/stage1.json" --seed "$SEED"
-    teacher
+    teacher "$OUT" "$SEED" "$W"
     python generate_data.py instruct --captions "$W/annotations/captions_train.json" --out "$OUT/instruct" \
         --instances "$W/annotations/instances_train.json" --base_url "$URL" --keep_duplicates --seed "$SEED" \
         --mix conversation=8 detail_description=1 complex_reasoning=2

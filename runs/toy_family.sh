@@ -1,19 +1,13 @@
 #!/usr/bin/env bash
 # LLaVA, LLaVA-1.5, 1.5-HD and NeXT in miniature, on pictures twice as wide and high in which every thing is a detail.
 #     bash runs/toy_family.sh [seed] [folder]      two systems at a time; folder is emptied first
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/toy_env.sh"
 export SEED=${1:-0} OUT=${2:-out/toy_family} OMP_NUM_THREADS=1
 export W=$OUT/world
 rm -rf "$OUT"
 python -m toy.world world --out "$W" --seed "$SEED" --pictures 4000 --side 128
 python generate_data.py expand --pairs "$W/pairs.jsonl" --out "$OUT/stage1.json" --seed "$SEED"
-teacher() {  # teacher FOLDER WORLD SEED: the toy's teacher and judge as an endpoint on localhost; sets URL
-    python -m toy.teacher --world "$2" --seed "$3" > "$1/teacher.txt" & TEACHER=$!
-    trap 'kill $TEACHER' EXIT
-    until grep -q http "$1/teacher.txt"; do sleep 0.2; kill -0 $TEACHER; done
-    URL=$(cat "$1/teacher.txt")
-}
-teacher "$OUT" "$W" "$SEED"
+teacher "$OUT" "$SEED" "$W"
 python generate_data.py instruct --captions "$W/annotations/captions_train.json" --base_url "$URL" --out "$OUT/instruct" \
     --instances "$W/annotations/instances_train.json" --keep_duplicates --mix conversation=8 detail_description=1 complex_reasoning=2 --seed "$SEED"
 stage_1() {

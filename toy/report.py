@@ -2,10 +2,11 @@
 
     python -m toy.report report       --out out/toy            results.json and report.png
     python -m toy.report ablations    --out out/toy_ablations  Tables 4 and 8 in miniature
+    python -m toy.report road         --out out/toy_ablations  Diss. Ch. 4's tables in miniature
     python -m toy.report family       --out out/toy_family     LLaVA-1.5, 1.5-HD and NeXT
     python -m toy.report answer_first --data instruct.json --out turned.json
 
-The first three read what runs/toy.sh, runs/toy_ablations.sh and runs/toy_family.sh leave behind;
+The first four read what runs/toy.sh, toy_ablations.sh, toy_road.sh and toy_family.sh leave behind;
 the last one writes the data of the row "predict answer first" of Table 8.
 """
 import json
@@ -20,6 +21,7 @@ from PIL import Image
 from eval import relative_scores
 from parts.files import read_json, read_lines, run_command, run_main, write_json, write_text
 from toy.teacher import JUDGE
+from toy.vqa import WAYS, is_short, short_answer
 from toy.world import KINDS
 
 SPLITS = ("held_out", "new_pairs", "blind", "shuffled")
@@ -38,6 +40,16 @@ TABLE_8 = {     # ScienceQA, accuracy
     "scratch": ("training from scratch: no stage 1", 85.81),
     "small": ("smaller language model", 89.84),
 }
+TABLE_4_2 = {   # of the dissertation: GQA, MME, MM-Vet
+    "row0": ("0 LLaVA", None, 809.6, 25.5),
+    "row1": ("1 + short answers", 47.0, 1197.0, 27.7),
+    "row2": ("2 + format prompt", 46.8, 1323.8, 26.3),
+    "row3": ("3 + two layers", 47.3, 1355.2, 27.8),
+    "row5": ("5 + regions", 50.3, 1426.5, 30.8),
+    "row7": ("7 + relations (GQA)", 62.0, 1469.2, 30.7),
+    "row7_half": ("7 without 6: half the pixels a side", None, None, None),
+}
+SHARES = {"row0": 0.1, "data_half": 0.5, "full": 1.0}      # of the data, Diss. Fig. 4.4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,7 +152,7 @@ def draw_answer(axes, row, images):
 
 @dataclass(frozen=True)
 class Runs:
-    out: str                             # folder of runs/toy_family.sh or runs/toy_ablations.sh
+    out: str                             # folder of toy_family.sh, toy_ablations.sh or toy_road.sh
 
 
 def print_family(config):
@@ -188,34 +200,58 @@ def turn_answers(config):
     write_text(config.out, json.dumps(records))
 
 
+def seed_folders(out):
+    """The folders of a run's seeds. Raises ValueError if they are too few for a spread."""
+    seeds = sorted(Path(out).glob("seed*/"))
+    if len(seeds) < 2:
+        raise ValueError(f"{out}: a spread needs at least two folders seedN, found {len(seeds)}; "
+                         "runs/toy_ablations.sh makes them")
+    return seeds
+
+
+def rows_made(table, seeds, name):
+    """The part of a table whose file NAME.format(row) every seed has."""
+    return {row: values for row, values in table.items()
+            if all((seed / name.format(row)).exists() for seed in seeds)}
+
+
+def bench_of(row, seeds):
+    """(seeds, ASPECTS): a row's scores on the bench."""
+    scores = [bench_scores(seed / f"reviews_{row}.jsonl") for seed in seeds]
+    return np.array([list(of_seed.values()) for of_seed in scores])
+
+
+def held_out_of(row, seeds):
+    """(seeds, 2): a row's accuracy on all held-out questions, and on relations.
+
+    Conclusions alone count, as in ScienceQA.
+    """
+    right = []
+    for seed in seeds:
+        questions = seed / "world" / "questions_held_out.jsonl"
+        scores, _ = score_answers(questions, seed / f"held_out_{row}.jsonl", conclusion)
+        right.append([scores["all"], scores["relation"]])
+    return np.array(right)
+
+
 def print_ablations(config):
     """Tables 4 and 8 in miniature, mean and standard deviation over seeds, beside the paper's."""
-    seeds = sorted(Path(config.out).glob("seed*/"))
-    if len(seeds) < 2:
-        raise ValueError(f"{config.out}: a spread needs at least two folders seedN, found "
-                         f"{len(seeds)}; runs/toy_ablations.sh makes them")
+    seeds = seed_folders(config.out)
     print(f"\nTable 4 (data), relative scores on the toy's bench, {JUDGE}, {len(seeds)} seeds; "
           "paper: LLaVA-Bench (COCO)")
-    ours = {}
-    for row in TABLE_4:
-        reviews = [bench_scores(seed / f"reviews_{row}.jsonl") for seed in seeds]
-        ours[row] = np.array([list(review.values()) for review in reviews])
+    table = rows_made(TABLE_4, seeds, "reviews_{}.jsonl")
+    ours = {row: bench_of(row, seeds) for row in table}
     columns = ("conversation", "detailed description", "complex reasoning", "all")
     for k, column in enumerate(columns):
-        paper = {row: (name, values[k]) for row, (name, *values) in TABLE_4.items()}
-        print_column(column, paper, {row: ours[row][:, k] for row in TABLE_4}, 1)
+        paper = {row: (name, values[k]) for row, (name, *values) in table.items()}
+        print_column(column, paper, {row: ours[row][:, k] for row in table}, 1)
 
     print(f"\nTable 8 (design), accuracy on held-out toy questions, {len(seeds)} seeds; "
           "paper: ScienceQA")
-    right = {row: [] for row in TABLE_8}
-    for row in TABLE_8:                  # conclusions alone count, as in ScienceQA
-        for seed in seeds:
-            questions = seed / "world" / "questions_held_out.jsonl"
-            answers = seed / f"held_out_{row}.jsonl"
-            scores, _ = score_answers(questions, answers, conclusion)
-            right[row].append([scores["all"], scores["relation"]])
+    table = rows_made(TABLE_8, seeds, "held_out_{}.jsonl")
+    ours = {row: held_out_of(row, seeds) for row in table}
     for k, column in enumerate(("all questions", "relations, the kind that reasons")):
-        print_column(column, TABLE_8, {row: np.array(right[row])[:, k] for row in TABLE_8}, 2)
+        print_column(column, table, {row: ours[row][:, k] for row in table}, 2)
 
 
 def print_column(column, paper, ours, digits):
@@ -251,9 +287,74 @@ def verdict_on(change, theirs):
     return "less than a third of the paper's" if ratio < 1 / 3 else ""
 
 
+# ------------------------------------------------------------------------------------------------
+# Ch. 4 of the dissertation in miniature
+
+
+def in_spread(values):
+    return f"{values.mean():5.1f} ± {values.std():4.1f}"
+
+
+def exam_scores(row, way, seeds):
+    """A row's answers to questions asked in one way of toy.vqa, {what is counted: (seeds,)}.
+
+    as asked     right, in the form that was asked for: a word, or the answer in full
+    any form     right, in whatever form
+    a word       answers that are a word or phrase, right or wrong
+    relations, yes/no      the kinds of questions that stand in for GQA and MME, as asked
+    """
+    counted = []
+    for seed in seeds:
+        file = seed / f"exam_{way}-{row}.jsonl"
+        scores, rows = score_answers(seed / "vqa" / f"exam_{way}.jsonl", file, short_answer)
+        short = [is_short(asked["answer"]) for asked in rows]
+        for asked, brief in zip(rows, short, strict=True):
+            in_form = brief if way == "format" else asked["answer"] == asked["truth"]
+            asked["right"] = asked["right"] and in_form
+        of_kind = {kind: percent_right([asked for asked in rows if asked["category"] == kind])
+                   for kind in ("relation", "existence")}
+        counted.append([percent_right(rows), scores["all"], 100 * np.mean(short),
+                        of_kind["relation"], of_kind["existence"]])
+    names = ("as asked", "any form", "a word", "relations", "yes/no")
+    return dict(zip(names, np.array(counted).T, strict=True))
+
+
+def print_road(config):
+    """Diss. Tables 4.1b and 4.2 and Fig. 4.4 in miniature, and the types in equal shares."""
+    seeds = seed_folders(config.out)
+    print(f"\nDiss. Table 4.2, percent right over {len(seeds)} seeds; the text's GQA, MME, MM-Vet")
+    print(f"{'':36s} relations      yes/no         all, a word   all, in full")
+    for row, (name, *paper) in rows_made(TABLE_4_2, seeds, "exam_format-{}.jsonl").items():
+        word = exam_scores(row, "format", seeds)
+        full = exam_scores(row, "normal", seeds)
+        ours = (word["relations"], word["yes/no"], word["as asked"], full["as asked"])
+        print(f"{name:36s}", *map(in_spread, ours), *paper, sep="  ")
+
+    print("\nDiss. Table 4.1b: how much is right, in whatever form, and how many answers are words")
+    for row in ("stage1", "full", "row2"):
+        for way in WAYS:
+            scores = exam_scores(row, way, seeds)
+            print(f"{row:8s} {way:10s} right {in_spread(scores['any form'])}  "
+                  f"a word {in_spread(scores['a word'])}")
+
+    print("\nDiss. Fig. 4.4: share of the data, held-out accuracy, and in percent of all data's")
+    whole = held_out_of("full", seeds)[:, 0]
+    for row, share in SHARES.items():
+        right = held_out_of(row, seeds)[:, 0]
+        print(f"{share:4.1f}  {in_spread(right)}   {in_spread(100 * right / whole)}")
+
+    print("\nSec. 4.2: half of the data, its types as they come (58 : 23 : 77), and equal shares")
+    equal = np.hstack([bench_of("uniform", seeds), held_out_of("uniform", seeds)[:, :1]])
+    as_is = np.hstack([bench_of("data_half", seeds), held_out_of("data_half", seeds)[:, :1]])
+    for k, name in enumerate((*ASPECTS, "held out")):
+        columns = (as_is[:, k], equal[:, k], equal[:, k] - as_is[:, k])
+        print(f"{name:10s}", *map(in_spread, columns), sep="   ")
+
+
 COMMANDS = {
     "report": (write_report, Report),
     "ablations": (print_ablations, Runs),
+    "road": (print_road, Runs),
     "family": (print_family, Runs),
     "answer_first": (turn_answers, AnswerFirst),
 }
