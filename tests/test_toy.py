@@ -1,8 +1,12 @@
 """The toy: a world, its teacher and judge as an endpoint, and what is held out of it."""
 import json
+import os
 import random
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +15,12 @@ from PIL import Image
 
 import eval as eval_py
 import generate_data
-from extras import llava_bench, scienceqa_gpt4
+import train
+from extras import academic, llava_bench, scienceqa_gpt4
 from parts import scienceqa
 from parts.files import read_lines, write_lines
 from parts.records import record_problem
-from toy import science, teacher, world
+from toy import report, science, teacher, vqa, world
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +186,144 @@ def test_the_expert_refuses_what_is_no_question_of_the_toy():
     """A script that took any text for a problem would be mistaken for a language model."""
     with pytest.raises(ValueError, match="Context and Options"):
         science.expert_reply("What is the capital of France?", 0)
+
+
+# -------------------------------------------------------------------------------------------------
+# Short answers, and the scripts whose rows are run over seeds
+
+
+def test_every_full_answer_has_a_short_one_that_is_its_own():
+    """Diss. Sec. 4.3: a word or phrase says what the sentence says."""
+    rng = random.Random(0)
+    for _ in range(50):
+        for question in world.questions_about(world.sample_scene(rng), rng):
+            if question.kind in world.KINDS:
+                short = vqa.short_answer(question.answer)
+                assert short.lower().startswith(question.value.lower()), question
+                assert vqa.short_answer(short) == short
+                assert vqa.is_short(short) and not vqa.is_short(question.answer)
+    assert vqa.short_answer("...") == ""
+
+
+def test_VQA_in_miniature_goes_through_the_real_converter(toy_world, tmp_path):
+    """Diss. Table 4.2, row 2: the prompt ends the first question of each picture, or is absent."""
+    vqa.main(["--world", str(toy_world), "--out", str(tmp_path), "--pictures", "20"])
+    for source in vqa.SOURCES:
+        files = ["--questions", str(tmp_path / f"{source}.jsonl")]
+        academic.main(["convert", *files, "--out", str(tmp_path / "with.json")])
+        academic.main(["convert", *files, "--out", str(tmp_path / "without.json"),
+                       "--format_prompt", "none"])
+        asked, plain = (json.loads((tmp_path / name).read_text())
+                        for name in ("with.json", "without.json"))
+        assert len(asked) == len(plain) > 5
+        prompt = "\n" + academic.FORMAT_PROMPTS["short"]
+        for one, other in zip(asked, plain, strict=True):
+            first = one["conversations"][0]
+            assert first["value"].endswith(prompt)
+            first["value"] = first["value"].removesuffix(prompt)
+            assert one == other and vqa.is_short(one["conversations"][1]["value"])
+    exam = {way: read_lines(tmp_path / f"exam_{way}.jsonl") for way in vqa.WAYS}
+    assert {len(rows) for rows in exam.values()} == {360}
+    assert exam["ambiguous"][0]["text"] == f"Q: {exam['normal'][0]['text']} A:"
+    picture = toy_world / "images" / "000000000001.png"
+    half = Image.open(tmp_path / "half" / picture.name)
+    assert half.size == (32, 32) and Image.open(picture).size == (64, 64)
+
+
+def test_an_answer_counts_in_the_form_that_was_asked_for(tmp_path):
+    """Diss. Table 4.1b: what is right in another form is not as asked."""
+    answers = {
+        "normal": ["The circle is red.", "red", "Red"],
+        "format": ["The circle is red.", "red", "blue"],
+    }
+    rows = [{"question_id": str(i), "text": "?", "category": kind, "truth": "The circle is red."}
+            for i, kind in enumerate(("relation", "existence", "relation"))]
+    rows += [rows[0] | {"question_id": kind, "category": kind} for kind in world.KINDS]
+    for way, texts in answers.items():
+        write_lines(tmp_path / "vqa" / f"exam_{way}.jsonl", rows)
+        texts = texts + ["no"] * 6
+        write_lines(tmp_path / f"exam_{way}-row0.jsonl",
+                    [{"question_id": row["question_id"], "text": text}
+                     for row, text in zip(rows, texts, strict=True)])
+    scores = report.exam_scores("row0", "normal", [tmp_path])
+    assert scores["as asked"] == 11.1 and scores["any form"] == 22.2
+    scores = report.exam_scores("row0", "format", [tmp_path])
+    assert scores["as asked"] == 11.1 and scores["any form"] == 22.2
+    assert scores["relations"] == 0 and scores["yes/no"] == 50
+
+
+FAKE = """#!/bin/sh
+case "$*" in
+    *toy.teacher*) echo http://127.0.0.1:1; exec sleep 60 ;;
+    *toy.world*) mkdir -p "$5" ;;
+    -c*) echo 1 ;;
+    *) echo "$*" >> "$OUT/asked" ;;
+esac
+"""
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """What a script of the toy asks of python, its commands as words; nothing of it is run."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(FAKE)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    shutil.copy(f"{ROOT}/requirements.txt", tmp_path / "installed.txt")
+    out = tmp_path / "out"
+
+    def ask(script, **settings):
+        command = [shutil.which("bash"), f"{ROOT}/runs/{script}", str(out), "0"]
+        paths = {"VENV": str(tmp_path), "OUT": str(out)}
+        subprocess.run(command, env=os.environ | paths | settings, check=True)
+        lines = (out / "asked").read_text().splitlines()
+        (out / "asked").unlink()
+        return [shlex.split(line.replace(f"{out}/seed0/", "")) for line in lines]
+    return ask
+
+
+def test_the_rows_of_the_toy_change_one_thing_each(asked):
+    """Tables 4, 8 and Diss. 4.2 in miniature: every command parses, and nothing is made twice."""
+    commands = asked("toy_ablations.sh")
+    trained = {}
+    for command in commands:
+        if command[0] == "train.py":
+            config = train.resolve(command[1:])[0]
+            trained[config.out] = config
+    assert trained["full"].init == "stage1" and trained["scratch"].init == "none"
+    assert trained["last_layer"].feature_layer == trained["last_layer_stage1"].feature_layer == -1
+    assert trained["small_stage1"].llm.endswith("small_llm")
+    reviewed = {command[-1] for command in commands if command[:2] == ["eval.py", "judge"]}
+    assert {f"reviews_{row}.jsonl" for row in report.TABLE_4} == reviewed
+    answered = {command[command.index("--answers") + 1] for command in commands
+                if command[:2] == ["eval.py", "answer"]}
+    assert {f"held_out_{row}.jsonl" for row in report.TABLE_8} <= answered
+
+    road = asked("toy_road.sh")
+    rows = {}
+    for command in road:
+        if command[0] == "train.py":
+            config = train.resolve(command[1:])[0]
+            assert config.out not in trained, "what toy_ablations.sh has made is made once"
+            rows[config.out] = config
+    names = [row for row in report.TABLE_4_2 if row in rows]
+    assert names == list(report.TABLE_4_2)
+    sources = [[Path(file).stem for file in rows[name].data[1:]] for name in names]
+    assert sources == [[], ["plain"], ["attributes"], ["attributes"], ["attributes", "places"],
+                       ["attributes", "places", "relations"],
+                       ["attributes", "places", "relations"]]
+    assert {rows[name].data[0] for name in names} == {"data_full/instruct.json=0.1"}
+    assert [rows[name].projector for name in names] == ["linear"] * 3 + ["mlp2x_gelu"] * 4
+    assert rows["row7_half"].images == rows["stage1_half"].images == "vqa/half"
+    exams = {command[command.index("--answers") + 1] for command in road
+             if command[:2] == ["eval.py", "answer"]}
+    assert {f"exam_{way}-{name}.jsonl" for way in ("normal", "format") for name in names} <= exams
+
+
+def test_a_row_of_the_toy_runs_alone(asked):
+    """Table 4's "no instruction tuning" needs stage 1 and the bench, and no stage 2."""
+    commands = asked("toy_ablations.sh", ROWS="stage1")
+    trained = [command[command.index("--out") + 1] for command in commands
+               if command[0] == "train.py"]
+    assert trained == ["stage1"]
+    with pytest.raises(subprocess.CalledProcessError):
+        asked("toy_ablations.sh", ROWS="stage2")

@@ -49,7 +49,7 @@ TABLE_4_2 = {   # of the dissertation: GQA, MME, MM-Vet
     "row7": ("7 + relations (GQA)", 62.0, 1469.2, 30.7),
     "row7_half": ("7 without 6: half the pixels a side", None, None, None),
 }
-SHARES = {"row0": 0.1, "data_half": 0.5, "full": 1.0}      # of the data, Diss. Fig. 4.4
+SHARES = {"row0": 0.1, "half": 0.5, "full": 1.0}      # of the data, Diss. Fig. 4.4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,21 +331,30 @@ def print_road(config):
         print(f"{name:36s}", *map(in_spread, ours), *paper, sep="  ")
 
     print("\nDiss. Table 4.1b: how much is right, in whatever form, and how many answers are words")
-    for row in ("stage1", "full", "row2"):
-        for way in WAYS:
-            scores = exam_scores(row, way, seeds)
-            print(f"{row:8s} {way:10s} right {in_spread(scores['any form'])}  "
+    models = dict.fromkeys(("stage1", "full", "row1", "row2"))
+    for way in WAYS:
+        for model in rows_made(models, seeds, f"exam_{way}-{{}}.jsonl"):
+            scores = exam_scores(model, way, seeds)
+            print(f"{model:8s} {way:10s} right {in_spread(scores['any form'])}  "
                   f"a word {in_spread(scores['a word'])}")
 
-    print("\nDiss. Fig. 4.4: share of the data, held-out accuracy, and in percent of all data's")
-    whole = held_out_of("full", seeds)[:, 0]
-    for row, share in SHARES.items():
-        right = held_out_of(row, seeds)[:, 0]
-        print(f"{share:4.1f}  {in_spread(right)}   {in_spread(100 * right / whole)}")
+    print("\nDiss. Fig. 4.4: share of the data, held-out accuracy, and in percent of the largest's")
+    shares = rows_made(SHARES, seeds, "held_out_{}.jsonl")
+    right = {row: held_out_of(row, seeds)[:, 0] for row in shares}
+    for row, share in shares.items():
+        most = right[list(shares)[-1]]
+        print(f"{share:4.1f}  {in_spread(right[row])}   {in_spread(100 * right[row] / most)}")
 
-    print("\nSec. 4.2: half of the data, its types as they come (58 : 23 : 77), and equal shares")
-    equal = np.hstack([bench_of("uniform", seeds), held_out_of("uniform", seeds)[:, :1]])
-    as_is = np.hstack([bench_of("data_half", seeds), held_out_of("data_half", seeds)[:, :1]])
+    if len(rows_made({"half": 0, "uniform": 0}, seeds, "reviews_{}.jsonl")) == 2:
+        print_types(seeds)
+
+
+def print_types(seeds):
+    """Sec. 4.2's "uniformly sampled": half of the data, its types as they come and in equal shares.
+    """
+    print("\nhalf of the data: its types as they come (58 : 23 : 77), in equal shares, the change")
+    as_is, equal = (np.hstack([bench_of(row, seeds), held_out_of(row, seeds)[:, :1]])
+                    for row in ("half", "uniform"))
     for k, name in enumerate((*ASPECTS, "held out")):
         columns = (as_is[:, k], equal[:, k], equal[:, k] - as_is[:, k])
         print(f"{name:10s}", *map(in_spread, columns), sep="   ")
