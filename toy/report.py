@@ -2,7 +2,7 @@
 
     python -m toy.report report       --out out/toy            results.json and report.png
     python -m toy.report ablations    --out out/toy_ablations  Tables 4 and 8 in miniature
-    python -m toy.report road         --out out/toy_ablations  Diss. Ch. 4's tables in miniature
+    python -m toy.report road         --out out/toy_ablations  the dissertation's Ch. 4
     python -m toy.report family       --out out/toy_family     LLaVA-1.5, 1.5-HD and NeXT
     python -m toy.report answer_first --data instruct.json --out turned.json
 
@@ -49,7 +49,7 @@ TABLE_4_2 = {   # of the dissertation: GQA, MME, MM-Vet
     "row7": ("7 + relations (GQA)", 62.0, 1469.2, 30.7),
     "row7_half": ("7 without 6: half the pixels a side", None, None, None),
 }
-SHARES = {"row0": 0.1, "half": 0.5, "full": 1.0}      # of the data, Diss. Fig. 4.4
+SHARES = {"row0": 0.1, "half": 0.5, "full": 1.0}      # of the data: the dissertation's Fig. 4.4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -320,17 +320,17 @@ def exam_scores(row, way, seeds):
 
 
 def print_road(config):
-    """Diss. Tables 4.1b and 4.2 and Fig. 4.4 in miniature, and the types in equal shares."""
+    """The dissertation's Tables 4.1b, 4.2 and Fig. 4.4 in miniature; the types in equal shares."""
     seeds = seed_folders(config.out)
-    print(f"\nDiss. Table 4.2, percent right over {len(seeds)} seeds; the text's GQA, MME, MM-Vet")
-    print(f"{'':36s} relations      yes/no         all, a word   all, in full")
+    print(f"\nTable 4.2 of the dissertation, percent right over {len(seeds)} seeds; its GQA, MME and "
+          f"MM-Vet\n{'':36s} relations      yes/no         all, a word   all, in full")
     for row, (name, *paper) in rows_made(TABLE_4_2, seeds, "exam_format-{}.jsonl").items():
         word = exam_scores(row, "format", seeds)
         full = exam_scores(row, "normal", seeds)
         ours = (word["relations"], word["yes/no"], word["as asked"], full["as asked"])
         print(f"{name:36s}", *map(in_spread, ours), *paper, sep="  ")
 
-    print("\nDiss. Table 4.1b: how much is right, in whatever form, and how many answers are words")
+    print("\nTable 4.1b: how many answers are right, in whatever form; how many are a word")
     models = dict.fromkeys(("stage1", "full", "row1", "row2"))
     for way in WAYS:
         for model in rows_made(models, seeds, f"exam_{way}-{{}}.jsonl"):
@@ -338,7 +338,7 @@ def print_road(config):
             print(f"{model:8s} {way:10s} right {in_spread(scores['any form'])}  "
                   f"a word {in_spread(scores['a word'])}")
 
-    print("\nDiss. Fig. 4.4: share of the data, held-out accuracy, and in percent of the largest's")
+    print("\nFig. 4.4: share of the data, held-out accuracy, and that in percent of the last one")
     shares = rows_made(SHARES, seeds, "held_out_{}.jsonl")
     right = {row: held_out_of(row, seeds)[:, 0] for row in shares}
     for row, share in shares.items():

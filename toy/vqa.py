@@ -30,7 +30,7 @@ SOURCES = {
     "places": ("place",),
     "relations": ("relation",),
 }
-WAYS = {        # Diss. Table 4.1b
+WAYS = {        # the dissertation's Table 4.1b
     "normal": "{}",
     "ambiguous": "Q: {} A:",
     "format": f"{{}}\n{FORMAT_PROMPTS['short']}",
