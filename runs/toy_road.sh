@@ -7,7 +7,7 @@
 # What is done is not done again: after an interruption run the same command again. Logs: FOLDER/seedN-road.log
 source "$(dirname "$0")/toy_env.sh"
 export OUT=${1:-out/toy_ablations} OMP_NUM_THREADS=1
-export ROWS=${ROWS:-stage1 row0 row1 row2 row3 row5 row7 row7_half full half uniform}
+export ROWS=${ROWS:-stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half}
 SEEDS=${*:2}
 mkdir -p "$OUT"
 
@@ -29,7 +29,10 @@ row() {
     local A=$D/attributes.json B=$D/places.json C=$D/relations.json MLP="--projector mlp2x_gelu"
     case $1 in
         stage1) exam stage1 normal ambiguous format ;;
-        row0) road row0 stage1; held_out row0 ;;
+        row0) road row0 stage1; held_out row0; bench row0 ;;
+        uniform)   # row 0 with as many of each type as of the others, rather than as they come (58 : 23 : 77)
+            data uniform conversation=133 detail_description=133 complex_reasoning=134
+            stage2 uniform "$D/stage1" --data "$D/data_uniform/instruct.json"; held_out uniform; bench uniform ;;
         row1) convert plain attributes --format_prompt none; road row1 stage1 "$D/plain.json" ;;
         row2) road row2 stage1 "$A"; exam row2 ambiguous ;;
         row3) two_layers stage1_mlp; road row3 stage1_mlp "$A" $MLP ;;
@@ -41,12 +44,8 @@ row() {
         full)
             stage2 full "$D/stage1" --data "$D/data_full/instruct.json"
             exam full normal ambiguous format; held_out full; bench full ;;
-        half)      # Fig. 4.4, and the types as they come: 58 : 23 : 77
-            stage2 half "$D/stage1" --data "$D/data_full/instruct.json=0.5"; held_out half; bench half ;;
-        uniform)   # as many of each type
-            data uniform conversation=667 detail_description=667 complex_reasoning=666
-            stage2 uniform "$D/stage1" --data "$D/data_uniform/instruct.json"; held_out uniform; bench uniform ;;
-        *) echo "error: row $1; there are stage1 row0 row1 row2 row3 row5 row7 row7_half full half uniform"; exit 1 ;;
+        half) stage2 half "$D/stage1" --data "$D/data_full/instruct.json=0.5"; held_out half ;;       # Fig. 4.4
+        *) echo "error: row $1; there are stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half"; exit 1 ;;
     esac
 }
 rows_of() {

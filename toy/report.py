@@ -322,7 +322,7 @@ def exam_scores(row, way, seeds):
 def print_road(config):
     """The dissertation's Tables 4.1b, 4.2 and Fig. 4.4 in miniature; the types in equal shares."""
     seeds = seed_folders(config.out)
-    print(f"\nTable 4.2 of the dissertation, percent right over {len(seeds)} seeds; its GQA, MME and "
+    print(f"\nTable 4.2 of the dissertation, percent right over {len(seeds)} seeds; its GQA, MME, "
           f"MM-Vet\n{'':36s} relations      yes/no         all, a word   all, in full")
     for row, (name, *paper) in rows_made(TABLE_4_2, seeds, "exam_format-{}.jsonl").items():
         word = exam_scores(row, "format", seeds)
@@ -345,16 +345,15 @@ def print_road(config):
         most = right[list(shares)[-1]]
         print(f"{share:4.1f}  {in_spread(right[row])}   {in_spread(100 * right[row] / most)}")
 
-    if len(rows_made({"half": 0, "uniform": 0}, seeds, "reviews_{}.jsonl")) == 2:
+    if len(rows_made({"row0": 0, "uniform": 0}, seeds, "reviews_{}.jsonl")) == 2:
         print_types(seeds)
 
 
 def print_types(seeds):
-    """Sec. 4.2's "uniformly sampled": half of the data, its types as they come and in equal shares.
-    """
-    print("\nhalf of the data: its types as they come (58 : 23 : 77), in equal shares, the change")
+    """Sec. 4.2's "uniformly sampled": the three types as they come, and in equal shares."""
+    print("\na tenth of the data: its types as they come (58 : 23 : 77), in equal shares, the change")
     as_is, equal = (np.hstack([bench_of(row, seeds), held_out_of(row, seeds)[:, :1]])
-                    for row in ("half", "uniform"))
+                    for row in ("row0", "uniform"))
     for k, name in enumerate((*ASPECTS, "held out")):
         columns = (as_is[:, k], equal[:, k], equal[:, k] - as_is[:, k])
         print(f"{name:10s}", *map(in_spread, columns), sep="   ")
