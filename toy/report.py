@@ -351,7 +351,7 @@ def print_road(config):
 
 def print_types(seeds):
     """Sec. 4.2's "uniformly sampled": the three types as they come, and in equal shares."""
-    print("\na tenth of the data: its types as they come (58 : 23 : 77), in equal shares, the change")
+    print("\na tenth of the data: types as they come (58 : 23 : 77), in equal shares, the change")
     as_is, equal = (np.hstack([bench_of(row, seeds), held_out_of(row, seeds)[:, :1]])
                     for row in ("row0", "uniform"))
     for k, name in enumerate((*ASPECTS, "held out")):
