@@ -211,8 +211,11 @@ def seed_folders(out):
 
 def rows_made(table, seeds, name):
     """The part of a table whose file NAME.format(row) every seed has."""
-    return {row: values for row, values in table.items()
-            if all((seed / name.format(row)).exists() for seed in seeds)}
+    made = {}
+    for row, values in table.items():
+        if all((seed / name.format(row)).exists() for seed in seeds):
+            made[row] = values
+    return made
 
 
 def bench_of(row, seeds):
@@ -255,11 +258,13 @@ def print_ablations(config):
 
 
 def print_column(column, paper, ours, digits):
-    """One column of a table: our scores and their change from the first row, then the paper's.
+    """One column of a table: our scores and their change from the row "full", then the paper's.
 
     paper     {row: (name, score)}
     ours      {row: (seeds,)}
     """
+    if "full" not in ours:
+        return
     print(f"\n{column:40s}         ours           change   paper  change")
     for row, (name, score) in paper.items():
         line = f"{name:40s} {ours[row].mean():5.1f} ± {ours[row].std():4.1f}"
