@@ -29,7 +29,6 @@ from transformers import DynamicCache
 
 from parts import checkpoints
 from parts.files import IMAGE  # "<image>": one reserved id of the tokenizer
-from parts.gated import VisionTower  # CLIP's
 
 IGNORE = -100                                # label of a position that is not scored
 LOGITS_AT_ONCE = 2 ** 24                     # tokens x vocabulary: 67 MB in fp32
@@ -77,10 +76,10 @@ class LLaVA(nn.Module):
     def encode_images(self, X_v):
         """H_v = W g(X_v): squares of pixels (K, 3, S, S) to tokens in the space of words."""
         with torch.set_grad_enabled(self.train_g and torch.is_grad_enabled()):
-            h = self.g.pre_layrnorm(self.g.embeddings(X_v))               # (K, 1 + N, D_v)  (sic)
+            h = self.g.embed(X_v)                                         # (K, 1 + N, D_v)  1: CLS
             for layer in self.g.encoder.layers[:self.n_used_layers]:      # the rest need not run
                 h = layer(h, attention_mask=None)
-        Z_v = h[:, 1:]                                                    # (K, N, D_v)  without CLS
+        Z_v = self.g.patches(h)                                           # (K, N, D_v)  without CLS
         H_v = self.W(Z_v.to(next(self.W.parameters()).dtype))             # (K, N, D)    Eq. (1)
         return H_v
 
@@ -227,11 +226,12 @@ class LLaVA(nn.Module):
     @classmethod
     def from_parts(cls, vision, llm, dtype=torch.float32, **options):
         """A new LLaVA: a pretrained CLIP, a pretrained language model, a random W."""
-        g = checkpoints.load_part(VisionTower, vision, dtype, "vision")
+        g, shown = checkpoints.load_tower(vision, dtype)
         f_phi = checkpoints.load_language_model(llm, dtype)
         tokenizer = checkpoints.load_tokenizer(llm)       # with <image>
         checkpoints.grow_vocabulary(f_phi, len(tokenizer))
-        model = cls(g, f_phi, tokenizer, meta={"vision": vision, "llm": llm}, **options)
+        meta = {"vision": vision, "llm": llm, **shown}    # and how g was shown pictures
+        model = cls(g, f_phi, tokenizer, meta=meta, **options)
         model.W.to(dtype or torch.float32)
         return model
 

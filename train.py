@@ -96,7 +96,7 @@ class Config:
     stage: int = 1                      # 1: theta = {W}; 2: theta = {W, phi}
     data: list[str] = ()                # LLaVA JSON; FILE=0.5: half of it. COURSE: Diss. Sec. 4.5
     images: str = None                  # the folder that image names are relative to
-    vision: str = None                  # g: hub id or folder of a CLIP
+    vision: str = None                  # g: hub id or folder of a CLIP or SigLIP
     llm: str = None                     # f_phi: hub id or folder of a language model
     init: str = None                    # a checkpoint; "none" skips stage 1 (COURSE: Table 8)
     out: str = None                     # output folder; out/stage1 or out/stage2
@@ -104,7 +104,7 @@ class Config:
     template: str = "auto"              # auto: the checkpoint's, or the language model's own
     feature_layer: int = -2             # COURSE: Table 8, -2 "before the last layer" against -1
     projector: str = "linear"           # W: linear, or mlp2x_gelu (LLaVA-1.5)
-    aspect: str = "crop"                # how a picture is seen, see parts/views.py
+    aspect: str = "auto"                # how a picture is seen, see parts/views.py; auto: as by g
     max_length: int = 2048              # tokens, with visual ones; longer samples lose last turns
     skip_bad: bool = False              # leave bad samples out and count them, rather than stop
     epochs: int = 1
@@ -130,7 +130,7 @@ class Config:
 
     NOT_FLAGS = ("image_position", "lr_W", "lr_g")       # only a recipe's row says these
     CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
-               "projector": ["linear", "mlp2x_gelu"], "aspect": list(ASPECTS),
+               "projector": ["linear", "mlp2x_gelu"], "aspect": ["auto", *ASPECTS],
                "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES],
                "checkpoint_activations": list(RECOMPUTED)}
 

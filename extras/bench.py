@@ -42,10 +42,10 @@ from model import IGNORE, LLaVA
 from parts.checkpoints import load_tokenizer
 from parts.engine import Engine
 from parts.files import ROOT, check_least, run_command, run_main
-from parts.gated import VisionTower
 from parts.pictures import load_image
 from parts.ranks import DTYPES, Machine, Optimizer, choose_device, groups_of
 from parts.run import peak_memory
+from parts.towers import CLIPTower
 from parts.views import preprocess, view_from
 from train import accumulate, count_answer_tokens
 
@@ -97,7 +97,7 @@ def random_llava(config):
     torch.manual_seed(0)
     f_phi = LlamaForCausalLM(LlamaConfig(**SIZES[config.size], max_position_embeddings=4096))
     shape = TOY_G if config.size == "toy" else SMALL_G
-    g = VisionTower(CLIPVisionConfig(**shape, num_attention_heads=4, num_hidden_layers=2))
+    g = CLIPTower(CLIPVisionConfig(**shape, num_attention_heads=4, num_hidden_layers=2))
     tokenizer = load_tokenizer(str(ROOT / "toy/pretrained/llm"))
     return LLaVA(g, f_phi, tokenizer, meta={"template": "plain", "aspect": "crop"})
 

@@ -35,9 +35,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConf
 
 from parts import checkpoints
 from parts.checkpoints import (
-    COMPUTED,
     LINEAR_1,
     LINEAR_2,
+    UNUSED,
     check_finite,
     check_new,
     check_weights,
@@ -48,9 +48,9 @@ from parts.checkpoints import (
     weight_files,
 )
 from parts.files import IMAGE, read_value, run_main, typed, typed_flags, write_json
-from parts.gated import VisionTower
 from parts.templates import TEMPLATES, check_template, template_for
 from parts.tiles import NEXT
+from parts.towers import CLIPTower
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def table_of(files):
     table = {}
     for path in files:
         tensors = load_tensors(path).items()
-        new = {name: in_file(path, name, v) for name, v in tensors if not COMPUTED.search(name)}
+        new = {name: in_file(path, name, v) for name, v in tensors if not UNUSED.search(name)}
         check_new(new, table, path)
         table |= new
     return table
@@ -311,6 +311,7 @@ KINDS = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"),
          "qwen2": ("llava_qwen", "LlavaQwenForCausalLM")}
 KIND_OF = {theirs: kind for kind, (theirs, _) in KINDS.items()} | {kind: kind for kind in KINDS}
 KIND_OF["llava"] = "llama"       # v1
+CLIP_KINDS = ["clip", "clip_vision_model"]           # the original's towers, by model_type
 OUR_ASPECT = {"square": "crop", "pad": "pad", "anyres": "anyres"}    # of image_aspect_ratio
 ORIGINAL_ASPECT = {"crop": "square", "pad": "pad", "anyres": "anyres", "anyres_hf": "anyres",
                    "anyres_4": "anyres"}
@@ -401,6 +402,7 @@ def convert_to_ours(args):
     if not vision:
         raise ValueError(f"{folder}: no config.json names its CLIP (mm_vision_tower); pass "
                          "--vision")
+    check_setting(vision, "model_type", checkpoints.kind_of(vision, "vision"), CLIP_KINDS)
     with named_errors(f"--vision {vision}: no CLIP can be loaded from there"):
         vision_config = CLIPVisionConfig.from_pretrained(vision)
     mlp = "model.mm_projector.0.weight" in table
@@ -416,7 +418,7 @@ def convert_to_ours(args):
                   "pass the --vision and --llm that it was trained with")
     ours = {name: table[theirs] for name, theirs in names.items()}
     if not inside:
-        g = checkpoints.load_part(VisionTower, vision, dtype, "vision")
+        g = checkpoints.load_part(CLIPTower, vision, dtype, "vision")
         state = {f"vision_tower.{name}": value for name, value in g.state_dict().items()}
         ours |= table_in_memory(hf_keys(state))
     if not mlp:
@@ -451,6 +453,7 @@ def convert_to_original(args):
     ours = getattr(config, "minllava", None) or {}
     gated_layers = getattr(config.vision_config, "gated_layers", 0)
     check_setting(folder, "text_config.model_type", config.text_config.model_type, KINDS)
+    check_setting(folder, "vision_config.model_type", config.vision_config.model_type, CLIP_KINDS)
     check_setting(folder, "minllava.aspect", meta["aspect"], ORIGINAL_ASPECT)
     check_setting(folder, "vision_config.gated_layers", gated_layers, [0])
     vision, llm = args.vision or meta.get("vision"), args.llm or meta.get("llm")

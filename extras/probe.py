@@ -216,11 +216,12 @@ def grids_of(view, width, height):
     edge = min(width, height) if view.aspect == "crop" else max(width, height)
     left, top = (width - edge) / 2, (height - edge) / 2
     centred = (left, top, left + edge, top + edge)
+    stretched = (0, 0, width, height)
     if view.tiling is None:
-        return [(centred, square)]
+        return [(stretched if view.aspect == "squeeze" else centred, square)]
     grids = []
     if view.tiling.global_picture == "stretched":
-        grids = [((0, 0, width, height), square)]
+        grids = [(stretched, square)]
     elif view.tiling.global_picture:
         grids = [(centred, square)]
     plan = view.tiling.plan(width, height)

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from parts.checkpoints import load_part
+from parts.checkpoints import kind_of, load_part
 from parts.files import (
     check_least,
     distinct_keys,
@@ -86,7 +86,11 @@ def read_facts(path, kinds, command):
 
 
 def load_clip(name, dtype=torch.float32):
-    """(CLIP, its tokenizer) from a hub id or a folder, gated or not."""
+    """(CLIP, its tokenizer) from a hub id or a folder, gated or not. ValueError if it is none."""
+    kind = kind_of(name, "clip")
+    if kind != "clip":
+        raise ValueError(f"--clip {name}: its model_type is {kind!r}; retrieval and gated blocks "
+                         "are CLIP's, so pass one with both towers, whose model_type is 'clip'")
     clip = load_part(GatedCLIP, name, dtype, "clip")
     return clip.eval(), AutoTokenizer.from_pretrained(name)
 

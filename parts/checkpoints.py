@@ -24,16 +24,23 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaNextConfig
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+)
 from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from parts.decoders import check_language_model
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
-from parts.gated import VisionTower
 from parts.lora import adapters, add_adapters, merge_adapters, merged_state
 from parts.templates import TEMPLATES, chat_template
 from parts.tiles import NEXT, Tiling
-from parts.views import ASPECTS
+from parts.towers import tower_class
+from parts.views import ASPECTS, TILINGS, pixels_from
 
 # transformers reports CLIP's unused text tower; what is missing is an error of ours, see load_part
 transformers.logging.set_verbosity_error()
@@ -70,15 +77,16 @@ NEW_NAMES = {
     r"^(model\.)?vision_tower\.(vision_model\.)?": "vision_tower.vision_model.",
     r"^model\.(multi_modal_projector\.|image_newline$)": r"\1",
 }
-# In old files; these are computed, not learned.
-COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+# In old files, computed and not learned; and the head of SigLIP, which LLaVA has no use for.
+UNUSED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$"
+                    r"|vision_tower\.(vision_model\.)?head\.")
 
 
 def hf_keys(state):
     """{name: anything} under the names of the hub's files, from these or from transformers 5's."""
     renamed = {}
     for name, value in state.items():
-        if COMPUTED.search(name):
+        if UNUSED.search(name):
             continue
         for pattern, old_name in NEW_NAMES.items():
             name = re.sub(pattern, old_name, name)
@@ -191,12 +199,17 @@ def llava_config(vision_config, text_config, dtype, feature_layer, projector, me
         architectures=[architecture],
         image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default",                    # without CLS
+        vision_feature_select_strategy=select_strategy(vision_config),
         projector_hidden_act=HIDDEN_ACT[projector],
         multimodal_projector_bias=True,
         minllava=meta,
         **pinpoints,
     )
+
+
+def select_strategy(vision_config):
+    """transformers' word for Z_v: without its first token, CLS, or all of g's tokens."""
+    return "default" if tower_class(vision_config.model_type).has_cls else "full"
 
 
 def projector_of(config):
@@ -218,7 +231,10 @@ def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
     if "template" in meta:
         tokenizer.chat_template = chat_template(TEMPLATES[meta["template"]], tokenizer)
     side = vision_config.image_size
-    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    square = {"height": side, "width": side}
+    pixels = pixels_from(meta)
+    size = {"size": {"shortest_edge": side}, "crop_size": square, "resample": pixels.resample,
+            "image_mean": list(pixels.mean), "image_std": list(pixels.std)}
     processor_class = transformers.LlavaProcessor
     if meta.get("tiling"):
         processor_class = transformers.LlavaNextProcessor
@@ -226,12 +242,16 @@ def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
             image_grid_pinpoints=hf_pinpoints(meta["tiling"]), **size)
     elif meta.get("aspect") == "pad":
         image_processor = transformers.LlavaImageProcessorPil(do_pad=True, **size)
+    elif meta.get("aspect") == "squeeze":
+        image_processor = transformers.SiglipImageProcessorPil(**size | {"size": square})
     else:
         image_processor = transformers.CLIPImageProcessorPil(**size)
     # One more token, CLS, which "default" takes away again: else 575 placeholders for 576 tokens.
+    strategy = select_strategy(vision_config)
     processor = processor_class(
         image_processor, tokenizer, patch_size=vision_config.patch_size,
-        num_additional_image_tokens=1, vision_feature_select_strategy="default")
+        num_additional_image_tokens=int(strategy == "default"),
+        vision_feature_select_strategy=strategy)
     processor.save_pretrained(folder)
     image_processor.save_pretrained(folder)              # preprocessor_config.json
     copy_sentencepiece(tokenizer, folder)
@@ -287,7 +307,7 @@ def check_supported(config):
     n_layers = config.vision_config.num_hidden_layers
     supported = {
         "projector_hidden_act": list(HIDDEN_ACT.values()),
-        "vision_feature_select_strategy": ["default"],
+        "vision_feature_select_strategy": [select_strategy(config.vision_config)],
         "vision_feature_layer": range(-n_layers - 1, 0),
     }
     for name, allowed in supported.items():
@@ -297,19 +317,38 @@ def check_supported(config):
 
 
 def foreign_view(config, folder):
-    """aspect and tiling of a folder that is not ours: as transformers prepares its pictures."""
+    """aspect, tiling and pixels of a folder that is not ours: as transformers prepares pictures."""
+    shown = shown_to(tower_class(config.vision_config.model_type), folder)
     if config.model_type == "llava_next":
         tiling = NEXT._replace(
             pinpoints=config.image_grid_pinpoints, tile=config.vision_config.image_size,
             patch=config.vision_config.patch_size, rule="hf")
-        return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
-    for name in ("processor_config.json", "preprocessor_config.json"):   # of transformers 5, 4
-        path = os.path.join(folder, name)
-        if has_file(folder, name):
-            processor = read_value(path)
-            if typed(processor.get("image_processor", processor), dict, path).get("do_pad"):
-                return {"aspect": "pad"}
-    return {"aspect": "crop"}
+        return shown | {"aspect": "anyres_hf", "tiling": tiling._asdict()}
+    return shown
+
+
+def shown_to(tower, name):
+    """aspect and pixels by the image processor of a folder or a hub id; what that does not say is
+    the tower's habit."""
+    found = {}
+    for file in ("preprocessor_config.json", "processor_config.json"):   # of transformers 4, 5
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path:
+            settings = typed(read_value(path), dict, path)
+            found |= typed(settings.get("image_processor", settings), dict, path)
+    aspect, size = tower.shown["aspect"], found.get("size")
+    if found.get("do_pad"):
+        aspect = "pad"
+    elif found.get("do_center_crop"):
+        aspect = "crop"
+    elif isinstance(size, dict) and "height" in size:
+        aspect = "squeeze"
+    pixels = dict(tower.shown["pixels"])
+    for ours, theirs in {"mean": "image_mean", "std": "image_std", "resample": "resample"}.items():
+        pixels[ours] = found.get(theirs, pixels[ours])
+    with named_errors(f"{name}: its image processor cannot be used"):
+        pixels_from({"pixels": pixels})
+    return {"aspect": aspect, "pixels": pixels}
 
 
 def check_meta(meta, vision_config, has_row_ends, folder):
@@ -317,11 +356,13 @@ def check_meta(meta, vision_config, has_row_ends, folder):
     template, aspect, tiling = meta.get("template", "plain"), meta["aspect"], meta["tiling"]
     if template not in list(TEMPLATES):
         raise ValueError(f"{folder}: template {template!r} is none of {', '.join(TEMPLATES)}")
-    in_tiles = aspect not in ("crop", "pad")
+    in_tiles = aspect in TILINGS
     if aspect not in ASPECTS or {bool(tiling), has_row_ends} != {in_tiles}:
         raise ValueError(f"{folder}: aspect {aspect!r} with tiling {tiling} and row ends "
-                         f"(model_type llava_next) {has_row_ends}; of {ASPECTS}, crop and pad have "
-                         "neither, and all others have both")
+                         f"(model_type llava_next) {has_row_ends}; of {ASPECTS}, those that begin "
+                         "with anyres or hd have both, and the others neither")
+    with named_errors(f"{folder}: its pixels cannot be used"):
+        pixels_from(meta)
     if not tiling:
         return
     size, patch = vision_config.image_size, vision_config.patch_size
@@ -409,7 +450,7 @@ def load(cls, folder, dtype=torch.float32):
                          f"{IMAGE} is {image_id}")
     # every weight is about to be overwritten
     with named_errors(f"{folder}: config.json describes no model"), no_init_weights():
-        g = VisionTower(config.vision_config)
+        g = tower_class(config.vision_config.model_type)(config.vision_config)
         f_phi = transformers.AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         f_phi.tie_weights()
         model = cls(g, f_phi, tokenizer, config.vision_feature_layer, projector_of(config), meta)
@@ -513,6 +554,21 @@ def load_language_model(name, dtype):
     with named_errors(f"--llm {name}"):
         check_language_model(f_phi)
     return f_phi
+
+
+def kind_of(name, flag):
+    """The model_type of a folder or a hub id."""
+    with named_errors(f"--{flag} {name}: no config.json can be read"):
+        settings, _ = PreTrainedConfig.get_config_dict(name)
+    return settings.get("model_type")
+
+
+def load_tower(name, dtype):
+    """(g, and how it was shown pictures: aspect, tiling, pixels), from a folder or a hub id."""
+    kind = kind_of(name, "vision")
+    with named_errors(f"--vision {name}"):
+        tower = tower_class(kind)
+    return load_part(tower, name, dtype, "vision"), shown_to(tower, name) | {"tiling": None}
 
 
 def load_tokenizer(llm):

@@ -7,13 +7,13 @@ Gated blocks in a locked CLIP: REACT's modularised encoder (Diss. Fig. 2.3).
     z = y + tanh(alpha_dense) MLP(LN(y))       trained, a gated tower is CLIP, bit for bit.
 
 A gated CLIP is a Hugging Face folder with one more key in vision_config or text_config:
-`gated_layers`, k. Only the classes below build such blocks: transformers, vLLM and the like would
-leave the gated weights out, and run another model.
+`gated_layers`, k. Only GatedCLIP and the CLIPTower of parts/towers.py build such blocks:
+transformers, vLLM and the like would leave the gated weights out, and run another model.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import CLIPModel, CLIPVisionModel
+from transformers import CLIPModel
 from transformers.activations import ACT2FN
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
@@ -75,15 +75,6 @@ def gate_as_configured(tower):
     k = getattr(tower.config, "gated_layers", 0)
     if k:
         gate(tower, k)
-
-
-class VisionTower(CLIPVisionModel):
-    """LLaVA's g: CLIP's image tower, with gated blocks if its config has `gated_layers`."""
-    base_model_prefix = "vision_model"   # its name in the files of a CLIP with both towers
-
-    def __init__(self, config):
-        super().__init__(config)
-        gate_as_configured(self)
 
 
 class GatedCLIP(CLIPModel):

@@ -1,6 +1,6 @@
 """
 A picture in tiles: how LLaVA-NeXT ("anyres", Diss. Sec. 4.7) and LLaVA-1.5-HD (Diss. Sec. 4.3) see
-details for which one square of CLIP's size has no pixels.
+details for which one square of g's size has no pixels.
 
     picture --fit--> canvas --cut_tiles--> squares --g, W--> features --tile_index--> tokens
         '----one small global picture---------'
@@ -68,8 +68,10 @@ class Tiling(NamedTuple):
         check_tiling(self)
         canvas = self.choose_canvas(width, height)
         scaled, offset = fitted(width, height, canvas)
-        n_columns = canvas[0] // self.patch
-        n_rows = canvas[1] // self.patch
+        grid = (canvas[0] // self.tile, canvas[1] // self.tile)
+        n = self.tile // self.patch
+        n_columns = grid[0] * n
+        n_rows = grid[1] * n
 
         # What is left of the map is computed from the proportions alone, and as much is cut off on
         # both sides: half a patch of padding can stay, or of the picture be lost, at each border.
@@ -82,12 +84,11 @@ class Tiling(NamedTuple):
         rows = range(top, n_rows - top)
         columns = range(left, n_columns - left)
 
-        grid = (canvas[0] // self.tile, canvas[1] // self.tile)
         pictures = grid[0] * grid[1]
         tokens = len(rows) * (len(columns) + 1)
         if self.global_picture:
             pictures += 1
-            tokens += (self.tile // self.patch) ** 2
+            tokens += n * n
         return Plan(canvas, scaled, offset, grid, rows, columns, pictures, tokens)
 
     def choose_canvas(self, width, height):
@@ -149,8 +150,8 @@ HD = NEXT._replace(
 
 def check_tiling(tiling):
     """Raises ValueError for a tiling, of a person's configuration, that does not fit itself."""
-    if not divides(tiling.patch, tiling.tile):
-        allowed = "tile is a multiple of patch, e.g. 336 and 14"
+    if not is_canvas((tiling.tile, tiling.patch), 1) or tiling.patch > tiling.tile:
+        allowed = "tile and patch are pixels, e.g. 336 and 14"       # or 384 and 14, of SigLIP
     elif not tiling.pinpoints or not all(is_canvas(p, tiling.tile) for p in tiling.pinpoints):
         allowed = "pinpoints are (width, height) pairs in multiples of tile"
     elif tiling.global_picture not in ("stretched", "padded", None):
@@ -190,28 +191,28 @@ def fitted(width, height, canvas):
     return size, offset
 
 
-def fit(image, canvas, background):
+def fit(image, canvas, background, resample=Image.Resampling.BICUBIC):
     """The picture (PIL, RGB) scaled and centred on a canvas of that size and colour."""
     size, offset = fitted(*image.size, canvas)
     padded = Image.new("RGB", canvas, tuple(background))
-    padded.paste(image.resize(size, Image.Resampling.BICUBIC), offset)
+    padded.paste(image.resize(size, resample), offset)
     return padded
 
 
-def cut_tiles(image, tiling):
+def cut_tiles(image, tiling, resample=Image.Resampling.BICUBIC):
     """The squares (PIL, tile x tile) that g encodes of one picture (PIL, RGB).
 
-    The global picture comes first, then the tiles row by row. With rule "hf" and CLIP's
+    The global picture comes first, then the tiles row by row. With rule "hf" and g's
     normalisation they are bit-equal to those of transformers' LlavaNextImageProcessorPil.
     """
     plan = tiling.plan(*image.size)
     side = tiling.tile
     squares = []
     if tiling.global_picture == "stretched":
-        squares.append(image.resize((side, side), Image.Resampling.BICUBIC))
+        squares.append(image.resize((side, side), resample))
     elif tiling.global_picture == "padded":
-        squares.append(fit(image, (side, side), tiling.background))
-    canvas = fit(image, plan.canvas, tiling.background)
+        squares.append(fit(image, (side, side), tiling.background, resample))
+    canvas = fit(image, plan.canvas, tiling.background, resample)
     for y in range(0, plan.canvas[1], side):
         for x in range(0, plan.canvas[0], side):
             squares.append(canvas.crop((x, y, x + side, y + side)))

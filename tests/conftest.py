@@ -37,12 +37,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
 from model import LLaVA
 from parts.files import IMAGE
+from parts.towers import CLIPTower, SiglipTower
 
 # such small matrices gain nothing from a second thread, and lose much on a busy machine
 torch.set_num_threads(1)
@@ -67,7 +69,18 @@ def tiny_clip(image_size=28, seed=0):
     torch.manual_seed(seed)
     config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
                               num_attention_heads=2, image_size=image_size, patch_size=14)
-    return CLIPVisionModel(config).eval()
+    random = CLIPVisionModel(config).state_dict()        # larger than our class's own
+    tower = CLIPTower(config)
+    tower.load_state_dict(random)
+    return tower.eval()
+
+
+def tiny_siglip(image_size=28, seed=0):
+    """ViT with the shape of SigLIP so400m: 14-pixel patches, no CLS; N = 4 at 28 or up to 41 px."""
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                                num_attention_heads=2, image_size=image_size, patch_size=14)
+    return SiglipTower(config).eval()
 
 
 FAMILIES = {

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
-    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -30,6 +29,7 @@ from extras import convert
 from model import LLaVA
 from parts.checkpoints import load_settings
 from parts.templates import TEMPLATES, chat_template
+from parts.towers import CLIPTower
 from parts.views import view_from
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
@@ -483,7 +483,7 @@ def test_memory_peaks_at_about_one_shard(tmp_path, end):
 @pytest.mark.parametrize("aspect", ["crop", "anyres_hf"])
 def test_a_linear_W_as_two_layers_computes_the_same(tmp_path, aspect):
     """Eq. (1) as gelu(z) - gelu(-z) = z: what vLLM and llama.cpp know, here and in transformers."""
-    clip = CLIPVisionModel(CLIPVisionConfig(
+    clip = CLIPTower(CLIPVisionConfig(
         hidden_size=22, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         image_size=28, patch_size=14))
     ours = see(LLaVA(clip, tiny_llm(tied=True), byte_tokenizer()), aspect).eval()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import FORKS, answer_logits, save_parts, tiny_clip, tiny_llm
+from conftest import FORKS, answer_logits, save_parts, tiny_clip, tiny_llm, tiny_siglip
 from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -125,11 +125,11 @@ FAMILIES = {
                         {"tied": True, "rope_parameters": LONGROPE,
                          "original_max_position_embeddings": 256}),
 }
-TOWERS = {"clip": tiny_clip}
+TOWERS = {"clip": tiny_clip, "siglip": tiny_siglip}
 PAIRS = list(itertools.product(FAMILIES, TOWERS))
 
 
-def make(folder, family, tower="clip", aspect="crop"):
+def make(folder, family, tower="clip", aspect="auto"):
     """The model of a family and a tower as train.py makes it, its template, and its view."""
     kind, tokenizer, _, more = FAMILIES[family]
     tokenizer = tokenizer()
@@ -168,7 +168,7 @@ def pixels_of(folder, n):
 # What each pair must do
 
 
-@pytest.mark.parametrize("aspect", ["crop", "anyres"])
+@pytest.mark.parametrize("aspect", ["auto", "anyres"])
 @pytest.mark.parametrize("family, tower", PAIRS)
 def test_logits_loss_gradients_and_answers_are_those_of_transformers(
         family, tower, aspect, tmp_path):

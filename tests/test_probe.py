@@ -54,7 +54,8 @@ def test_attention_is_what_transformers_reports_for_the_tokens_of_each_word(talk
 
 
 @pytest.mark.parametrize("aspect, size", [("crop", (300, 200)), ("pad", (300, 200)),
-                                          ("anyres", (300, 200)), ("hd", (130, 500))])
+                                          ("squeeze", (300, 200)), ("anyres", (300, 200)),
+                                          ("hd", (130, 500))])
 def test_a_map_is_bright_where_the_patch_lay(aspect, size):
     """The patch around a point is found by painting that point: there the map must be bright."""
     view = view_of(aspect, 56, 14)

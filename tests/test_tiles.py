@@ -17,7 +17,7 @@ from transformers import (
 from transformers.image_processing_utils import select_best_resolution
 
 from parts.tiles import HD, MEAN_COLOUR, NEWLINE, NEXT, Tiling, cut_tiles, tile_index
-from parts.views import CLIP_MEAN, preprocess, view_of
+from parts.views import CLIP_PIXELS, preprocess, view_of
 
 HF = NEXT._replace(rule="hf")
 ALONE = HD._replace(global_picture=None)          # the ablation: tiles without a global picture
@@ -154,7 +154,7 @@ def test_pixels_are_those_of_transformers(rule, side):
 
 def test_the_background_of_HD_is_clips_mean_and_its_global_picture_is_not_distorted():
     """Diss. Sec. 4.3: as LLaVA-1.5's padding; a circle stays one. NeXT's is black, and squeezed."""
-    assert MEAN_COLOUR == HD.background == tuple(int(m * 255) for m in CLIP_MEAN)
+    assert MEAN_COLOUR == HD.background == CLIP_PIXELS.mean_colour
     green = Image.new("RGB", (600, 300), (0, 255, 0))
     first, *tiles = (np.asarray(square) for square in cut_tiles(green, HD))
     assert (first[:56] == MEAN_COLOUR).all() and (first[-56:] == MEAN_COLOUR).all()

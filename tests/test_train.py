@@ -166,7 +166,7 @@ def test_every_recipe_is_a_whole_configuration_in_both_stages(recipe):
     one = resolve("--recipe", recipe)
     two = resolve("--recipe", recipe, "--stage", 2, "--init", "none", "--lora_rank", 0)
     assert (one.projector, one.vision, one.llm) == (two.projector, two.vision, two.llm)
-    assert one.data and two.data and one.aspect == "crop" and one.lr_g is None
+    assert one.data and two.data and one.aspect == "auto" and one.lr_g is None
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -1,0 +1,196 @@
+"""Vision towers: SigLIP's has no CLS and pixels of its own; each is the same in transformers."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, answer_logits, save_parts, tiny_clip, tiny_llm, tiny_siglip
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_checkpoints import PICTURES, assert_same, batch_of, picture, pixels_of, sample
+from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessorPil
+
+import sample as sample_py
+import train
+from extras import convert, retrieve
+from model import IGNORE, IMAGE, LLaVA
+from parts.gated import gate
+from parts.pictures import load_image
+from parts.views import Pixels, preprocess, set_view, view_of
+
+BILINEAR = dict(resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)       # SigLIP2's
+TURNS = [f"{IMAGE}\nWhat is this?", "A thing, sir.", "Why?", "So."]
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """A folder as the hub's SigLIP2: both towers, and its image processor."""
+    root = tmp_path_factory.mktemp("towers")
+    vision = tiny_siglip().config.to_dict() | {"vision_use_head": True}
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(vision_config=vision, text_config=text)
+    transformers.SiglipModel(config).save_pretrained(root)
+    SiglipImageProcessorPil(size={"height": 28, "width": 28}, **BILINEAR).save_pretrained(root)
+    return str(root)
+
+
+def built(vision, folder, llm=None, **options):
+    """A LLaVA as train.py makes it of new parts."""
+    save_parts(folder, llm)
+    torch.manual_seed(1)
+    return LLaVA.from_parts(vision, str(folder / "llm"), **options).eval()
+
+
+def compared_logits(model, folder, pictures):
+    """Logits at the answers' tokens: ours, and those of transformers with its own pixels."""
+    theirs, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), f"transformers sees another model in our folder: {info}"
+    batch, mask = batch_of(model, [sample(model, TURNS, [p]) for p in pictures])
+    out = theirs.eval()(input_ids=batch["input_ids"], attention_mask=mask,
+                        **pixels_of(folder, pictures))
+    return answer_logits(model, **batch)[0], out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gated_tower_comes_back_behind_every_family(family, tmp_path):
+    """REACT's (Diss. Ch. 2), its gates open; no other program has such blocks. The other pairs are
+    test_families.py's."""
+    tower = tiny_clip()
+    gate(tower, 2)
+    for layer in tower.encoder.layers[-2:]:
+        layer.gated.alpha_attn.data.fill_(0.5)
+    tower.save_pretrained(tmp_path / "gated")
+    model = built(str(tmp_path / "gated"), tmp_path, tiny_llm(family))
+    set_view(model, "auto")
+    model.save_pretrained(tmp_path / "out")
+    assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+@pytest.mark.parametrize("aspect", ["auto", "crop", "pad", "anyres_hf"])
+def test_siglip_is_the_same_model_in_transformers(aspect, feature_layer, siglip, tmp_path):
+    """No CLS: N tokens, strategy "full", also of tiles; its pixels are those of the folder's
+    processor, which takes the filter from SigLIP2's."""
+    model = built(siglip, tmp_path, projector="mlp2x_gelu", feature_layer=feature_layer)
+    assert set_view(model, aspect).N == 4
+    model.save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vision_feature_select_strategy"] == "full"
+    assert not [name for name in load_file(tmp_path / "out/model.safetensors") if "head" in name
+                and "lm_head" not in name], "SigLIP's pooling is not part of LLaVA"
+    processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert (processor.resample, *processor.image_mean) == (2, 0.5, 0.5, 0.5)
+    got, want = compared_logits(model, tmp_path / "out", PICTURES)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_of_a_tower_whose_patches_leave_an_edge(tmp_path):
+    """SigLIP so400m has 27 patches of 14 pixels in 384: the map counts patches by the tile."""
+    tiny_siglip(33).save_pretrained(tmp_path / "siglip")
+    model = built(str(tmp_path / "siglip"), tmp_path)
+    view = set_view(model, "anyres_hf")
+    assert (view.N, view.tiling.pinpoints[0]) == (4, [33, 66])
+    model.save_pretrained(tmp_path / "out")
+    got, want = compared_logits(model, tmp_path / "out", PICTURES)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("resample", [2, 3], ids=["SigLIP2", "SigLIP"])
+@pytest.mark.parametrize("mode, size", [("L", (90, 31)), ("RGB", (5, 700)), ("RGB", (1, 1)),
+                                        ("RGBA", (60, 61)), ("P", (33, 500)), ("CMYK", (640, 480))])
+def test_pixels_are_those_of_siglips_processor(mode, size, resample, tmp_path):
+    """Bit for bit, on odd pictures; what is transparent is white before any of the two sees it."""
+    file = tmp_path / "picture.tiff"
+    Image.fromarray(np.asarray(picture(size))).convert(mode).save(file)
+    image = load_image(file)
+    view = view_of("squeeze", 64, 16, Pixels((0.5,) * 3, (0.5,) * 3, resample))
+    processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, resample=resample)
+    want = processor(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(view.X_v(image), want)
+    assert not torch.equal(preprocess(image.resize((64, 64)), 64)[None], want), "CLIP's mean"
+
+
+def test_a_llava_with_siglip_of_somebody_else_loads(siglip, tmp_path):
+    """With SigLIP's head in its files, and nothing of ours in config.json."""
+    model = built(siglip, tmp_path)
+    set_view(model, "auto")
+    model.save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["minllava"]
+    config["vision_config"]["vision_use_head"] = True
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "out" / "model.safetensors"
+    head = {"vision_tower.vision_model.head.probe": torch.ones(1, 1, 32)}
+    save_file(load_file(file) | head, file, {"format": "pt"})
+    theirs = LLaVA.from_pretrained(tmp_path / "out")
+    want = {"aspect": "squeeze", "tiling": None,
+            "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3, "resample": 2}}
+    assert theirs.meta == want
+    batch, _ = batch_of(model, [sample(model, TURNS, [PICTURES[3]])])
+    assert torch.equal(answer_logits(theirs, **batch)[0], answer_logits(model, **batch)[0])
+
+
+# -----------------------------------------------------------------------------
+# What cannot be
+
+
+def test_a_tower_of_an_unknown_kind_is_refused_by_name(tmp_path):
+    """As a part and in a checkpoint; NaFlex is no SigLIP, though its name says so."""
+    for kind in ("Siglip2Vision", "Dinov2"):
+        config = getattr(transformers, f"{kind}Config")(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        config.save_pretrained(tmp_path / kind)
+        with pytest.raises(ValueError, match=f"--vision .*{config.model_type}.*fixed resolution"):
+            built(str(tmp_path / kind), tmp_path)
+    built(str(tmp_path / "clip"), tmp_path).save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"vision_config": config.to_dict()}))
+    with pytest.raises(ValueError, match=f"{path}.*dinov2.*fixed resolution"):
+        LLaVA.from_pretrained(tmp_path / "out")
+    wrong = raw["minllava"] | {"pixels": {"mean": [0.5], "std": [0.5], "resample": 2}}
+    path.write_text(json.dumps(raw | {"minllava": wrong}))
+    with pytest.raises(ValueError, match="pixels.*mean and std"):
+        LLaVA.from_pretrained(tmp_path / "out")
+
+
+def test_what_is_clips_alone_refuses_siglip_by_name(siglip, tmp_path):
+    """The original's layout, and REACT."""
+    model = built(siglip, tmp_path)
+    model.save_pretrained(tmp_path / "out")
+    argv = ["--model", str(tmp_path / "out"), "--out", str(tmp_path / "new"), "--to_original"]
+    with pytest.raises(ValueError, match="vision_config.model_type.*siglip_vision_model.*clip"):
+        convert.main(argv)
+    with pytest.raises(ValueError, match="--clip .*'siglip'.*'clip'"):
+        retrieve.load_clip(siglip)
+
+
+# -----------------------------------------------------------------------------
+# The toy, through a tower of SigLIP's shape
+
+
+def test_a_model_behind_siglip_learns_colours_and_answers(siglip, tmp_path, capsys):
+    """Both stages by their commands, and a question to what came out: it sees."""
+    colours = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+    records = []
+    for colour, value in colours.items():
+        Image.new("RGB", (40, 30), value).save(tmp_path / f"{colour}.png")
+        turns = [{"from": "human", "value": f"{IMAGE}\nWhat?"}, {"from": "gpt", "value": colour}]
+        records.append({"id": colour, "image": f"{colour}.png", "conversations": turns})
+    (tmp_path / "chat.json").write_text(json.dumps(records * 2))
+    save_parts(tmp_path)
+    common = ["--data", str(tmp_path / "chat.json"), "--images", str(tmp_path), "--workers", "0",
+              "--template", "llava_v0", "--global_batch_size", "4", "--recipe", "llava-7b"]
+    parts = ["--vision", siglip, "--llm", str(tmp_path / "llm")]
+    train.main([*common, *parts, "--out", str(tmp_path / "one"), "--epochs", "20"])
+    train.main([*common, "--stage", "2", "--init", str(tmp_path / "one"), "--lr", "5e-3",
+                "--out", str(tmp_path / "two"), "--epochs", "60"])
+    meta = LLaVA.from_pretrained(tmp_path / "two").meta
+    assert (meta["aspect"], meta["pixels"]["resample"]) == ("squeeze", 2), "not as SigLIP2 sees"
+    for colour in colours:
+        capsys.readouterr()
+        sample_py.main(["--model", str(tmp_path / "two"), "--image",
+                        str(tmp_path / f"{colour}.png"), "--question", "What?"])
+        assert capsys.readouterr().out.strip().endswith(colour)
