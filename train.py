@@ -21,7 +21,7 @@ from parts import check, checkpoints, lora
 from parts.files import brief_instructions, check_least, run_main, typed_flags
 from parts.ranks import ANSWERING, DTYPES, RECOMPUTED, Machine, Optimizer, groups_of, share_of
 from parts.records import Records
-from parts.run import Run, config_table, dry_run, theta_table
+from parts.run import TRACKERS, Run, config_table, dry_run, theta_table
 from parts.templates import TEMPLATES, choose_template
 from parts.views import ASPECTS, set_view
 
@@ -29,21 +29,20 @@ from parts.views import ASPECTS, set_view
 # The recipes: what each system trains on, and how. They win over the defaults of Config.
 
 CC3M = "data/LLaVA-CC3M-Pretrain-595K"
-COCO = "data/LLaVA-Instruct-150K"                        # its released name; the paper's 158K
 CLIP = "openai/clip-vit-large-patch14"                   # 224 px: N = 256 visual tokens
 CLIP_336 = "openai/clip-vit-large-patch14-336"           # N = 576
+SIGLIP_2 = "google/siglip2-base-patch16-512"             # N = 1024
 
 PAPER = dict(                                            # rates, epochs and batches: Sec. 5
     vision=CLIP, template="llava_v0", image_position="random",
     stage1=dict(data=[f"{CC3M}/chat.json"], images=f"{CC3M}/images",
                 epochs=1, lr=2e-3, global_batch_size=128),
     # OFFICIAL: the later "full schedule" script trains with batch 128; the paper says 32
-    stage2=dict(data=[f"{COCO}/llava_instruct_150k.json"], images="data/coco/train2017",
-                epochs=3, lr=2e-5, global_batch_size=32))
-SCIENCEQA = dict(
-    PAPER, image_position="first",                       # OURS: as sample.py asks
-    stage2=dict(PAPER["stage2"], data=["out/scienceqa/train.json"],
-                images="data/scienceqa/images/train", epochs=12))
+    stage2=dict(data=["data/LLaVA-Instruct-150K/llava_instruct_150k.json"], epochs=3, lr=2e-5,
+                images="data/coco/train2017", global_batch_size=32))       # the paper's 158K
+SCIENCEQA = dict(PAPER, image_position="first", stage2=dict(         # OURS: as sample.py asks
+    PAPER["stage2"], data=["out/scienceqa/train.json"], epochs=12,
+    images="data/scienceqa/images/train"))
 V1_5 = dict(                                             # Diss. Sec. 4.3
     vision=CLIP_336, projector="mlp2x_gelu", template="vicuna_v1", image_position="first",
     stage1=dict(data=["data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"], template="plain",
@@ -58,9 +57,8 @@ NEXT_FROZEN = dict(V1_5, max_length=4096, stage2=dict(
     V1_5["stage2"], data=["data/llava_next.json"], aspect="anyres"))
 NEXT = dict(NEXT_FROZEN, stage2=dict(NEXT_FROZEN["stage2"], lr_g=2e-6))
 TOY = dict(                                              # OURS: the paper in miniature (toy/)
-    vision="toy/pretrained/clip", llm="toy/pretrained/llm", template="llava_v0",
-    images="out/toy/world/images", image_position="first", max_length=512, workers=0,
-    val_samples=64,
+    vision="toy/pretrained/clip", llm="toy/pretrained/llm", template="llava_v0", workers=0,
+    images="out/toy/world/images", image_position="first", max_length=512, val_samples=64,
     stage1=dict(data=["out/toy/stage1.json"], epochs=1, lr=1e-2, global_batch_size=8),
     stage2=dict(data=["out/toy/instruct/instruct.json"], epochs=3, lr=5e-4, global_batch_size=32))
 TOY_1_5 = dict(TOY, projector="mlp2x_gelu", stage2=dict(TOY["stage2"], aspect="pad"))
@@ -83,6 +81,7 @@ RECIPES = {
                                   template="mistral_instruct"),
     "llava-next-yi-34b": dict(NEXT, llm="NousResearch/Nous-Hermes-2-Yi-34B",
                               template="chatml_direct"),
+    "small": dict(V1_5, vision=SIGLIP_2, llm="Qwen/Qwen3-0.6B", template="qwen_3"),
     "toy": TOY,
     "toy-1.5": TOY_1_5,
     "toy-hd": dict(TOY_1_5, stage2=dict(TOY["stage2"], aspect="hd")),
@@ -123,6 +122,7 @@ class Config:
     shard: bool = False                 # weights, gradients, moments are spread over all ranks
     checkpoint_activations: str = "none"    # or all, every_2: decoder layers run again
     compile: bool = False               # the decoder layers, by torch.compile
+    track: str = None                   # wandb, trackio or tensorboard; nothing is sent without it
     dry_run: bool = False               # some steps on the longest samples: memory, and what fits
     image_position: str = "random"      # random, first or as_written, see data.arrange
     lr_W: float = None                  # W's own peak
@@ -132,7 +132,7 @@ class Config:
     CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
                "projector": ["linear", "mlp2x_gelu"], "aspect": ["auto", *ASPECTS],
                "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES],
-               "checkpoint_activations": list(RECOMPUTED)}
+               "checkpoint_activations": list(RECOMPUTED), "track": list(TRACKERS)}
 
 
 def resolve(argv):

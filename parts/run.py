@@ -12,6 +12,7 @@ and index, so the number of the step is all that is needed to find the place in 
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -36,7 +37,8 @@ from parts.ranks import local_shard, restarts
 
 # flags that change nothing of what a run computes
 NOT_COMPARED = {"out", "resume", "save_every", "workers", "device", "micro_batch_tokens", "keep",
-                "shard", "checkpoint_activations", "dry_run"}
+                "shard", "checkpoint_activations", "dry_run", "track"}
+TRACKERS = ("wandb", "trackio", "tensorboard")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)    # Ctrl-C, and what a scheduler sends
 warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp's, of a single process
 
@@ -69,6 +71,8 @@ class Run:
     def __enter__(self):
         self.lock = lock_folder(self.out) if self.writes else contextlib.nullcontext()
         self.lock.__enter__()
+        name = getattr(self.config, "track", None)
+        self.tracker = open_tracker(name, self.config) if name and self.writes else None
         machine = self.machine
         machine.print0(f"{machine.world_size} x {machine.device.type}, computing in "
                        f"{machine.dtype} ({machine.reason})\n")
@@ -79,6 +83,8 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.background.shutdown()       # a state that is being written is still written
         self.lock.__exit__(kind, error, trace)
+        if self.tracker:
+            self.tracker.finish()
         if error is None:
             self.machine.finish()
         elif self.step is not None and not isinstance(error, ValueError):
@@ -311,10 +317,13 @@ class Run:
         self.is_checked = True
 
     def log(self, record):
-        """Append a record to log.jsonl."""
+        """Append a record to log.jsonl; --track shows its numbers elsewhere, too."""
         if self.writes:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(record, allow_nan=False) + "\n")
+        if self.tracker:
+            numbers = {key: n for key, n in record.items() if type(n) in (int, float)}
+            self.tracker.log(numbers, step=numbers.pop("step"))
 
     def log_step(self, loss, grad_norm, shown="", **more):
         """Log this step, with `more`, and print a line of one in fifty, with `shown` in it. Every
@@ -367,6 +376,30 @@ class Run:
                 plot_losses(self.out, ylabel)
         seconds = round(time.time() - self.began)
         self.machine.print0(f"saved {self.out} after {timedelta(seconds=seconds)}")
+
+
+def open_tracker(name, config):
+    """A run of --track's library, with log(numbers, step) and finish(). Raises ValueError."""
+    try:
+        if name == "tensorboard":
+            return TensorBoard(config.out)
+        library = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--track {name}: {error}; pip install {name}") from error
+    return library.init(project="minllava", name=config.out, config=dataclasses.asdict(config))
+
+
+class TensorBoard:
+    """TensorBoard's event file, with the functions that the other trackers have."""
+
+    def __init__(self, folder):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(folder)
+        self.finish = self.writer.close
+
+    def log(self, numbers, step):
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
 
 
 # -----------------------------------------------------------------------------

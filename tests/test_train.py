@@ -1,6 +1,7 @@
 """How it is trained (Sec. 4.2): recipes, the loss over ranks and accumulation, kills, guards."""
 import dataclasses
 import fcntl
+import importlib.util
 import itertools
 import json
 import math
@@ -130,11 +131,11 @@ def test_typed_flags_win_over_the_recipe_and_the_recipe_over_the_defaults():
 @pytest.mark.parametrize("argv", ["--max_step 3", "--stage 3", "--lr fast", "--lr_W 1e-5"])
 def test_a_mistyped_flag_is_an_error(argv, capsys):
     """No abbreviations, no unknown flags or values; what only a recipe says is no flag, so that
-    there are 32."""
+    there are 33."""
     with pytest.raises(SystemExit):
         train.resolve(argv.split())
     assert argv.split()[0] in capsys.readouterr().err
-    assert len(dataclasses.fields(train.Config)) - len(train.Config.NOT_FLAGS) <= 32
+    assert len(dataclasses.fields(train.Config)) - len(train.Config.NOT_FLAGS) <= 33
 
 
 @pytest.mark.parametrize("recipe, stage, epochs, lr, batch, template", [
@@ -933,3 +934,40 @@ def test_a_rate_or_a_length_of_0_is_not_the_default(flags, tmp_path):
     train.main(flags(tmp_path / "no_rate", *STAGE[2], "--lr", "0", "--max_steps", "1"))
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("no_steps", "no_rate"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# -----------------------------------------------------------------------------
+# --track: nothing leaves a run unless it is asked for
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(flags, tmp_path):
+    """Its event file, read back by its own reader, says what log.jsonl says."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    argv = flags(tmp_path / "out", *STAGE[1], "--val_samples", 3, "--max_steps", 3)
+    assert train.main([*argv, "--track", "tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "out"))
+    events.Reload()
+    log = lines(tmp_path / "out" / "log.jsonl")
+    for key in ("loss", "lr", "tokens", "val_loss"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        want = [(record["step"], record[key]) for record in log if key in record]
+        assert [step for step, _ in found] == [step for step, _ in want] and want
+        assert [value for _, value in found] == pytest.approx([value for _, value in want])
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_is_missing_before_step_0_or_keeps_the_run_offline(name, flags, tmp_path,
+                                                                     monkeypatch):
+    """Without the library the error says what to install; with it, its own folder has the run."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    argv = flags(tmp_path / "out", *STAGE[1], "--max_steps", 2, "--track", name)
+    if importlib.util.find_spec(name) is None:
+        with pytest.raises(ValueError, match=f"--track {name}: .*; pip install {name}"):
+            train.main(argv)
+        return
+    assert train.main(argv) == 0
+    kept = [path for path in (tmp_path / name).rglob("*") if path.suffix in (".wandb", ".db")]
+    assert kept and b"grad_norm" in kept[0].read_bytes()
