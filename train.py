@@ -122,6 +122,7 @@ class Config:
     shard: bool = False                 # weights, gradients, moments are spread over all ranks
     checkpoint_activations: str = "none"    # or all, every_2: decoder layers run again
     compile: bool = False               # the decoder layers, by torch.compile
+    kernels: str = "torch"              # or liger: fused ones, on CUDA, where it is installed
     track: str = None                   # wandb, trackio or tensorboard; nothing is sent without it
     dry_run: bool = False               # some steps on the longest samples: memory, and what fits
     image_position: str = "random"      # random, first or as_written, see data.arrange
@@ -132,7 +133,8 @@ class Config:
     CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
                "projector": ["linear", "mlp2x_gelu"], "aspect": ["auto", *ASPECTS],
                "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES],
-               "checkpoint_activations": list(RECOMPUTED), "track": list(TRACKERS)}
+               "checkpoint_activations": list(RECOMPUTED), "kernels": ["torch", "liger"],
+               "track": list(TRACKERS)}
 
 
 def resolve(argv):
@@ -172,7 +174,6 @@ def resolve(argv):
 def build_model(config, machine):
     """The model on its device, theta, template and view. ValueError if --init does not fit them."""
     torch.manual_seed(config.seed)       # W's initial values
-    # dtype None: as in the files; machine.place casts
     if config.init in (None, "none"):
         model = LLaVA.from_parts(config.vision, config.llm, dtype=None,
                                  feature_layer=config.feature_layer, projector=config.projector)
@@ -187,7 +188,7 @@ def build_model(config, machine):
     model.set_stage(config.stage, train_g=bool(config.lr_g))
     if config.lora_rank:
         lora.adapt(model, config.lora_rank, had_newline)
-    theta = machine.place(model, config.checkpoint_activations, config.compile)
+    theta = machine.place(model, config.checkpoint_activations, config.compile, config.kernels)
     template = choose_template(config.template, model)
     model.meta |= {"template": template.name, **view.meta}
     model.meta |= {key: getattr(config, key) for key in ("stage", "recipe", "init", "seed", "data")}

@@ -11,6 +11,7 @@ whole on every rank: CLIP ViT-L has 0.6 GB in bf16.
 """
 import contextlib
 import functools
+import itertools
 import math
 import os
 from datetime import timedelta
@@ -135,14 +136,16 @@ class Machine:
         """These tensors of a batch, on this rank's device."""
         return {name: batch[name].to(self.device, non_blocking=True) for name in names}
 
-    def place(self, model, checkpoint_activations="none", compile=False):
+    def place(self, model, checkpoint_activations="none", compile=False, kernels="torch"):
         """Put a model whose stage is set on its device: in fp32 what trains, in the compute dtype
-        what is frozen; compiled, recomputed, sharded as asked.
+        what is frozen; with other kernels, compiled, recomputed, sharded as asked.
 
         Its weights may be mapped files, of which a rank then holds its shards alone. Returns theta,
         {name: parameter}, which in shards are other objects than before.
         """
         model.eval()                     # CLIP and LLaMA-like models have no dropout to switch on
+        if kernels == "liger":
+            use_liger(model, self.device)
         if compile:
             compile_layers(model, self.device)
         recompute_layers(model, checkpoint_activations)
@@ -271,7 +274,9 @@ def shard_model(model, device, dtype):
         model.g.to(device)
     for layer in layers:                 # one is whole at a time, and then 1/n of it stays
         copy_weights(layer.parameters(), device, dtype)
-        fsdp.fully_shard(layer, **options)
+        fsdp.fully_shard(layer, **options, reshard_after_forward=True)
+    for layer, later in itertools.pairwise(layers):      # asked for early: a link never waits for
+        layer.set_modules_to_forward_prefetch([later])   # the host; backward does so by itself
     # the rest: embeddings, head, norms, W, newline
     rest = [p for p in model.parameters() if not isinstance(p, DTensor) and p not in not_sharded]
     copy_weights(rest, device, dtype)
@@ -316,6 +321,36 @@ def compile_layers(model, device):
     torch._functorch.config.activation_memory_budget = 0.95
     for layer in model.f_phi.base_model.layers:
         layer.forward = compile_training(layer.forward)
+
+
+def use_liger(model, device):
+    """Liger-Kernel's fused norms, rotary positions and SwiGLU in f_phi, and its loss, for which no
+    logits are kept. ValueError where they are not to be had.
+
+    Not the default: with equal losses it once gave worse models.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"--kernels liger: they are CUDA's, not {device.type}'s; leave it out")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
+    except ImportError as error:
+        raise ValueError(f"--kernels liger: pip install liger-kernel ({error})") from error
+    kind = model.f_phi.config.model_type
+    if kind not in KINDS:
+        raise ValueError(f"--kernels liger: it has none for a language model of type {kind}, but "
+                         f"for {', '.join(KINDS)}; leave it out")
+    KINDS[kind](model=model.f_phi, fused_linear_cross_entropy=False)
+    model.forward = fused_forward(model, LigerFusedLinearCrossEntropyLoss(reduction="sum"))
+
+
+def fused_forward(model, linear_cross_entropy):
+    """LLaVA.forward by a loss of (the head's weight, hidden states, targets), a sum."""
+    def forward(**batch):
+        h, targets = model.answer_states(**batch)
+        weight = model.f_phi.get_output_embeddings().weight
+        return linear_cross_entropy(weight, h, targets), len(targets)
+    return forward
 
 
 def compile_training(forward):

@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     ROOT,
     lines,
@@ -35,7 +36,7 @@ import train
 from model import LLaVA
 from parts import checkpoints, lora
 from parts.files import write_json
-from parts.ranks import Machine, Optimizer, groups_of, share_of
+from parts.ranks import Machine, Optimizer, fused_forward, groups_of, share_of
 from parts.run import Run, check_moves, fingerprints, tokens_that_fit
 
 # Learning rates at which 8 steps visibly move what trains. AdamW's first steps are nearly
@@ -131,11 +132,11 @@ def test_typed_flags_win_over_the_recipe_and_the_recipe_over_the_defaults():
 @pytest.mark.parametrize("argv", ["--max_step 3", "--stage 3", "--lr fast", "--lr_W 1e-5"])
 def test_a_mistyped_flag_is_an_error(argv, capsys):
     """No abbreviations, no unknown flags or values; what only a recipe says is no flag, so that
-    there are 33."""
+    there are 34."""
     with pytest.raises(SystemExit):
         train.resolve(argv.split())
     assert argv.split()[0] in capsys.readouterr().err
-    assert len(dataclasses.fields(train.Config)) - len(train.Config.NOT_FLAGS) <= 33
+    assert len(dataclasses.fields(train.Config)) - len(train.Config.NOT_FLAGS) <= 34
 
 
 @pytest.mark.parametrize("recipe, stage, epochs, lr, batch, template", [
@@ -385,6 +386,23 @@ def test_what_fits_is_on_the_line_through_two_measurements():
     assert tokens_that_fit({100: 700, 400: 1300}, 900) == 200
     assert tokens_that_fit({100: 700}, 600) == tokens_that_fit({}, 600) == 0
     assert tokens_that_fit({100: 700}, 800) == 100
+
+
+def test_a_fused_loss_is_the_same_sum(flags, tmp_path):
+    """--kernels liger takes the head's weight, hidden states and targets; here torch does. Where
+    there is no CUDA, it is refused."""
+    argv = flags(tmp_path / "out", *STAGE[2])
+    machine, model, _, _, steps, _ = build(argv)
+    batch = machine.to_device(steps[0][0])
+    wanted, n = model(**batch)
+
+    def torchs(weight, h, targets):
+        return F.cross_entropy(F.linear(h, weight).float(), targets, reduction="sum")
+    model.forward = fused_forward(model, torchs)
+    found, as_many = model(**batch)
+    assert found.item() == pytest.approx(wanted.item()) and n == as_many
+    with pytest.raises(ValueError, match="--kernels liger: they are CUDA's, not cpu's"):
+        train.main([*argv, "--kernels", "liger"])
 
 
 def test_stage_1_trains_only_W_and_stage_2_also_phi(straight, parts):
