@@ -286,7 +286,6 @@ def train(config, origin, machine, run):
         text = show(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), data.tokenizer)
         return f"template {template.name}; one sample, what is scored in green or «»:\n{text}"
 
-    # the banner: what a reader should see before step 0
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
     machine.print0(f"batch: {config.global_batch_size} over {machine.world_size} ranks; "
                    f"{steps.per_epoch} steps an epoch, {total} in all\n")
