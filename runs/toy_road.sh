@@ -7,7 +7,7 @@
 # What is done is not done again: after an interruption run the same command again. Logs: FOLDER/seedN-road.log
 source "$(dirname "$0")/toy_env.sh"
 export OUT=${1:-out/toy_ablations} OMP_NUM_THREADS=1
-export ROWS=${ROWS:-stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half}
+export ROWS=${ROWS:-stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half tenth}
 SEEDS=${*:2}
 mkdir -p "$OUT"
 
@@ -20,8 +20,11 @@ exam() {       # exam NAME WAY...: the same questions, asked in each way
 convert() {    # convert NAME SOURCE FLAG...
     once "$D/$1.json" python -m extras.academic convert --questions "$D/vqa/$2.jsonl" --out "$D/$1.json" "${@:3}"
 }
+few() {        # few NAME INIT FLAG...: stage 2 on few samples, in steps of 8
+    stage2 "$1" "$D/$2" --global_batch_size 8 --val_samples 0 "${@:3}"
+}
 road() {       # road ROW INIT FILE... FLAG...: a tenth of the instructions, and these files
-    stage2 "$1" "$D/$2" --data "$D/data_full/instruct.json=0.1" "${@:3}"
+    few "$1" "$2" --data "$D/data_full/instruct.json=0.1" "${@:3}"
     exam "$1" normal format
 }
 two_layers() { stage1 "$1" --projector mlp2x_gelu "${@:2}"; }
@@ -32,7 +35,7 @@ row() {
         row0) road row0 stage1; held_out row0; bench row0 ;;
         uniform)   # row 0 with as many of each type as of the others, rather than as they come (58 : 23 : 77)
             data uniform conversation=133 detail_description=133 complex_reasoning=134
-            stage2 uniform "$D/stage1" --data "$D/data_uniform/instruct.json"; held_out uniform; bench uniform ;;
+            few uniform stage1 --data "$D/data_uniform/instruct.json"; held_out uniform; bench uniform ;;
         row1) convert plain attributes --format_prompt none; road row1 stage1 "$D/plain.json" ;;
         row2) road row2 stage1 "$A"; exam row2 ambiguous ;;
         row3) two_layers stage1_mlp; road row3 stage1_mlp "$A" $MLP ;;
@@ -44,8 +47,11 @@ row() {
         full)
             stage2 full "$D/stage1" --data "$D/data_full/instruct.json"
             exam full normal ambiguous format; held_out full; bench full ;;
-        half) stage2 half "$D/stage1" --data "$D/data_full/instruct.json=0.5"; held_out half ;;       # Fig. 4.4
-        *) echo "error: row $1; there are stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half"; exit 1 ;;
+        half)      # Fig. 4.4
+            stage2 half "$D/stage1" --data "$D/data_full/instruct.json=0.5"; held_out half ;;
+        tenth)
+            stage2 tenth "$D/stage1" --data "$D/data_full/instruct.json=0.1"; held_out tenth ;;
+        *) echo "error: row $1; there are stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half tenth"; exit 1 ;;
     esac
 }
 rows_of() {

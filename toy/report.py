@@ -49,7 +49,7 @@ TABLE_4_2 = {   # of the dissertation: GQA, MME, MM-Vet
     "row7": ("7 + relations (GQA)", 62.0, 1469.2, 30.7),
     "row7_half": ("7 without 6: half the pixels a side", None, None, None),
 }
-SHARES = {"row0": 0.1, "half": 0.5, "full": 1.0}      # of the data: the dissertation's Fig. 4.4
+SHARES = {"tenth": 0.1, "half": 0.5, "full": 1.0}      # of the data: the dissertation's Fig. 4.4
 
 
 # ------------------------------------------------------------------------------------------------
