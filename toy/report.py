@@ -328,11 +328,13 @@ def print_road(config):
     """The dissertation's Tables 4.1b, 4.2 and Fig. 4.4 in miniature; the types in equal shares."""
     seeds = seed_folders(config.out)
     print(f"\nTable 4.2 of the dissertation, percent right over {len(seeds)} seeds; its GQA, MME, "
-          f"MM-Vet\n{'':36s} relations      yes/no         all, a word   all, in full")
+          f"MM-Vet\n{'':36s} relations      yes/no         a word         in full        "
+          "words where a sentence is due")
     for row, (name, *paper) in rows_made(TABLE_4_2, seeds, "exam_format-{}.jsonl").items():
         word = exam_scores(row, "format", seeds)
         full = exam_scores(row, "normal", seeds)
-        ours = (word["relations"], word["yes/no"], word["as asked"], full["as asked"])
+        ours = (word["relations"], word["yes/no"], word["as asked"], full["as asked"],
+                full["a word"])
         print(f"{name:36s}", *map(in_spread, ours), *paper, sep="  ")
 
     print("\nTable 4.1b: how many answers are right, in whatever form; how many are a word")
