@@ -1,6 +1,6 @@
 # Sourced by the toy's scripts: the virtual environment, and what they share.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-export TIMEFORMAT="%U s of one core"
+export TIMEFORMAT="%U + %S s of one core"
 
 once() {      # once FILE COMMAND...: run the command that makes FILE, unless it has been
     local file=$1; shift

@@ -7,14 +7,14 @@
 # What is done is not done again: after an interruption run the same command again. Logs: FOLDER/seedN-road.log
 source "$(dirname "$0")/toy_env.sh"
 export OUT=${1:-out/toy_ablations} OMP_NUM_THREADS=1
-export ROWS=${ROWS:-stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half tenth}
+export ROWS=${ROWS:-stage1 row0 row1 row2 uniform row3 row5 row7 full half tenth}
 SEEDS=${*:2}
 mkdir -p "$OUT"
 
 exam() {       # exam NAME WAY...: the same questions, asked in each way
     for way in "${@:2}"; do
         once "$D/exam_$way-$1.jsonl" python eval.py answer --model "$D/$1" --questions "$D/vqa/exam_$way.jsonl" \
-            --images "${IMAGES:-$W/images}" --answers "$D/exam_$way-$1.jsonl" --max_new_tokens 32 --batch_size 120
+            --images "$W/images" --answers "$D/exam_$way-$1.jsonl" --max_new_tokens 32 --batch_size 120
     done
 }
 convert() {    # convert NAME SOURCE FLAG...
@@ -27,7 +27,6 @@ road() {       # road ROW INIT FILE... FLAG...: a tenth of the instructions, and
     few "$1" "$2" --data "$D/data_full/instruct.json=0.1" "${@:3}"
     exam "$1" normal format
 }
-two_layers() { stage1 "$1" --projector mlp2x_gelu "${@:2}"; }
 row() {
     local A=$D/attributes.json B=$D/places.json C=$D/relations.json MLP="--projector mlp2x_gelu"
     case $1 in
@@ -38,12 +37,9 @@ row() {
             few uniform stage1 --data "$D/data_uniform/instruct.json"; held_out uniform; bench uniform ;;
         row1) convert plain attributes --format_prompt none; road row1 stage1 "$D/plain.json" ;;
         row2) road row2 stage1 "$A"; exam row2 ambiguous ;;
-        row3) two_layers stage1_mlp; road row3 stage1_mlp "$A" $MLP ;;
-        row5) two_layers stage1_mlp; road row5 stage1_mlp "$A" "$B" $MLP ;;
-        row7) two_layers stage1_mlp; road row7 stage1_mlp "$A" "$B" "$C" $MLP ;;
-        row7_half)   # row 6 taken back from row 7: pictures of half as many pixels a side
-            local IMAGES=$D/vqa/half
-            two_layers stage1_half --images "$IMAGES"; road row7_half stage1_half "$A" "$B" "$C" $MLP --images "$IMAGES" ;;
+        row3) stage1 stage1_mlp $MLP; road row3 stage1_mlp "$A" $MLP ;;
+        row5) stage1 stage1_mlp $MLP; road row5 stage1_mlp "$A" "$B" $MLP ;;
+        row7) stage1 stage1_mlp $MLP; road row7 stage1_mlp "$A" "$B" "$C" $MLP ;;
         full)
             stage2 full "$D/stage1" --data "$D/data_full/instruct.json"
             exam full normal ambiguous format; held_out full; bench full ;;
@@ -51,7 +47,7 @@ row() {
             stage2 half "$D/stage1" --data "$D/data_full/instruct.json=0.5"; held_out half ;;
         tenth)
             stage2 tenth "$D/stage1" --data "$D/data_full/instruct.json=0.1"; held_out tenth ;;
-        *) echo "error: row $1; there are stage1 row0 row1 row2 uniform row3 row5 row7 row7_half full half tenth"; exit 1 ;;
+        *) echo "error: row $1; there are stage1 row0 row1 row2 uniform row3 row5 row7 full half tenth"; exit 1 ;;
     esac
 }
 rows_of() {

@@ -47,7 +47,6 @@ TABLE_4_2 = {   # of the dissertation: GQA, MME, MM-Vet
     "row3": ("3 + two layers", 47.3, 1355.2, 27.8),
     "row5": ("5 + regions", 50.3, 1426.5, 30.8),
     "row7": ("7 + relations (GQA)", 62.0, 1469.2, 30.7),
-    "row7_half": ("7 without 6: half the pixels a side", None, None, None),
 }
 SHARES = {"tenth": 0.1, "half": 0.5, "full": 1.0}      # of the data: the dissertation's Fig. 4.4
 

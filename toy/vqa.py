@@ -8,7 +8,6 @@ Everything here is OURS. It writes
     places.jsonl        where a thing is: its region
     relations.jsonl     how two things lie to each other, as in GQA
     exam_WAY.jsonl      a part of the held-out questions, asked in each of three ways
-    half/               all pictures with half as many pixels a side
 
 The first three are for `extras.academic convert`, which adds the response-format prompt, or not.
 """
@@ -17,8 +16,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 from extras.academic import FORMAT_PROMPTS
 from parts.files import check_least, read_lines, run_main, typed_flags, write_lines
@@ -90,12 +87,6 @@ def write_exam(questions, out, per_kind):
         write_lines(out / f"exam_{way}.jsonl", asked)
 
 
-def halve(folder, out):
-    out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.glob("*.png")):
-        Image.open(file).reduce(2).save(out / file.name)
-
-
 def main(argv=None):
     config = Config(**typed_flags(Config, argv, __doc__))
     check_least(config, pictures=1, per_kind=1)
@@ -107,7 +98,6 @@ def main(argv=None):
         drawn = dict(rng.sample(sorted(scenes.items()), min(config.pictures, len(scenes))))
         write_lines(out / f"{source}.jsonl", ask_briefly(drawn, kinds, rng))
     write_exam(read_lines(world / "questions_held_out.jsonl"), out, config.per_kind)
-    halve(world / "images", out / "half")
     print(f"{out}: {', '.join(SOURCES)} of {config.pictures} pictures each, an exam")
 
 
