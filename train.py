@@ -118,7 +118,7 @@ class Config:
     keep: int = 1                       # how many of these states are kept
     workers: int = 4                    # processes that decode pictures, for each rank
     device: str = "auto"                # cuda, mps or cpu
-    dtype: str = "auto"                 # bf16, fp16 or fp32 compute; what trains is kept in fp32
+    dtype: str = "auto"                 # of compute: bf16, fp16, fp32; nf4: QLoRA's f_phi in 4 bits
     shard: bool = False                 # weights, gradients, moments are spread over all ranks
     checkpoint_activations: str = "none"    # or all, every_2: decoder layers run again
     compile: bool = False               # the decoder layers, by torch.compile
@@ -132,7 +132,7 @@ class Config:
     NOT_FLAGS = ("image_position", "lr_W", "lr_g")       # only a recipe's row says these
     CHOICES = {"recipe": list(RECIPES), "stage": [1, 2], "template": ["auto", *TEMPLATES],
                "projector": ["linear", "mlp2x_gelu"], "aspect": ["auto", *ASPECTS],
-               "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES],
+               "device": ["auto", "cuda", "mps", "cpu"], "dtype": ["auto", *DTYPES, "nf4"],
                "checkpoint_activations": list(RECOMPUTED), "kernels": ["torch", "liger"],
                "track": list(TRACKERS)}
 
@@ -157,11 +157,7 @@ def resolve(argv):
                 global_batch_size=1, micro_batch_tokens=1, val_samples=0, keep=1, workers=0)
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
-    if config.lora_rank and config.init == "none":
-        raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
-                         "belong to: --init out/stage1")
-    if "lora_rank" in typed and stage == 1:
-        raise ValueError("--lora_rank does nothing in stage 1, where W alone trains")
+    lora.check_flags(config)
     if has_init and {"vision", "llm"} & typed.keys():
         raise ValueError(f"--vision and --llm do nothing: --init {config.init} has its own")
     return config, origin

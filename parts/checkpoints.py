@@ -412,7 +412,7 @@ def save(model, folder, dtype=None, state=None):
     os.makedirs(folder, exist_ok=True)
     if has_file(folder, "config.json"):
         os.remove(os.path.join(folder, "config.json"))
-    state = state or model.state_dict()
+    state = (state or model.state_dict()) | whole_weights(model)
     if adapters(model.f_phi) and "init" in model.meta:       # also alone, for PEFT
         save_adapter(model, os.path.join(folder, "adapter"), model.meta["init"], state)
     state = to_hf_keys(model, merged_state(model, state))
@@ -423,6 +423,16 @@ def save(model, folder, dtype=None, state=None):
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     save_settings(folder, model.tokenizer, model.eos_ids, model.g.config, model.meta)
     config.save_pretrained(folder)
+
+
+def whole_weights(model):
+    """{name: W_0} of the layers that a model holds in 4 bits, as its base has them."""
+    layers = {name: layer for name, layer in adapters(model).items() if layer.blocks}
+    found = {}
+    base = load(type(model), model.meta["init"], dtype=None) if layers else None
+    for name, layer in layers.items():
+        found[f"{name}.weight"] = base.get_submodule(name).weight.data.to(layer.blocks.dtype)
+    return found
 
 
 def load(cls, folder, dtype=torch.float32):

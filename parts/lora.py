@@ -6,11 +6,16 @@ theta = {W, A, B}.
 
     W_0 (out, in)  frozen      A (r, in)  starts at random      B (out, r)  starts at zero
 
+W_0 may be held in 4 bits (QLoRA, Dettmers et al., arXiv 2305.14314), by bitsandbytes: NF4, in
+blocks of 64, whose scales are quantised, too; 4.127 bits a weight. Products are made with W_0
+rounded so, in x's number format; a checkpoint is A and B merged with the W_0 they started from.
+
 OURS: written out, not taken from `peft`, which wraps f_phi, so that every name in a checkpoint
 changes; the arithmetic is two lines. The folders of parts/checkpoints.py are PEFT's own, and the
 tests hold both against each other.
 """
 import contextlib
+import importlib
 import math
 
 import numpy as np
@@ -30,6 +35,7 @@ class LoRA(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, has_bias, device="meta")
         self.weight = linear.weight                      # (out, in), the tensor itself
         self.bias = linear.bias                          # (out,)
+        self.blocks = None                               # of a W_0 in 4 bits: shape, scales
         self.alpha = alpha
         self.scale = alpha / rank
         self.dropout = dropout
@@ -44,16 +50,54 @@ class LoRA(nn.Linear):
         x_dropped = F.dropout(x, self.dropout, self.training)
         low = F.linear(x_dropped, self.lora_A.to(x.dtype))                   # (..., r)    A x
         update = F.linear(self.scale * low, self.lora_B.to(x.dtype))         # (..., out)
-        return super().forward(x) + update
+        return self.frozen_product(x) + update
+
+    def frozen_product(self, x):
+        if self.blocks is None:
+            return super().forward(x)                                        # (..., out)  W_0 x
+        x = x.to(self.blocks.dtype)
+        return bitsandbytes().matmul_4bit(x, self.weight.t(), self.blocks, bias=self.bias)
+
+    def hold_in_4_bits(self, device, dtype):
+        """Put W_0, rounded to `dtype`, on a device in 4 bits: `weight` is then a column of bytes,
+        two weights in each. A layer whose rows are no whole blocks stays as it is."""
+        if self.in_features % 64:
+            return
+        packed, self.blocks = bitsandbytes().functional.quantize_4bit(
+            self.weight.data.to(device, dtype), quant_type="nf4", compress_statistics=True)
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def merge(self, W_0, A, B):
         """W_0 + (alpha / r) B A, (out, in): summed in fp32, rounded once."""
         return (W_0 + self.scale * B @ A).to(W_0.dtype)
 
 
+def bitsandbytes():
+    """The library that W_0 in 4 bits needs. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ValueError(f"--dtype nf4 needs bitsandbytes: pip install bitsandbytes ({error})"
+                         ) from error
+
+
 def adapters(module):
     """{name: LoRA layer} of all within `module`."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRA)}
+
+
+def check_flags(config):
+    """Raises ValueError for flags of train.Config that do not go together."""
+    if config.lora_rank and config.stage == 1:
+        raise ValueError("--lora_rank does nothing in stage 1, where W alone trains")
+    if config.lora_rank and config.init == "none":
+        raise ValueError("--lora_rank trains W and adapters alone, beside a checkpoint that they "
+                         "belong to: --init out/stage1")
+    if config.dtype == "nf4" and not config.lora_rank:
+        raise ValueError("--dtype nf4 holds what adapters leave frozen in 4 bits: it goes with "
+                         "--stage 2 --lora_rank N, e.g. --lora_rank 128")
+    if config.dtype == "nf4" and config.shard:
+        raise ValueError("--dtype nf4 is not sharded: leave --shard out, or take --dtype bf16")
 
 
 def add_adapters(f_phi, rank, alpha, dropout=0.0, layers=None):
@@ -128,8 +172,8 @@ def merged_state(model, state):
     """
     state = dict(state)
     for name, layer in adapters(model).items():
-        A = state.pop(f"{name}.lora_A")
-        B = state.pop(f"{name}.lora_B")
         W_0 = state[f"{name}.weight"]
+        A = state.pop(f"{name}.lora_A").to(W_0.device)
+        B = state.pop(f"{name}.lora_B").to(W_0.device)
         state[f"{name}.weight"] = layer.merge(W_0, A, B).cpu()
     return state

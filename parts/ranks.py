@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from parts import lora
+
 RECOMPUTED = {"none": 0, "all": 1, "every_2": 2}     # of how many decoder layers one runs again
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What LLaVA.forward and LLaVA.generate take of a batch; the rest is for people.
@@ -48,8 +50,9 @@ def choose_device(name="auto", index=0):
 
 
 def choose_dtype(name, device):
-    """(dtype, why): "auto" is bf16 where a GPU has it, else fp16; fp32 elsewhere."""
-    if name != "auto":
+    """(dtype, why): "auto", and nf4's products, have bf16 where a GPU has it, else fp16; fp32
+    elsewhere."""
+    if name in DTYPES:
         return DTYPES[name], "as asked"
     if device.type != "cuda":
         return torch.float32, f"{device.type}: half precision gains little here"
@@ -84,6 +87,9 @@ class Machine:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.dtype, self.reason = choose_dtype(dtype, self.device)
+        self.nf4 = dtype == "nf4"        # what adapters leave frozen, see parts/lora.py
+        if self.nf4:
+            lora.bitsandbytes()          # a missing library is found out now
         self.shard = shard
         self.background = None           # the ranks again, for what they do beside training
         kind = self.device.type
@@ -152,7 +158,11 @@ class Machine:
         if self.shard:
             shard_model(model, self.device, self.dtype)
         else:
-            copy_weights(model.parameters(), self.device, self.dtype)
+            if self.nf4:
+                for layer in lora.adapters(model).values():
+                    layer.hold_in_4_bits(self.device, self.dtype)
+            others = [p for p in model.parameters() if p.is_floating_point()]
+            copy_weights(others, self.device, self.dtype)
             model.to(self.device)        # its buffers, too
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 

@@ -418,7 +418,9 @@ def theta_table(model, theta):
     named = list(model.named_parameters())
     for part in dict.fromkeys(name.split(".")[0] for name, _ in named):
         parameters = {name: p for name, p in named if name.split(".")[0] == part}
-        n = sum(p.numel() for p in parameters.values())
+        n = 0
+        for p in parameters.values():
+            n += 2 * p.numel() if p.dtype == torch.uint8 else p.numel()      # nf4: two in a byte
         n_theta = sum(theta[name].numel() for name in parameters if name in theta)
         dtype = next(iter(parameters.values())).dtype
         lines.append(f"  {part:<18}{n:>12,}{n_theta:>16,}   {str(dtype).removeprefix('torch.')}")
@@ -454,7 +456,7 @@ def fingerprints(model):
     changed. It is one of squares, for in a plain sum as many moves up as down would cancel."""
     sums = {}
     for name, p in model.named_parameters():
-        kind = torch.int32 if p.element_size() == 4 else torch.int16
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[p.element_size()]
         bits = local_shard(p.detach()).view(kind).int() % 32749
         sums[name] = bits.square().sum(dtype=torch.int64).item()
     return sums

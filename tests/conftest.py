@@ -97,11 +97,12 @@ FAMILIES = {
 def tiny_llm(family="llama", tied=False, vocab_size=320, seed=0, **more):
     config, model = FAMILIES[family]
     torch.manual_seed(seed)
-    return model(config(
+    tiny = dict(
         vocab_size=vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-        tie_word_embeddings=tied, **more)).eval()
+        tie_word_embeddings=tied)
+    return model(config(**tiny | more)).eval()
 
 
 def tiny_llava(family="llama", tied=False, **more):

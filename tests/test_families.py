@@ -6,13 +6,22 @@ generate. Tokenizers are tiny ones of each family's own class, with that family'
 import itertools
 import json
 import os
+import random
 import re
 import socket
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import FORKS, answer_logits, save_parts, tiny_clip, tiny_llm, tiny_siglip
+from conftest import (
+    FORKS,
+    ROOT,
+    answer_logits,
+    save_parts,
+    tiny_clip,
+    tiny_llm,
+    tiny_siglip,
+)
 from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -33,16 +42,20 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+import sample
+import train
 from data import collate, render, sample_of
 from model import IGNORE, LLaVA
-from parts.checkpoints import load_tokenizer
-from parts.decoders import check_language_model
+from parts.checkpoints import load_tokenizer, read_tokenizer
+from parts.decoders import Fast, check_language_model
 from parts.engine import Engine
 from parts.files import IMAGE, write_json
 from parts.lora import adapters, add_adapters, merge_adapters
-from parts.ranks import TRAINING, Machine
+from parts.pictures import load_image
+from parts.ranks import ANSWERING, TRAINING, Machine
 from parts.templates import choose_template
 from parts.views import set_view
+from toy import world
 
 # -----------------------------------------------------------------------------
 # The two tables
@@ -200,8 +213,7 @@ def test_logits_loss_gradients_and_answers_are_those_of_transformers(
             input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], **pixels,
             max_new_tokens=16, do_sample=False, suppress_tokens=[ours.image_id])
         want = ours.to_text(ids[0, prompt["input_ids"].shape[1]:].tolist())
-        asked = {name: prompt[name] for name in ("input_ids", "attention_mask", "X_v",
-                                                 "visual_index")}
+        asked = {name: prompt[name] for name in ANSWERING}
         assert ours.generate(**asked, max_new_tokens=16) == [want]
         assert Engine(ours).generate(prompt, max_new_tokens=16) == [want], "the fast one differs"
 
@@ -218,8 +230,8 @@ def test_template_labels_and_ids_are_right_here_and_in_the_folders_processor(fam
     assert LLaVA.from_pretrained(tmp_path / "saved").eos_ids == model.eos_ids
     processor = AutoProcessor.from_pretrained(tmp_path / "saved")
     for chat in CHATS:
-        (sample,) = samples_of(model, template, view, [chat])
-        pairs = list(zip(sample["input_ids"], sample["labels"], strict=True))
+        (whole,) = samples_of(model, template, view, [chat])
+        pairs = list(zip(whole["input_ids"], whole["labels"], strict=True))
         runs = [[i for i, _ in run] for scored, run in
                 itertools.groupby(pairs, lambda pair: pair[1] != IGNORE) if scored]
         answers = [template.answer.format(x) + template.STOP for x in chat[1::2]]
@@ -233,7 +245,7 @@ def test_template_labels_and_ids_are_right_here_and_in_the_folders_processor(fam
         for n in range(1, len(chat) + 1, 2):
             (prompt,) = samples_of(model, template, view, [chat[:n]])
             ids = prompt["input_ids"]
-            assert sample["input_ids"][:len(ids)] == ids, "training has other ids than sampling"
+            assert whole["input_ids"][:len(ids)] == ids, "training has other ids than sampling"
             theirs = processor.apply_chat_template(
                 messages[:n], add_generation_prompt=True, tokenize=True, return_dict=True)
             assert theirs["input_ids"][0] == ids, (
@@ -303,6 +315,57 @@ def test_two_ranks_with_shards_train_each_family_as_one_process(tmp_path):
         got = json.loads((tmp_path / f"{rank}.json").read_text())
         for family in FAMILIES:
             torch.testing.assert_close(got[family], want[family], atol=1e-5, rtol=1e-5, msg=family)
+
+
+# -----------------------------------------------------------------------------
+# The toy with another language model
+
+
+def one_thing_each(folder, n):
+    """Pictures of toy/world.py with a single thing, and what each shows."""
+    rng = random.Random(0)
+    truths = []
+    folder.mkdir()
+    for i in range(n):
+        thing = world.place_thing(rng, rng.choice(world.SEEN), rng.randrange(16), world.SIDE)
+        world.draw_scene(world.scene_with([thing])).save(folder / f"{i}.png")
+        truths.append(f"A {thing.name}.")
+    return truths
+
+
+@pytest.mark.slow
+def test_the_toy_with_a_new_Qwen3_trains_and_answers(tmp_path):
+    """Sec. 4.2 by the commands: its two layers have never been trained, the toy's CLIP is frozen;
+    on pictures it has not seen it names thing and colour, and only by seeing."""
+    truths = one_thing_each(tmp_path / "images", 660)
+    records = []
+    for i, truth in enumerate(truths[:600]):
+        turns = [sample.human_turn("What is it?", 1), {"from": "gpt", "value": truth}]
+        records.append({"id": i, "image": f"{i}.png", "conversations": turns})
+    write_json(str(tmp_path / "chat.json"), records)
+    tokenizer = read_tokenizer(f"{ROOT}/toy/pretrained/llm")
+    with_tokens(tokenizer, "<|im_start|>", "<|im_end|>")
+    with_tokens(tokenizer, "<think>", "</think>", special=False)
+    tokenizer.chat_template = "{{ enable_thinking }}"
+    llm = tiny_llm("qwen3", tied=True, vocab_size=len(tokenizer), hidden_size=128, head_dim=32,
+                   intermediate_size=256, initializer_range=0.08)
+    save_parts(tmp_path, llm, tokenizer)
+
+    flags = ["--recipe", "toy", "--data", f"{tmp_path}/chat.json", "--images",
+             f"{tmp_path}/images", "--val_samples", "0"]
+    assert train.main([*flags, "--stage", "1", "--llm", f"{tmp_path}/llm", "--vision",
+                       f"{ROOT}/toy/pretrained/clip", "--out", f"{tmp_path}/stage1",
+                       "--max_steps", "40"]) == 0
+    assert train.main([*flags, "--stage", "2", "--init", f"{tmp_path}/stage1", "--out",
+                       f"{tmp_path}/stage2", "--lr", "2e-3", "--epochs", "12"]) == 0
+    talker = sample.Talker(sample.Config(model=f"{tmp_path}/stage2", temperature=0))
+    assert talker.template.name == "qwen_3" and type(talker.engine.decoder) is Fast
+    pictures = [load_image(f"{tmp_path}/images/{i}.png") for i in range(600, 660)]
+    questions = [([sample.human_turn("What is it?", 1)], [picture]) for picture in pictures]
+    answers = talker.answers(questions)
+    right = sum(a == b for a, b in zip(answers, truths[600:], strict=True))
+    shuffled = sum(a == b for a, b in zip(answers, truths[601:] + truths[600:601], strict=True))
+    assert right >= 48 and shuffled <= 12, f"{right} of 60 right, {shuffled} by other pictures"
 
 
 # -----------------------------------------------------------------------------

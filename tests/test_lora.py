@@ -1,6 +1,7 @@
 """Low-rank adapters: the arithmetic by hand, what trains, merging, folders; PEFT is the oracle."""
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from model import LLaVA
 from parts.checkpoints import load_adapter, save, save_adapter
 from parts.lora import LoRA, adapters, add_adapters, dropout_on, merge_adapters, merged_state
+from parts.ranks import Machine
 
 # qwen2 has biases; phi3 has fewer, wider layers
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
@@ -384,3 +386,68 @@ def test_we_read_and_train_pefts_adapter_as_peft_does(family, layers, tmp_path):
     assert grads.keys() == mine.keys() and len(mine) == 4 * len(layers)
     for name, grad in grads.items():
         torch.testing.assert_close(mine[name], grad, atol=1e-4, rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# W_0 in 4 bits
+
+
+def wide_llava():
+    """Every layer's input is a multiple of 64 wide, as in all real models."""
+    llm = tiny_llm(hidden_size=64, intermediate_size=128)
+    return LLaVA(tiny_clip(), llm, byte_tokenizer()).eval()
+
+
+def test_4_bits_are_those_of_QLoRA_and_change_the_logits_little(tmp_path):
+    """arXiv 2305.14314: 16 numbers, a scale for each 64 weights; gradients reach A, B and W through
+    W_0, which stays; the checkpoint is the whole W_0 with A and B merged."""
+    pytest.importorskip("bitsandbytes")
+    plain = wide_llava()
+    plain.save_pretrained(tmp_path / "base")
+    model = with_adapters(copy.deepcopy(plain), trained=True)
+    whole = copy.deepcopy(model)
+    model.meta["init"] = str(tmp_path / "base")
+    theta = Machine("cpu", "nf4").place(model)
+    assert theta.keys() == theta_of(whole).keys()
+    by_hand = copy.deepcopy(whole)
+    for name, layer in adapters(model).items():
+        W_0 = by_hand.get_submodule(name).weight
+        assert (layer.weight.dtype, layer.weight.numel()) == (torch.uint8, W_0.numel() // 2)
+        W_0.data = nf4_by_hand(W_0, layer.blocks.code)
+    difference = (logits(model) - logits(by_hand)).abs().mean() / logits(whole).std()
+    assert difference < 0.02, f"the scales are 8 bits of their own, no more: {difference}"
+    (loss, n), (exact, _) = model(**batch()), whole(**batch())
+    assert 1e-3 < abs(loss - exact) / n < 0.3, f"a loss of {loss / n} for {exact / n}"
+
+    packed = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(theta.values(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss, n = model(**batch())
+        (loss / n).backward()
+        optimizer.step()
+        losses.append(loss.item() / n)
+    assert losses[-1] < losses[0] - 0.05
+    moved = {name for name, p in model.named_parameters() if not torch.equal(packed[name], p)}
+    assert moved == theta.keys()
+
+    model.save_pretrained(tmp_path / "out")
+    whole.load_state_dict({name: p.data for name, p in theta.items()}, strict=False)
+    for folder in ("out", "out/adapter"):
+        merged = LLaVA.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(logits(merged), logits(whole), atol=1e-5, rtol=1e-5)
+
+
+def nf4_by_hand(W, code):
+    blocks = W.detach().view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks[..., None] / scales[..., None] - code).abs().argmin(-1)
+    return (code[nearest] * scales).view(W.shape)
+
+
+def test_4_bits_without_their_library_are_refused(monkeypatch):
+    """The message says what to install, before anything is loaded."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="--dtype nf4 needs bitsandbytes: pip install"):
+        Machine("cpu", "nf4")

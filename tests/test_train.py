@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
+    byte_tokenizer,
     lines,
     run_script,
     save_parts,
     scripted_llm,
     start_script,
+    tiny_clip,
     tiny_llm,
 )
 from PIL import Image
@@ -175,6 +177,8 @@ def test_every_recipe_is_a_whole_configuration_in_both_stages(recipe):
     ([], "--init out/stage1.*--init none"), (["--init", "x", "--llm", "y"], "--llm do nothing"),
     (["--stage", "1", "--lora_rank", "4"], "--lora_rank does nothing in stage 1"),
     (["--init", "none", "--lora_rank", "4"], "--lora_rank trains W and adapters alone"),
+    (["--init", "none", "--dtype", "nf4"], "--dtype nf4 holds .* --stage 2 --lora_rank"),
+    (["--init", "x", *LORA, "--dtype", "nf4", "--shard"], "--dtype nf4 is not sharded"),
     (["--init", "none", "--keep", "0"], "--keep 0: a number is needed, 1 or more"),
     (["--init", "none", "--lr", "nan"], "--lr nan")])
 def test_stage_2_without_a_checkpoint_and_flags_without_effect_are_refused(argv, words):
@@ -882,14 +886,20 @@ def test_another_feature_layer_is_used_and_stored(flags, straight, tmp_path):
 
 
 FAMILY = {"pad": ["--projector", "mlp2x_gelu", "--aspect", "pad"], "anyres": NEXT,
-          "hd": ["--projector", "mlp2x_gelu", "--aspect", "hd_tiles"], "LoRA": LORA}
+          "hd": ["--projector", "mlp2x_gelu", "--aspect", "hd_tiles"], "LoRA": LORA,
+          "4_bits": [*LORA, "--dtype", "nf4"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", FAMILY)
 def test_the_family_trains_and_resumes_bit_for_bit(what, flags, straight, tmp_path):
-    """Two layers, tiles, a vision tower that trains, adapters with dropout."""
+    """Two layers, tiles, a vision tower that trains, adapters with dropout, beside 4 bits, too."""
     init = straight(1) if what == "LoRA" else "none"
+    if what == "4_bits":
+        pytest.importorskip("bitsandbytes")
+        wide = tiny_llm(hidden_size=64, intermediate_size=128)       # a multiple of its blocks
+        init = tmp_path / "base"
+        LLaVA(tiny_clip(), wide, byte_tokenizer(), meta={"stage": 1}).save_pretrained(init)
     argv = [*STAGE[2], "--init", init, *FAMILY[what], "--max_steps", 6, "--save_every", 3,
             "--keep", 2]
     assert train.main(flags(tmp_path / "whole", *argv)) == 0
