@@ -51,11 +51,16 @@ from train import accumulate, count_answer_tokens
 
 TOY_G = dict(hidden_size=128, intermediate_size=512, image_size=64, patch_size=16)
 SMALL_G = dict(hidden_size=64, intermediate_size=64, image_size=224, patch_size=14)    # 256 tokens
+VIT_L = dict(hidden_size=1024, intermediate_size=4096, image_size=224, patch_size=14,
+             num_hidden_layers=24, num_attention_heads=16)                   # the paper's g
+TOWERS = {"toy": TOY_G, "135m": SMALL_G}                 # others have the paper's
 SIZES = {                                                # f_phi's shape
     "toy": dict(vocab_size=742, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                 num_attention_heads=8, tie_word_embeddings=True),
     "135m": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),  # SmolLM2
+    "0.6b": dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                 num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True),  # Qwen3
     "7b": dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                num_attention_heads=32),                                                    # Vicuna
 }
@@ -64,7 +69,7 @@ WARM = 2                                 # turns before the clock starts: they c
 
 @dataclass(frozen=True)
 class Config:
-    size: str = "135m"                  # of f_phi; g is small, so that f_phi's time counts
+    size: str = "135m"                  # of f_phi; up to this g is small, so that f_phi's counts
     stage: int = 2
     global_batch_size: int = 8          # samples a step
     micro_batch_size: int = None        # samples at once, of a step or of generate (default: all)
@@ -96,8 +101,8 @@ def random_llava(config):
     """A LLaVA of that size with random weights."""
     torch.manual_seed(0)
     f_phi = LlamaForCausalLM(LlamaConfig(**SIZES[config.size], max_position_embeddings=4096))
-    shape = TOY_G if config.size == "toy" else SMALL_G
-    g = CLIPTower(CLIPVisionConfig(**shape, num_attention_heads=4, num_hidden_layers=2))
+    shape = TOWERS.get(config.size, VIT_L)
+    g = CLIPTower(CLIPVisionConfig(**dict(num_attention_heads=4, num_hidden_layers=2) | shape))
     tokenizer = load_tokenizer(str(ROOT / "toy/pretrained/llm"))
     return LLaVA(g, f_phi, tokenizer, meta={"template": "plain", "aspect": "crop"})
 
@@ -200,11 +205,15 @@ def time_step(step, batch, device):
 
 def our_training(config, weights):
     """train.py's own step. Rates are 0, so that all steps are of equal weights."""
-    machine = Machine(config.device, config.dtype)
     model = LLaVA.from_pretrained(weights)
-    batches = draw_batches(model, config, in_order=True)
     model.set_stage(config.stage)
-    theta = machine.place(model, compile=config.compile)
+    return our_steps(config, Machine(config.device, config.dtype), model)
+
+
+def our_steps(config, machine, model, checkpoint_activations="none"):
+    """turn(k) of a model whose stage is set."""
+    batches = draw_batches(model, config, in_order=True)
+    theta = machine.place(model, checkpoint_activations, config.compile)
     optimizer = Optimizer(groups_of(theta, {"W": 0.0, "f_phi": 0.0}), machine)
     optimizer.set_lr(1.0)
 
@@ -230,7 +239,11 @@ def their_training(config, weights):
     """The loop that a careful user would write, with the right mean over the global batch."""
     machine = Machine(config.device, config.dtype)
     batches = draw_batches(LLaVA.from_pretrained(weights), config, in_order=False)
-    model = their_model(config, weights, machine).train()
+    return their_steps(machine, their_model(config, weights, machine).train(), batches)
+
+
+def their_steps(machine, model, batches):
+    """turn(k) of transformers' model."""
     trains = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trains, lr=0.0, weight_decay=0.0)
 
@@ -264,8 +277,13 @@ def our_answers(config, weights):
     """sample.py's engine."""
     machine = Machine(config.device, config.dtype)
     model = LLaVA.from_pretrained(weights, machine.dtype)
+    return engine_answers(config, machine, model.to(machine.device).eval())
+
+
+def engine_answers(config, machine, model, compiled=False):
+    """turn(k) of a model that lies on its device."""
     batch = draw_prompts(model, config)
-    engine = Engine(model.to(machine.device).eval())
+    engine = Engine(model, compiled)
 
     def answer(n):
         return list(zip(*engine.stream(batch, max_new_tokens=n), strict=True))
@@ -277,13 +295,18 @@ def their_answers(config, weights):
     """transformers' generate."""
     machine = Machine(config.device, config.dtype)
     model = LLaVA.from_pretrained(weights)
-    batch = machine.to_device(draw_prompts(model, config), ("input_ids", "attention_mask", "X_v"))
-    pixels = batch.pop("X_v").to(machine.dtype)
     theirs = their_model(config, weights, machine).to(machine.dtype).eval()
+    return generate_answers(config, machine, theirs, draw_prompts(model, config), model.image_id)
+
+
+def generate_answers(config, machine, theirs, prompts, image_id):
+    """turn(k) of transformers' model that lies on its device."""
+    batch = machine.to_device(prompts, ("input_ids", "attention_mask", "X_v"))
+    pixels = batch.pop("X_v").to(machine.dtype)
 
     def answer(n):
         ids = theirs.generate(**batch, pixel_values=pixels, max_new_tokens=n, do_sample=False,
-                              suppress_tokens=[model.image_id])
+                              suppress_tokens=[image_id])
         return ids[:, batch["input_ids"].shape[1]:].tolist()
     return lambda k: time_answers(answer, config.new_tokens, machine.device)
 
