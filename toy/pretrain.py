@@ -55,6 +55,11 @@ def build_tokenizer(rng):
     for kind in RESPONSES * 2000:
         for question, answer in teach(kind, sample_scene(rng, PAIRS), rng, PAIRS):
             texts.append(f"{TEMPLATE.first}{question}{TEMPLATE.reply} {answer}{TEMPLATE.STOP}")
+    return train_tokenizer(texts)
+
+
+def train_tokenizer(texts):
+    """Byte-level BPE of some texts: a word that is in 20 of them is one token."""
     words = Regex(r" ?[A-Za-z]+| ?\d+|#+| ?[^\sA-Za-z\d#]+|\s")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
