@@ -444,7 +444,7 @@ def batches_of_ranks(plan, lengths, budget, world_size):
     for batch in plan:
         for rank in range(world_size):
             parts = micro_batches(batch, lengths, 0, budget, world_size, rank)
-            batches += [np.array(keys)[:, 1] for keys in parts]
+            batches += [np.array(samples)[:, 0] for samples in parts]
     return batches
 
 

@@ -87,3 +87,13 @@ def test_a_bench_that_cannot_be_run_is_refused(argv, words):
     """What was typed, and what may be."""
     with pytest.raises(ValueError, match=words):
         bench.main(argv)
+
+
+def test_training_pads_less_than_a_fiftieth():
+    """The batches that `data` counts are those of data.micro_batches: their samples, not others."""
+    rng = np.random.default_rng(0)
+    _, lengths = bench.draw_epoch("135m", 2, 256, rng, n=12_800)
+    plan = bench.plan_epoch(lengths, 128, 0, 0)
+    batches = bench.batches_of_ranks(plan, lengths, 8192, 2)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(12_800))
+    assert 0 < bench.padding_of(lengths, batches) < 0.02
