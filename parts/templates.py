@@ -120,10 +120,12 @@ def choose_template(name, model):
     """The template of --template for a model.LLaVA. "auto" is what its checkpoint was trained with,
     or, where that knows no questions ("plain") or is not known, what its language model knows.
     """
+    # the chat template that says what it knows is not the checkpoint's, see chat_template
+    model.meta.setdefault("knows", template_for(model.f_phi.config, model.tokenizer).name)
     if name == "auto":
         name = model.meta.get("template", "plain")
         if name == "plain":
-            name = template_for(model.f_phi.config, model.tokenizer).name
+            name = model.meta["knows"]
     template = TEMPLATES[name]
     check_template(template, model.tokenizer)
     stop_at(template, model)
