@@ -93,7 +93,7 @@ RECIPES = {
 class Config:
     recipe: str = "llava-7b"            # a row of RECIPES
     stage: int = 1                      # 1: theta = {W}; 2: theta = {W, phi}
-    data: list[str] = ()                # LLaVA JSON; FILE=0.5: half of it. COURSE: Diss. Sec. 4.5
+    data: list[str] = ()                # JSON, Parquet, tar; FILE=0.5: half. COURSE: Diss. Sec. 4.5
     images: str = None                  # the folder that image names are relative to
     vision: str = None                  # g: hub id or folder of a CLIP or SigLIP
     llm: str = None                     # f_phi: hub id or folder of a language model

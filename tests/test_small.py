@@ -15,7 +15,7 @@ SCRIPT = f"{ROOT}/runs/small.sh"
 
 
 def printed(**environment):
-    done = subprocess.run(["bash", SCRIPT, "--estimate"], capture_output=True, text=True, check=True,
+    done = subprocess.run(["bash", SCRIPT, "--estimate"], stdout=-1, text=True, check=True,
                           env={"PATH": "/usr/bin:/bin", **environment})
     return done.stdout
 
