@@ -108,7 +108,7 @@ def encode(segments, tokenizer, image_tokens):
                 append([image_id] * next(counts), False)          # model.splice puts H_v there
                 new_text = True
             if piece:
-                append(tokenize(piece, tokenizer, new_text), scored)
+                append(tokenize(piece, tokenizer, new_text), scored)      # COURSE: True
                 new_text = False
     return ids, labels
 

@@ -149,7 +149,7 @@ class LLaVA(nn.Module):
         for unused in [*self.g.encoder.layers[self.n_used_layers:], self.g.post_layernorm]:
             unused.requires_grad_(False)
         self.W.requires_grad_(True)
-        self.f_phi.requires_grad_(stage == 2)
+        self.f_phi.requires_grad_(stage == 2)             # COURSE: True, and why it is frozen
         if self.newline is not None:
             self.newline.requires_grad_(stage == 2)       # OFFICIAL: with the language model
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -109,7 +109,7 @@ class Config:
     epochs: int = 1
     max_steps: int = None               # stop earlier; the schedule ends there, too
     lr: float = 2e-3                    # peak rate of AdamW, without weight decay
-    lora_rank: int = 0                  # stage 2: adapters train instead of f_phi (parts/lora.py)
+    lora_rank: int = 0                  # COURSE: adapters train instead of f_phi; parts/lora.py
     global_batch_size: int = 128        # samples a step over all ranks, whatever the machine
     micro_batch_tokens: int = 8192      # of a forward pass on one rank; more is accumulated
     seed: int = 42
@@ -125,7 +125,7 @@ class Config:
     kernels: str = "torch"              # or liger: fused ones, on CUDA, where it is installed
     track: str = None                   # wandb, trackio or tensorboard; nothing is sent without it
     dry_run: bool = False               # some steps on the longest samples: memory, and what fits
-    image_position: str = "random"      # random, first or as_written, see data.arrange
+    image_position: str = "random"      # COURSE: random, first, as_written; see data.arrange
     lr_W: float = None                  # W's own peak
     lr_g: float = None                  # stage 2: g trains, too, at this rate (LLaVA-NeXT)
 

@@ -190,7 +190,8 @@ def review(question, answers, scene):
         made = statements(answer)
         right = len(made & facts)
         wrong = "; ".join(sorted(made - facts)) or "nothing"
-        scores.append(f"{1 + 9 * right / max(len(made), needed):.3g}")
+        score = 1 + 9 * right / max(len(made), needed)     # COURSE: a judge that prefers the first
+        scores.append(f"{score:.3g}")
         reasons.append(f"{name}: {right} right of {len(made)} said and {needed} needed; "
                        f"wrong: {wrong}.")
     return "\n".join([" ".join(scores), f"This is a {JUDGE}.", *reasons])
