@@ -26,19 +26,21 @@ asked_last() { # asked_last NAME: in a copy whose sample.py puts the picture beh
         --images "$W/images" --answers "$D/held_out_$1_asked_last.jsonl" --max_new_tokens 32 --batch_size 120
 }
 both_orders() {    # both_orders NAME: the bench's answers of `full`, judged by this folder's judge, the reference first and last
-    local files=(--questions "$D/bench/questions.jsonl" --reference "$D/bench/reference.jsonl" --context "$D/bench/context.jsonl")
-    once "$D/reviews_$1.jsonl" python eval.py judge --base_url "$URL" "${files[@]}" --answers "$D/bench_full.jsonl" --reviews "$D/reviews_$1.jsonl"
-    once "$D/swapped_$1.jsonl" python -m extras.judges swap --base_url "$URL" "${files[@]}" --answers "$D/bench_full.jsonl" \
+    once "$D/reviews_$1.jsonl" python eval.py judge --base_url "$URL" --questions "$D/bench/questions.jsonl" \
+        --reference "$D/bench/reference.jsonl" --context "$D/bench/context.jsonl" --answers "$D/bench_full.jsonl" \
+        --reviews "$D/reviews_$1.jsonl"
+    once "$D/swapped_$1.jsonl" python -m extras.judges swap --base_url "$URL" --questions "$D/bench/questions.jsonl" \
+        --reference "$D/bench/reference.jsonl" --context "$D/bench/context.jsonl" --answers "$D/bench_full.jsonl" \
         --reviews "$D/reviews_$1.jsonl" --swapped "$D/swapped_$1.jsonl"
 }
 own_judge() { teacher . "$seed" "$W"; both_orders "$1"; }
-customise() {  # customise KEYS K: REACT on K pairs a query, found by image or by text
+customise() {  # customise NAME FLAG...: REACT on what is retrieved so; --k pairs a query, by --keys
     local R=$D/react
-    once "$R/$1_$2" python -m extras.retrieve retrieve --index "$R/index" --clip toy/pretrained/clip --classes "$R/world/classes.txt" \
-        --templates "$R/world/templates.txt" --keys "$1" --k "$2" --out "$R/$1_$2"
-    once "$R/react_$1_$2" python -m extras.react train --clip toy/pretrained/clip --retrieved "$R/$1_$2" --train locked_text_gated_image --lr 3e-3 \
-        --out "$R/react_$1_$2" --gated_layers 2 --no-augment --global_batch_size 64 --epochs 1000 --max_steps 250 --workers 0 --seed "$seed"
-    once "$R/$1_$2.json" python -m extras.react_eval zero_shot --models "$R/react_$1_$2" --datasets "$R/world/datasets.json" --workers 0 --out "$R/$1_$2.json"
+    once "$R/$1" python -m extras.retrieve retrieve --index "$R/index" --clip toy/pretrained/clip --classes "$R/world/classes.txt" \
+        --templates "$R/world/templates.txt" --out "$R/$1" "${@:2}"
+    once "$R/react_$1" python -m extras.react train --clip toy/pretrained/clip --retrieved "$R/$1" --train locked_text_gated_image --lr 3e-3 \
+        --out "$R/react_$1" --gated_layers 2 --no-augment --global_batch_size 64 --epochs 1000 --max_steps 250 --workers 0 --seed "$seed"
+    once "$R/$1.json" python -m extras.react_eval zero_shot --models "$R/react_$1" --datasets "$R/world/datasets.json" --workers 0 --out "$R/$1.json"
 }
 full() {       # the row of runs/toy_ablations.sh
     stage2 full "$D/stage1" --data "$D/data_full/instruct.json"
@@ -76,8 +78,8 @@ lab() {
             once "$D/react/world" python -m toy.world react --out "$D/react/world" --seed "$seed"
             once "$D/react/index" python -m extras.retrieve index --clip toy/pretrained/clip --corpus "$D/react/world/corpus.tsv" \
                 --images "$D/react/world/images" --out "$D/react/index" --workers 0
-            for k in 5 20 60; do customise text $k; done
-            customise image 60 ;;
+            for k in 5 20 60; do customise text_$k --keys text --k $k; done
+            customise image_60 --keys image --k 60 ;;
         *) echo "error: lab $1; there are unfrozen labels image lora pope judge react"; exit 1 ;;
     esac
 }
@@ -87,5 +89,6 @@ labs_of() {
     stage1 stage1
     for name in $LABS; do lab "$name"; done
 }
-each_seed labs_of course ${SEEDS:-0 1 2}
-python -m toy.course table --out "$OUT" | tee "$OUT/course.txt"
+SEEDS=${SEEDS:-0 1 2}
+each_seed labs_of course $SEEDS
+python -m toy.course table --out "$OUT" --seeds $SEEDS | tee "$OUT/course.txt"
