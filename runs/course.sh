@@ -68,7 +68,8 @@ lab() {
             once "$D/pope" python -m toy.course pope --world "$W" --out "$D/pope" --seed "$seed"
             once "$D/pope_full.jsonl" python eval.py answer --model "$D/full" --questions "$D/pope/questions.jsonl" --images "$W/images" \
                 --answers "$D/pope_full.jsonl" --max_new_tokens 8 --batch_size 120
-            python -m extras.benchmarks score pope --answers "$D/pope_full.jsonl" --questions "$D/pope/questions.jsonl" --labels "$D/pope" --json "$D/pope_full.json" ;;
+            python -m extras.benchmarks score pope --answers "$D/pope_full.jsonl" --questions "$D/pope/questions.jsonl" --labels "$D/pope" --json "$D/pope_full.json"
+            ;;
         judge)
             full; bench full
             both_orders full
