@@ -104,7 +104,7 @@ def write_pope(config):
 
 
 @dataclass(frozen=True)
-class Table:
+class LabTable:
     out: str                             # folder of runs/course.sh
     seeds: list[str] = ("0", "1", "2")
 
@@ -173,7 +173,7 @@ def customised(folder, row):
     return {"pairs": pairs} | {name: 100 * share for name, share in scores.items()}
 
 
-COMMANDS = {"pope": (write_pope, Pope), "table": (print_table, Table)}
+COMMANDS = {"pope": (write_pope, Pope), "table": (print_table, LabTable)}
 
 
 def main(argv=None):
