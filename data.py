@@ -25,9 +25,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
-from model import IGNORE
 from parts import check, checkpoints
-from parts.files import IMAGE, run_main
+from parts.files import IGNORE, IMAGE, run_main
 from parts.pictures import image_path, image_size, load_image
 from parts.records import Records
 from parts.templates import TEMPLATES, Template, check_template, template_for
@@ -298,23 +297,23 @@ class Steps(Dataset):
 
 
 def collate(samples, view, side="right"):
-    """Samples to a batch: ids, labels, mask (B, T), X_v (K, 3, S, S), visual_index (placeholders,).
+    """Samples to a batch: ids, labels, mask (B, T), X_v (K, 3, S, S), visual_index (placeholders,);
+    answer_index (A,) says where the A scored tokens stand, the rows laid end to end.
 
     Training pads on the right, where causal attention never looks; generation on the left. A
     picture that several samples show is in X_v once; `visual_index` names it several times.
     """
-    B = len(samples)
     T = max(len(sample["input_ids"]) for sample in samples)       # the longest; the rest is padded
-    input_ids = torch.zeros(B, T, dtype=torch.long)                           # (B, T)
-    labels = torch.full((B, T), IGNORE)                                       # (B, T)
-    attention_mask = torch.zeros(B, T, dtype=torch.long)                      # (B, T)
+    input_ids = torch.zeros(len(samples), T, dtype=torch.long)                # (B, T)
+    labels = torch.full_like(input_ids, IGNORE)                               # (B, T)
+    attention_mask = torch.zeros_like(input_ids)                              # (B, T)
     for row, sample in enumerate(samples):
         n = len(sample["input_ids"])
         span = slice(0, n) if side == "right" else slice(T - n, T)
         input_ids[row, span] = torch.tensor(sample["input_ids"])
         labels[row, span] = torch.tensor(sample["labels"])
         attention_mask[row, span] = 1
-
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero().T     # nothing predicts a first token
     pictures = [picture for sample in samples for picture in sample["pictures"]]
     X_v, visual_index, first_row = [], [], {}
     for name, picture in pictures:
@@ -327,8 +326,9 @@ def collate(samples, view, side="right"):
         X_v.append(torch.zeros(1, 3, view.size, view.size))
         visual_index.append(torch.zeros(0, dtype=torch.long))
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
-            "X_v": torch.cat(X_v), "visual_index": torch.cat(visual_index),
-            "images": len(pictures), "where": [sample["where"] for sample in samples]}
+            "answer_index": rows * T + columns + 1, "X_v": torch.cat(X_v),
+            "visual_index": torch.cat(visual_index), "images": len(pictures),
+            "where": [sample["where"] for sample in samples]}
 
 
 # -----------------------------------------------------------------------------

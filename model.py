@@ -30,7 +30,6 @@ from transformers import DynamicCache
 from parts import checkpoints
 from parts.files import IMAGE  # "<image>": one reserved id of the tokenizer
 
-IGNORE = -100                                # label of a position that is not scored
 LOGITS_AT_ONCE = 2 ** 24                     # tokens x vocabulary: 67 MB in fp32
 
 
@@ -92,24 +91,25 @@ class LLaVA(nn.Module):
         rows are named several times. A batch of text alone brings one blank square that nothing
         names: W then has a gradient, which is 0, and no rank waits for one in vain.
         """
-        is_image = input_ids == self.image_id                             # (B, T)
         H_q = self.f_phi.get_input_embeddings()(input_ids)                # (B, T, D)
         H_v = self.encode_images(X_v).flatten(0, 1)                       # (K N, D)
         if self.newline is not None:
             H_v = torch.cat([H_v, self.newline[None].to(H_v.dtype)])      # last, where -1 finds it
         H_v = H_v[visual_index].to(H_q.dtype)                             # (placeholders, D)
-        n = is_image.sum()
-        assert len(H_v) == n, f"{len(H_v)} visual tokens for {n} placeholders"
-        return H_q.masked_scatter(is_image[..., None], H_v)               # (B, T, D)
+        is_image = (input_ids == self.image_id).flatten()                 # (B T,)
+        torch._assert_async(is_image.sum() == len(H_v), "one placeholder for each visual token")
+        # sorted: `nonzero` or a boolean index would wait until a GPU has counted them
+        places = is_image.int().argsort(descending=True, stable=True)[:len(H_v)]
+        return H_q.flatten(0, 1).index_copy(0, places, H_v).view_as(H_q)  # (B, T, D)
 
-    def forward(self, input_ids, labels, X_v, visual_index):
+    def forward(self, input_ids, answer_index, X_v, visual_index):
         """-log p(X_a | X_v, X_instruct), Eq. (3): the sum over the A answer tokens, and A.
 
         The caller divides by the answer tokens of the whole global batch, so that the loss depends
         neither on accumulation nor on the number of ranks. OFFICIAL: the mean of the micro-batches'
         means; there a token weighs more in a micro-batch with few of them.
         """
-        h, targets = self.answer_states(input_ids, labels, X_v, visual_index)
+        h, targets = self.answer_states(input_ids, answer_index, X_v, visual_index)
         chunk = max(1, LOGITS_AT_ONCE // self.f_phi.config.vocab_size)
         total = 0.0
         for some_h, some_targets in zip(h.split(chunk), targets.split(chunk), strict=True):
@@ -118,16 +118,16 @@ class LLaVA(nn.Module):
             total = total + nll.sum()
         return total, len(targets)
 
-    def answer_states(self, input_ids, labels, X_v, visual_index):
+    def answer_states(self, input_ids, answer_index, X_v, visual_index):
         """The hidden states that predict answer tokens, (A, D), and these tokens, (A,).
 
-        Samples are padded on the right, where causal attention never looks: no mask is needed.
+        answer_index (A,) says where they stand, the rows laid end to end. Samples are padded on
+        the right, where causal attention never looks: no mask keeps GPUs from their flash kernels.
         """
         H = self.splice(input_ids, X_v, visual_index)                     # (B, T, D)
         h = self.f_phi.base_model(inputs_embeds=H, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]                                           # (B, T-1)
-        is_scored = targets != IGNORE                                     # (B, T-1)
-        return h[:, :-1][is_scored], targets[is_scored]                   # (A, D), (A,)
+        targets = input_ids.flatten()[answer_index]                       # (A,)
+        return h.flatten(0, 1)[answer_index - 1], targets                 # (A, D), (A,)
 
     def answer_nll(self, h, targets):
         """-log p of each answer token, (A,). Only these get logits, never all (B, T, V)."""
@@ -204,13 +204,13 @@ class LLaVA(nn.Module):
         return text.strip()
 
     @torch.no_grad()
-    def score(self, input_ids, labels, X_v, visual_index):
+    def score(self, input_ids, answer_index, X_v, visual_index):
         """log p(X_a | X_v, X_instruct) of each row's answer, (B,), by which answers are ranked."""
-        h, targets = self.answer_states(input_ids, labels, X_v, visual_index)
+        h, targets = self.answer_states(input_ids, answer_index, X_v, visual_index)
         log_p = -self.answer_nll(h, targets)                              # (A,)
         checkpoints.check_finite({"log p": log_p}, "these answers have no score")
-        row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]                   # (A,)  a token's sample
-        return log_p.new_zeros(len(labels)).index_add_(0, row, log_p)     # (B,)
+        row = answer_index // input_ids.shape[1]                          # (A,)  a token's sample
+        return log_p.new_zeros(len(input_ids)).index_add_(0, row, log_p)  # (B,)
 
     @property
     def eos_ids(self):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import Conversations, Steps, collate, micro_batches, show
-from model import IGNORE, LLaVA
+from model import LLaVA
 from parts import check, checkpoints, lora
 from parts.files import brief_instructions, check_least, run_main, typed_flags
 from parts.ranks import ANSWERING, DTYPES, RECOMPUTED, Machine, Optimizer, groups_of, share_of
@@ -220,8 +220,9 @@ def lr_at(step, total, warmup_ratio=0.03):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def accumulate(model, batches, machine, optimizer, n_answer):
-    """Gradients of Eq. (3) over one global batch. Returns the loss per answer token, of all ranks.
+def update(model, batches, machine, optimizer, n_answer):
+    """One step on a global batch. Returns its loss per answer token, Eq. (3), and the norm of the
+    gradient.
 
     Each loss is divided by n_answer, the answer tokens of the batch on all ranks, and so known
     before the first. DistributedDataParallel averages over the ranks, hence the factor world_size.
@@ -233,8 +234,9 @@ def accumulate(model, batches, machine, optimizer, n_answer):
         with machine.forward(model, sync=is_last):
             loss, _ = model(**machine.to_device(batch))
             optimizer.backward(loss * machine.world_size / n_answer)
-        total += loss.item()
-    return machine.sum(total) / n_answer
+        total = total + loss.detach()    # still on the device, for which the host need not wait
+    loss, norm = optimizer.step(total / n_answer)        # OFFICIAL: no clipping of the norm
+    return machine.sum(loss), norm
 
 
 @torch.no_grad()
@@ -310,9 +312,8 @@ def train(config, origin, machine, run):
 
         optimizer.set_lr(lr_at(step, total))
         with lora.dropout_on(model.f_phi, config.seed, step, machine.rank):
-            loss = accumulate(parallel, batches, machine, optimizer, n_answer)
+            loss, norm = update(parallel, batches, machine, optimizer, n_answer)
         run.stop_if(not math.isfinite(loss) or loss == 0, f"the loss is {loss}")
-        norm = optimizer.step()          # OFFICIAL: no clipping; the norm is only watched
         run.stop_if(optimizer.is_lost, f"the gradient's norm is {norm}")
 
         run.check_first_step()           # frozen is frozen, and the rest has moved
@@ -329,7 +330,7 @@ def train(config, origin, machine, run):
 
 
 def count_answer_tokens(batches):
-    return sum((batch["labels"][:, 1:] != IGNORE).sum().item() for batch in batches)
+    return sum(len(batch["answer_index"]) for batch in batches)
 
 
 def longest_step(model, data, order, machine, optimizer, tokens):
@@ -337,8 +338,7 @@ def longest_step(model, data, order, machine, optimizer, tokens):
     gradients in the second pass. Returns the tokens; order (samples,) has the longest first."""
     n = max(1, tokens // len(data.sample(int(order[0]))["input_ids"]))
     batch = collate([data.sample(int(i)) for i in order[:n]], data.view)
-    accumulate(model, [batch, batch], machine, optimizer, count_answer_tokens([batch, batch]))
-    optimizer.step()
+    update(model, [batch, batch], machine, optimizer, count_answer_tokens([batch, batch]))
     return batch["input_ids"].numel()
 
 

@@ -38,16 +38,16 @@ from transformers import (
 
 from data import collate, micro_batches, plan_epoch
 from extras import retrieve
-from model import IGNORE, LLaVA
+from model import LLaVA
 from parts.checkpoints import load_tokenizer
 from parts.engine import Engine
-from parts.files import ROOT, check_least, run_command, run_main
+from parts.files import IGNORE, ROOT, check_least, run_command, run_main
 from parts.pictures import load_image
 from parts.ranks import DTYPES, Machine, Optimizer, choose_device, groups_of
 from parts.run import peak_memory
 from parts.towers import CLIPTower
 from parts.views import preprocess, view_from
-from train import accumulate, count_answer_tokens
+from train import count_answer_tokens, update
 
 TOY_G = dict(hidden_size=128, intermediate_size=512, image_size=64, patch_size=16)
 SMALL_G = dict(hidden_size=64, intermediate_size=64, image_size=224, patch_size=14)    # 256 tokens
@@ -218,9 +218,7 @@ def our_steps(config, machine, model, checkpoint_activations="none"):
     optimizer.set_lr(1.0)
 
     def step(batch):
-        loss = accumulate(model, batch, machine, optimizer, count_answer_tokens(batch))
-        optimizer.step()
-        return loss
+        return update(model, batch, machine, optimizer, count_answer_tokens(batch))[0]
     return lambda k: time_step(step, batches[k], machine.device)
 
 

@@ -21,8 +21,7 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 import sample
 from data import collate, sample_of
-from model import IGNORE
-from parts.files import run_command, run_main
+from parts.files import IGNORE, run_command, run_main
 from parts.pictures import open_image
 from parts.ranks import TRAINING
 from parts.views import TILINGS, view_of
@@ -173,7 +172,7 @@ def attention_of(talker, answered, layers, heads):
     """
     f_phi = talker.model.f_phi
     batch = model_inputs(talker, [answered])
-    predicts = (batch["labels"][0, 1:] != IGNORE).nonzero()[:, 0]                # (A,)
+    predicts = batch["answer_index"] - 1                                         # (A,)
     visual = (batch["input_ids"][0] == talker.model.image_id).nonzero()[:, 0]    # (visual tokens,)
     found = []
 

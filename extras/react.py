@@ -284,18 +284,16 @@ def customise_and_train(config, machine, run):
         optimizer.set_lr(lr_at(step, total, config.warmup_ratio))
         optimizer.zero_grad()
         with machine.forward(parallel):
-            X_v = batch["X_v"].to(machine.device)        # (share, 3, H, W)
-            u, v, tau = parallel(X_v, batch["input_ids"].to(machine.device))
+            u, v, tau = parallel(**machine.to_device(batch, ("X_v", "input_ids")))
         loss = global_loss(u, v, tau, gamma, machine)
-        value = loss.item()
-        run.stop_if(not math.isfinite(value) or value == 0, f"the loss is {value}")
         optimizer.backward(loss)
-        norm = optimizer.step()
+        loss, tau, norm = optimizer.step(loss, tau)
+        run.stop_if(not math.isfinite(loss) or loss == 0, f"the loss is {loss}")
         run.stop_if(optimizer.is_lost, f"the gradient's norm is {norm}")
         with torch.no_grad():
             clip.logit_scale.clamp_(0, math.log(100))    # OFFICIAL: after each step
         run.check_first_step()
-        run.log_step(value, norm, f"tau {tau.item():6.2f} | ", tau=tau.item())
+        run.log_step(loss, norm, f"tau {tau:6.2f} | ", tau=tau)
         if run.is_due(config.save_every):
             run.save_state()
             if run.stopping:

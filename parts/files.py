@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "prompts"
+IGNORE = -100         # label of a token that is not scored
 IMAGE = "<image>"     # stands for a picture in text; in the tokenizer it is one reserved id
 
 

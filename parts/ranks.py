@@ -24,13 +24,14 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 
 from parts import lora
 
 RECOMPUTED = {"none": 0, "all": 1, "every_2": 2}     # of how many decoder layers one runs again
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What LLaVA.forward and LLaVA.generate take of a batch; the rest is for people.
-TRAINING = ("input_ids", "labels", "X_v", "visual_index")
+TRAINING = ("input_ids", "answer_index", "X_v", "visual_index")
 ANSWERING = ("input_ids", "attention_mask", "X_v", "visual_index")
 
 
@@ -124,9 +125,9 @@ class Machine:
             print(*blocks, sep="\n", flush=True)
 
     def sum(self, *values):
-        """Numbers added up over all ranks: one number, or a list as long as `values`."""
-        device = "cpu" if self.device.type == "mps" else self.device     # Apple's has no float64
-        total = torch.tensor(values, dtype=torch.float64, device=device)
+        """Numbers added up over all ranks: one number, or a list as long as `values`. It is done on
+        the CPU, by gloo, so that nobody waits for a GPU."""
+        total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist() if len(values) > 1 else total.item()
@@ -150,6 +151,8 @@ class Machine:
         {name: parameter}, which in shards are other objects than before.
         """
         model.eval()                     # CLIP and LLaMA-like models have no dropout to switch on
+        if self.device.type == "cuda":
+            masking_utils.find_packed_sequence_indices = none_are_packed
         if kernels == "liger":
             use_liger(model, self.device)
         if compile:
@@ -164,7 +167,14 @@ class Machine:
             others = [p for p in model.parameters() if p.is_floating_point()]
             copy_weights(others, self.device, self.dtype)
             model.to(self.device)        # its buffers, too
+            for stream in (model.f_phi.get_input_embeddings(), model.g.pre_layrnorm):
+                stream.register_forward_hook(self.cast_stream)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def cast_stream(self, module, inputs, h):
+        """The residual stream h starts in the compute dtype, and stays in it. OFFICIAL: as under
+        DeepSpeed; of fp32 weights autocast alone would make one of fp32, twice as long to read."""
+        return h.to(self.dtype)
 
     def wrap(self, model):
         """The model as the loop calls it, which averages gradients over ranks. Only here is one
@@ -198,6 +208,10 @@ class Machine:
                 # a gathered tensor may be part of a larger one, which a file would hold as well
                 state[name] = tensor.to("cpu", copy=is_sharded)
         return state
+
+
+def none_are_packed(position_ids):
+    """No row holds several samples. transformers asks the GPU in every forward pass, and waits."""
 
 
 # -----------------------------------------------------------------------------
@@ -249,20 +263,25 @@ class Optimizer:
         """Gradients of a loss, which fp16 scales up, for small ones would vanish."""
         self.scaler.scale(loss).backward()
 
-    def step(self):
-        """Update the parameters, unless the gradient is not finite; returns its norm."""
+    def step(self, *values):
+        """Update the parameters, unless the gradient is not finite.
+
+        Returns `values`, numbers on the device such as the loss, and behind them the gradient's
+        norm. They are read together, once a step, for the host then waits for the device.
+        """
         self.scaler.unscale_(self.adamw)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        norm = norm.item()
+        numbers = [*(value.detach().float() for value in values), norm]
+        *values, norm = torch.stack(numbers).tolist()
         self.skipped = not math.isfinite(norm)
         self.is_lost = self.skipped and self.scaler.get_scale() <= 1
         if not self.is_lost:
             self.scaler.step(self.adamw)
             self.scaler.update()
-        return norm
+        return [*values, norm]
 
 
 # -----------------------------------------------------------------------------

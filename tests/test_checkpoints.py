@@ -20,10 +20,11 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import collate, sample_of
-from model import IGNORE, IMAGE, LLaVA
+from model import LLaVA
 from parts import checkpoints
 from parts.decoders import decoder_for
 from parts.engine import Engine
+from parts.files import IGNORE, IMAGE
 from parts.templates import TEMPLATES, missing_tokens
 from parts.views import ASPECTS, set_view, view_from, view_of
 
@@ -60,10 +61,10 @@ def sample(model, turns, pictures=(), template="vicuna_v1"):
 
 
 def batch_of(model, samples, side="right"):
-    """(what model.forward takes, the attention mask)"""
+    """(what model.forward takes, the attention mask, labels)"""
     batch = collate(samples, view_from(model.meta, model.g.config), side)
-    inputs = {key: batch[key] for key in ("input_ids", "labels", "X_v", "visual_index")}
-    return inputs, batch["attention_mask"]
+    inputs = {key: batch[key] for key in ("input_ids", "answer_index", "X_v", "visual_index")}
+    return inputs, batch["attention_mask"], batch["labels"]
 
 
 def training_batch(model):
@@ -116,10 +117,10 @@ def test_transformers_computes_what_we_compute(projector, aspect, tmp_path):
     ours = see(tiny_llava(projector=projector), aspect)
     ours.save_pretrained(tmp_path)
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    batch, mask = training_batch(ours)
-    out = theirs(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"],
+    batch, mask, labels = training_batch(ours)
+    out = theirs(input_ids=batch["input_ids"], attention_mask=mask, labels=labels,
                  **pixels_of(tmp_path, PICTURES))
-    scored = batch["labels"][:, 1:] != IGNORE
+    scored = labels[:, 1:] != IGNORE
     want = out.logits[:, :-1][scored]
     torch.testing.assert_close(answer_logits(ours, **batch)[0], want, atol=1e-5, rtol=1e-5)
     loss, count = ours(**batch)
@@ -145,10 +146,10 @@ def test_every_kind_of_folder_is_our_model_in_transformers(family, tied, parts, 
         theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / aspect).eval()
         pictures = PICTURES[:1] if aspect in ("crop", "squeeze", "pad", "anyres_hf") else []
         asked = sample(ours, [f"{IMAGE * len(pictures)} What is this?", "A thing."], pictures)
-        batch, mask = batch_of(ours, [asked])
+        batch, mask, labels = batch_of(ours, [asked])
         pixels = pixels_of(tmp_path / aspect, pictures) if pictures else {}
         out = theirs(input_ids=batch["input_ids"], attention_mask=mask, **pixels)
-        want = out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
+        want = out.logits[:, :-1][labels[:, 1:] != IGNORE]
         got, _ = answer_logits(ours, **batch)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, msg=f"{aspect}: another model")
 
@@ -230,7 +231,7 @@ def test_the_processor_in_the_folder_makes_our_ids_and_pixels(template, aspect, 
         messages[0]["content"].insert(0, {"type": "image", "image": image})
         theirs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                                return_dict=True, return_tensors="pt")
-        ours, _ = batch_of(model, [sample(model, TURNS[:3], [image], template)])
+        ours, _, _ = batch_of(model, [sample(model, TURNS[:3], [image], template)])
         assert torch.equal(theirs["input_ids"], ours["input_ids"]), f"{image.size}: other ids"
         X_v = theirs["pixel_values"].flatten(0, -4)
         assert torch.equal(X_v, ours["X_v"]), f"{image.size}: other pixels than we train on"
@@ -288,11 +289,11 @@ def test_their_checkpoints_load_here(kind, names, tmp_path):
         save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     ours = LLaVA.from_pretrained(tmp_path)
     assert ours.meta["aspect"] == ("anyres_hf" if is_next else "crop")
-    batch, mask = training_batch(ours)
+    batch, mask, labels = training_batch(ours)
     ours.save_pretrained(tmp_path / "ours")              # for a processor with our picture's size
     out = theirs(input_ids=batch["input_ids"], attention_mask=mask,
                  **pixels_of(tmp_path / "ours", PICTURES))
-    want = out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
+    want = out.logits[:, :-1][labels[:, 1:] != IGNORE]
     torch.testing.assert_close(answer_logits(ours, **batch)[0], want, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="mixed"):
         checkpoints.hf_keys(theirs.state_dict() | checkpoints.hf_keys(theirs.state_dict()))
@@ -493,10 +494,10 @@ def test_a_model_that_has_answered_fast_can_be_saved(saved, tmp_path):
 def test_logits_that_are_not_finite_end_an_answer_and_a_score(llava):
     """One NaN would answer with nothing, exit 0, and rank anything first."""
     see(llava, "crop").f_phi.lm_head.weight.data[7] = torch.nan
-    batch, mask = batch_of(llava, [sample(llava, ["Why?", "So."])], side="left")
+    batch, mask, _ = batch_of(llava, [sample(llava, ["Why?", "So."])], side="left")
     with pytest.raises(ValueError, match="NaN or infinite"):
         llava.score(**batch)
-    del batch["labels"]
+    del batch["answer_index"]
     batch["attention_mask"] = mask
     with pytest.raises(ValueError, match="no word can be drawn"):
         llava.generate(**batch, temperature=0.2)

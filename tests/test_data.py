@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from data import arrange, encode, encode_within, render, sample_of
-from model import IGNORE
-from parts.files import IMAGE
+from parts.files import IGNORE, IMAGE
 from parts.templates import TEMPLATES, chat_template, check_template, template_for
 from parts.views import view_of
 

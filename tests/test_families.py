@@ -45,11 +45,11 @@ from transformers import (
 import sample
 import train
 from data import collate, render, sample_of
-from model import IGNORE, LLaVA
+from model import LLaVA
 from parts.checkpoints import load_tokenizer, read_tokenizer
 from parts.decoders import Fast, check_language_model
 from parts.engine import Engine
-from parts.files import IMAGE, write_json
+from parts.files import IGNORE, IMAGE, write_json
 from parts.lora import adapters, add_adapters, merge_adapters
 from parts.pictures import load_image
 from parts.ranks import ANSWERING, TRAINING, Machine

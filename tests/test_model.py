@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText
 
 import model as model_py
 from data import collate, sample_of
-from model import IGNORE, LLaVA, sample_id
-from parts.files import IMAGE
+from model import LLaVA, sample_id
+from parts.files import IGNORE, IMAGE
 from parts.templates import TEMPLATES
 from parts.views import view_of
 
@@ -30,7 +30,7 @@ CHATS = [
 
 
 VIEW = view_of("crop", 28, 14)
-TRAINING = ("input_ids", "labels", "X_v", "visual_index")
+TRAINING = ("input_ids", "answer_index", "X_v", "visual_index")
 ANSWERING = ("input_ids", "attention_mask", "X_v", "visual_index")
 
 
@@ -44,9 +44,10 @@ def sample(model, turns, name="chat.json[0] (id 0)", seed=0):
 
 
 def training_batch(model, chats=CHATS):
+    """What forward takes, and all of the batch."""
     samples = [sample(model, turns, f"chat.json[{i}] (id {i})", i) for i, turns in enumerate(chats)]
     batch = collate(samples, VIEW)
-    return {k: batch[k] for k in TRAINING}, batch["attention_mask"]
+    return {k: batch[k] for k in TRAINING}, batch
 
 
 def prompt_batch(model, questions):
@@ -78,17 +79,17 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(pair):
     """Eq. (1), Eq. (3): text-only rows, several images and several turns, right padding; theirs
     with attention_mask."""
     ours, theirs = pair
-    batch, attention_mask = training_batch(ours)
-    assert not attention_mask.all(), "the batch must be ragged, or padding is not tested"
+    batch, whole = training_batch(ours)
+    assert not whole["attention_mask"].all(), "the batch must be ragged, or padding is not tested"
     out = theirs(
         input_ids=batch["input_ids"],
-        attention_mask=attention_mask,
+        attention_mask=whole["attention_mask"],
         pixel_values=batch["X_v"],
-        labels=batch["labels"],
+        labels=whole["labels"],
     )
     logits, targets = answer_logits(ours, **batch)
-    scored = batch["labels"][:, 1:] != IGNORE
-    assert torch.equal(targets, batch["labels"][:, 1:][scored])
+    scored = whole["labels"][:, 1:] != IGNORE
+    assert torch.equal(targets, whole["labels"][:, 1:][scored])
     torch.testing.assert_close(
         logits,
         out.logits[:, :-1][scored],
@@ -195,6 +196,8 @@ def test_the_splice_equals_a_slow_loop(llava):
                 H[row, t], want, msg=lambda m, at=(row, t): f"wrong embedding at {at}: {m}"
             )
     assert k == 4 * VIEW.N
+    with pytest.raises(RuntimeError, match="one placeholder for each visual token"):
+        llava.splice(batch["input_ids"], batch["X_v"], batch["visual_index"][1:])
 
 
 def test_swapped_pictures_change_the_answer(llava):
@@ -280,11 +283,12 @@ def test_g_gets_no_gradient_even_if_somebody_thaws_it(llava, stage):
 def test_the_loss_does_not_depend_on_padding(llava):
     """Eq. (3): ids to the right of a sample, whatever they are, change neither the sum nor the
     count."""
-    batch, attention_mask = training_batch(llava)
+    batch, whole = training_batch(llava)
     total, count = llava(**batch)
-    batch["input_ids"] = torch.where(attention_mask.bool(), batch["input_ids"], 77)
+    T = batch["input_ids"].shape[1]
+    batch["input_ids"] = torch.where(whole["attention_mask"].bool(), batch["input_ids"], 77)
     batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, 13), value=99)
-    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 13), value=IGNORE)
+    batch["answer_index"] = batch["answer_index"] + 13 * (batch["answer_index"] // T)
     padded, same = llava(**batch)
     assert same == count
     torch.testing.assert_close(padded, total, msg=lambda m: f"padding leaks into the loss: {m}")
@@ -334,11 +338,11 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_split(llava, split):
 def test_a_batch_of_text_alone_gives_W_a_zero_gradient(llava):
     """Sec. 4.2: not None; a rank without pictures would otherwise wait for ever for the others in
     the all-reduce."""
-    batch, _ = training_batch(llava, [CHATS[1], ["Hi", "Yes."]])
+    batch, whole = training_batch(llava, [CHATS[1], ["Hi", "Yes."]])
     assert batch["X_v"].shape == (1, 3, 28, 28) and not len(batch["visual_index"])
     total, count = llava(**batch)
     total.backward()
-    assert count == sum(x != IGNORE for row in batch["labels"].tolist() for x in row) and total > 0
+    assert count == sum(x != IGNORE for row in whole["labels"].tolist() for x in row) and total > 0
     for name, p in llava.W.named_parameters():
         assert p.grad is not None and not p.grad.any(), f"W.{name}.grad is {p.grad}"
 
@@ -346,15 +350,15 @@ def test_a_batch_of_text_alone_gives_W_a_zero_gradient(llava):
 def test_only_answer_positions_reach_the_head(llava):
     """Eq. (3) needs p(x_i) of answers alone: the head sees (A, D), so the (B, T, V) logits are
     never built."""
-    batch, _ = training_batch(llava)
-    A, shapes = (batch["labels"][:, 1:] != IGNORE).sum().item(), []
+    batch, whole = training_batch(llava)
+    A, shapes = (whole["labels"][:, 1:] != IGNORE).sum().item(), []
     hook = llava.f_phi.get_output_embeddings().register_forward_hook(
         lambda module, args, out: shapes.append((tuple(args[0].shape), tuple(out.shape)))
     )
     _, count = llava(**batch)
     llava.score(**batch)
     hook.remove()
-    assert count == A < batch["labels"].numel() / 2
+    assert count == A < whole["labels"].numel() / 2
     assert shapes == [((A, 48), (A, 320))] * 2, f"the head was called with {shapes}"
 
 
@@ -362,13 +366,15 @@ def test_score_equals_a_slow_loop_of_log_softmax(pair):
     """Eq. (3): log p(X_a | X_v, X_instruct), a product over the row's answer tokens. Oracle:
     transformers' logits."""
     ours, theirs = pair
-    batch, attention_mask = training_batch(ours)
+    batch, whole = training_batch(ours)
     with torch.no_grad():
         logits = theirs(
-            input_ids=batch["input_ids"], attention_mask=attention_mask, pixel_values=batch["X_v"]
+            input_ids=batch["input_ids"],
+            attention_mask=whole["attention_mask"],
+            pixel_values=batch["X_v"],
         ).logits
     want = torch.zeros(len(CHATS))
-    for row, labels in enumerate(batch["labels"].tolist()):
+    for row, labels in enumerate(whole["labels"].tolist()):
         for t, label in enumerate(labels):
             if label != IGNORE:
                 want[row] += logits[row, t - 1].log_softmax(-1)[label]
@@ -481,8 +487,8 @@ def test_every_shape_comment_of_the_model_is_true(llava):
         training_batch(llava, [CHATS[1], ["Hi", "Yes."], ["Why?", "Who knows?"]])[0],
     ]  # K = 2, and a blank square
     for batch in batches:
-        A = (batch["labels"] != IGNORE).sum().item()
-        letters = sizes | {"B": 3, "K": len(batch["X_v"]), "T": batch["labels"].shape[1], "A": A}
+        T = batch["input_ids"].shape[1]
+        letters = sizes | {"B": 3, "K": len(batch["X_v"]), "T": T, "A": len(batch["answer_index"])}
         assert len(set(letters.values())) == len(letters), (
             f"a wrong letter would go unnoticed: {letters}"
         )

@@ -13,7 +13,8 @@ from conftest import byte_tokenizer, run_script, scripted_llm, start_script, tin
 
 import sample
 from data import Conversations, collate, sample_of
-from model import IGNORE, LLaVA
+from model import LLaVA
+from parts.files import IGNORE
 from parts.pictures import load_image
 from parts.records import Records, image_names
 from parts.templates import TEMPLATES

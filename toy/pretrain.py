@@ -36,8 +36,7 @@ from transformers import (
 )
 
 from data import encode, render
-from model import IGNORE
-from parts.files import IMAGE, run_main, typed_flags
+from parts.files import IGNORE, IMAGE, run_main, typed_flags
 from parts.templates import TEMPLATES
 from parts.views import preprocess
 from toy import world

@@ -1,0 +1,114 @@
+"""The GPU's branches on a machine without one (tests/fake_cuda.py): nothing is left on the CPU, and
+the host waits for the device once a step."""
+import json
+
+import fake_cuda
+import pytest
+import test_react
+import test_train
+
+from extras import bench
+
+pytestmark = pytest.mark.slow
+flags = test_train.flags
+clip = test_react.clip
+corpus = test_react.corpus
+retrieved = test_react.retrieved
+# of each step but a run's first, in which the model is loaded and checked: {where it waits: n}
+TRAIN = """
+import importlib, json
+from parts.run import Run
+from parts.ranks import Machine
+steps = []
+Run.log_step = fake_cuda.counted(Run.log_step, steps)
+to_device = Machine.to_device
+def planted(machine, batch, *names):
+    new = to_device(machine, batch, *names)
+    {bug}
+    return new
+Machine.to_device = planted
+found = []
+for argv in {runs!r}:
+    steps.clear()
+    assert importlib.import_module({module!r}).main(argv) == 0
+    found += steps[1:]
+print(json.dumps(found))
+"""
+BENCH = """
+import json
+from extras import bench
+config = bench.complete(bench.Config(size="toy", global_batch_size=4, micro_batch_size=2, repeats=2,
+                                     compile=False, new_tokens=6))
+steps = []
+bench.clock = fake_cuda.counted(bench.clock, steps)      # around what is timed
+turn = bench.our_training(config, {folder!r})
+losses = [turn(k)["loss"] for k in range(4)]
+turn = bench.our_answers(config, {folder!r})
+ids = turn(0)["ids"]
+print(json.dumps([steps, losses, ids]))
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path, reason = fake_cuda.build(tmp_path_factory.mktemp("fake_cuda"))
+    if path is None:
+        pytest.skip(reason)
+    return path
+
+
+def printed(library, program):
+    """What the program prints last."""
+    shown, code = fake_cuda.run(library, program)
+    assert code == 0, shown[-5000:]
+    return json.loads(shown.splitlines()[-1])
+
+
+@pytest.fixture
+def runs(flags, tmp_path):
+    """Both stages, adapters in fp16, and NeXT, whose g trains: steps of two micro-batches each."""
+    more = ["--max_steps", 3, "--micro_batch_size", 2]
+    one, two = test_train.STAGE[1], test_train.STAGE[2]
+    adapters = ["--init", tmp_path / "one", *test_train.LORA, "--dtype", "fp16"]
+    return [flags(tmp_path / "one", *one, *more),
+            flags(tmp_path / "two", *two, *more, "--val_samples", 3),
+            flags(tmp_path / "adapters", *two, *adapters, *more),
+            flags(tmp_path / "next", *test_train.STAGE["NeXT"], *more)]
+
+
+def test_every_kind_of_training_waits_for_the_device_once_a_step(library, runs):
+    """Autocast, fused AdamW, validation; the loss and the gradient's norm are read together."""
+    steps = printed(library, TRAIN.format(module="train", runs=runs, bug=""))
+    assert [sum(step.values()) for step in steps] == [1] * 8, steps
+
+
+def test_react_waits_for_the_device_once_a_step(library, retrieved, clip, tmp_path):
+    """The loss, tau and the norm."""
+    argv = test_react.training(retrieved, clip, tmp_path / "out", "--device", "cuda")
+    steps = printed(library, TRAIN.format(module="extras.react", runs=[argv], bug=""))
+    assert [sum(step.values()) for step in steps] == [1] * 5, steps
+
+
+def test_a_wait_in_each_micro_batch_would_be_found(library, runs):
+    """With the line that waits."""
+    bug = "new['X_v'].sum().item()"
+    steps = printed(library, TRAIN.format(module="train", runs=runs[:1], bug=bug))
+    assert [sum(step.values()) for step in steps] == [3, 3] and "train.py" in str(steps), steps
+
+
+def test_a_tensor_left_on_the_CPU_would_be_found(library, runs):
+    """As a GPU would find it."""
+    program = TRAIN.format(module="train", runs=runs[:1], bug="new['X_v'] = batch['X_v']")
+    shown, code = fake_cuda.run(library, program)
+    assert code == 1 and "all tensors must be on the same device" in shown, shown[-3000:]
+
+
+def test_the_bench_measures_on_the_device(library, tmp_path):
+    """Its steps and answers; a step waits once, a word of an answer twice: is it finite, and which
+    is it."""
+    config = bench.complete(bench.Config(size="toy"))
+    bench.random_llava(config).save_pretrained(tmp_path)
+    steps, losses, ids = printed(library, BENCH.format(folder=str(tmp_path)))
+    assert len(set(losses)) == 4 and len(ids) == 2 and len(ids[0]) == 6
+    waits = [sum(step.values()) for step in steps]
+    assert waits[1::2][:4] == [1] * 4, steps
