@@ -13,6 +13,8 @@ Letters in shape comments:
     B rows   n new tokens   D width of f_phi   V vocabulary   H query heads
     G heads of keys and values   d width of a head
 """
+import itertools
+import math
 import platform
 from types import SimpleNamespace
 
@@ -25,12 +27,13 @@ from transformers import DynamicCache
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 MIN_PACKED = 2 ** 18     # weights of a product; oneDNN takes longer than torch for smaller ones
 MAX_PACKED = 2 ** 31     # weights of a model; packing is a copy, which a larger one cannot afford
-ROOM = 256               # a cache's length is a multiple of it, so a compiled step fits again
+ROOM = 256               # a cache's length is a multiple of it
 
 
 class Plain:
     """Any language model, by transformers' own modules."""
     reuses = False       # whether a cache can be cut back, to go on from there
+    shrinks = True       # whether rows that have ended leave, by `select`
 
     def __init__(self, f_phi):
         self.f_phi = f_phi
@@ -53,17 +56,14 @@ class Plain:
 
 
 class Fast:
-    """The Llama family, for answers alone: it reads the weights once, so train or load first.
-
-    `compiled`: steps behind the prompt are one program of static shapes (CUDA graphs on GPUs); it
-    takes about a minute to start.
-    """
+    """The Llama family, for answers alone: it reads the weights once, so train or load first."""
     reuses = True
+    shrinks = True
+    step = None          # of one token: `blocks`, compiled
 
-    def __init__(self, f_phi, compiled=False):
+    def __init__(self, f_phi, packed=False):
         config = f_phi.config
         base = f_phi.base_model
-        packed = not compiled and can_be_packed(f_phi)
         self.H = config.num_attention_heads
         self.G = config.num_key_value_heads
         self.d = base.layers[0].self_attn.head_dim
@@ -72,34 +72,32 @@ class Fast:
         self.last_norm = base.norm.weight
         self.head = Product([f_phi.get_output_embeddings()], packed)
         self.layers = [layer_of(layer, packed) for layer in base.layers]
-        self.step = None                 # one token's `blocks`, compiled
-        if compiled:
-            self.step = torch.compile(self.blocks, dynamic=False, mode="reduce-overhead")
 
     def cache(self, B, room):
         """kv: (keys, values) of each layer, (B, G, room, d); `length` of their places are taken."""
-        shape = (B, self.G, round_up(room), self.d)
-        kv = []
-        for _ in self.layers:
-            keys, values = self.last_norm.new_zeros(2, *shape)
-            if self.step:                # without the mark, CUDA graphs would copy them each step
-                torch._dynamo.mark_static_address(keys)
-                torch._dynamo.mark_static_address(values)
-            kv.append((keys, values))
-        return SimpleNamespace(length=0, kv=kv)
+        return SimpleNamespace(length=0, kv=self.places(B, round_up(room)))
+
+    def places(self, B, room):
+        shape = (B, self.G, room, self.d)
+        return [tuple(self.last_norm.new_zeros(2, *shape)) for _ in self.layers]
+
+    def grow(self, cache, room):
+        """Give a conversation more room than its first answer asked for."""
+        old = cache.kv
+        cache.kv = self.places(len(old[0][0]), room)
+        for layer, new_layer in zip(old, cache.kv, strict=True):
+            for x, new in zip(layer, new_layer, strict=True):
+                new[:, :, :x.shape[2]] = x
 
     def extend(self, cache, H, position, mask):
         """As `Plain.extend`."""
         n = H.shape[1]
         start = cache.length
         end = start + n
-        room = cache.kv[0][0].shape[2]
-        if end > room:                   # the conversation outgrows what its first answer was given
-            more = round_up(end - room)
-            cache.kv = [tuple(F.pad(x, (0, 0, 0, more)) for x in layer) for layer in cache.kv]
-            room += more
+        if end > cache.kv[0][0].shape[2]:
+            self.grow(cache, round_up(end))
         static = self.step and n == 1
-        window = room if static else end
+        window = cache.kv[0][0].shape[2] if static else end
         slots = torch.arange(start, end, device=H.device)                    # (n,)
         # None lets attention take a faster way: one token sees all, a whole prompt what is before
         sees = None
@@ -133,19 +131,81 @@ class Fast:
             q, k = qk.split([self.H, self.G], 2)         # (B, n, H, d), (B, n, G, d)
             keys.index_copy_(2, slots, k.transpose(1, 2))
             values.index_copy_(2, slots, v.transpose(1, 2))
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys[:, :, :window], values[:, :, :window], attn_mask=sees,
-                is_causal=sees is None and n > 1, enable_gqa=self.H != self.G)   # (B, H, n, d)
-            h = h + layer.o(y.transpose(1, 2).flatten(2))
+            y = self.attend(q, keys[:, :, :window], values[:, :, :window], sees)
+            h = h + layer.o(y)                           # (B, n, D)
             gate, up = layer.gate_up(self.norm(h, layer.norm_2)).chunk(2, -1)
             h = h + layer.down(F.silu(gate) * up)
         return self.norm(h[:, -1], self.last_norm)
+
+    def attend(self, q, k, v, sees):
+        """Attention of q (B, n, H, d) to k and v (B, G, window, d): (B, n, H d)."""
+        B, n, _, d = q.shape
+        if n == 1:                       # the queries that share a head are as if its tokens
+            y = F.scaled_dot_product_attention(q.view(B, self.G, -1, d), k, v, attn_mask=sees)
+            return y.reshape(B, 1, -1)
+        if sees is not None and k.is_cuda:
+            # no fused kernel has grouped queries and a mask, and another holds (B, H, n, window)
+            k = k.repeat_interleave(self.H // self.G, 1)
+            v = v.repeat_interleave(self.H // self.G, 1)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=sees,
+                                           is_causal=sees is None,
+                                           enable_gqa=k.shape[1] != self.H)      # (B, H, n, d)
+        return y.transpose(1, 2).flatten(2)
 
     def norm(self, h, weight):
         return F.rms_norm(h, h.shape[-1:], weight, self.eps)
 
     def select(self, cache, rows):
         cache.kv = [(keys[rows], values[rows]) for keys, values in cache.kv]
+
+
+class Compiled(Fast):
+    """`Fast`, whose steps behind the prompt are one program of static shapes, a CUDA graph on GPUs.
+    It takes about a minute to start.
+
+    A graph reads and writes where it did when it was recorded. So there is one cache: who asks for
+    it takes it from the conversation before, whose length is 0 from then on, and rows that have
+    ended stay. Another number of rows, or twice the room, is compiled anew.
+    """
+    shrinks = False
+
+    def __init__(self, f_phi):
+        super().__init__(f_phi)
+        mark_static(self.last_norm)
+        for layer in self.layers:
+            for part in vars(layer).values():
+                mark_static(*(part.tensors() if isinstance(part, Product) else [part]))
+        self.step = torch.compile(self.blocks, dynamic=False, fullgraph=True,
+                                  mode="reduce-overhead")
+        self.last = SimpleNamespace(length=0, kv=[])
+
+    def cache(self, B, room):
+        kv = self.last.kv
+        self.last.length = 0
+        self.last.kv = []
+        if kv and len(kv[0][0]) == B and kv[0][0].shape[2] >= room:
+            for x in itertools.chain(*kv):
+                x.zero_()                # a NaN would come through the mask
+        else:
+            kv = self.places(B, room)
+        self.last = SimpleNamespace(length=0, kv=kv)
+        return self.last
+
+    def places(self, B, room):
+        kv = super().places(B, ROOM * 2 ** math.ceil(math.log2(max(1, room / ROOM))))
+        mark_static(*itertools.chain(*kv))
+        return kv
+
+    def extend(self, cache, H, position, mask):
+        assert cache is self.last, "another conversation has taken the cache of compiled steps"
+        return super().extend(cache, H, position, mask)
+
+
+def mark_static(*tensors):
+    """CUDA graphs read these where they are; of others they make a copy at every step."""
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def layer_of(layer, packed):
@@ -180,12 +240,12 @@ class Product:
     def __init__(self, linears, packed):
         self.linears = linears
         self.weight = None
+        self.bias = None
         self.packed = False
         kinds = {(type(linear), type(linear.weight)) for linear in linears}
         if kinds != {(nn.Linear, nn.Parameter)}:
             return
         self.weight = torch.cat([linear.weight.data for linear in linears])
-        self.bias = None
         if linears[0].bias is not None:
             self.bias = torch.cat([linear.bias.data for linear in linears])
         if packed and self.weight.numel() >= MIN_PACKED:
@@ -195,6 +255,9 @@ class Product:
         parts = self.weight.split([linear.out_features for linear in linears])
         for linear, part in zip(linears, parts, strict=True):
             linear.weight.data = part
+
+    def tensors(self):
+        return [self.weight, self.bias]
 
     def __call__(self, x):
         if self.packed:
@@ -222,7 +285,7 @@ def decoder_for(f_phi, compiled=False):
     layer_types = set(getattr(config, "layer_types", None) or [])
     windows = getattr(config, "sliding_window", None) or layer_types - {"full_attention"}
     if config.model_type in FAMILY and config.hidden_act == "silu" and not windows:
-        return Fast(f_phi, compiled)
+        return Compiled(f_phi) if compiled else Fast(f_phi, can_be_packed(f_phi))
     if compiled:
         raise ValueError(f"--compile: a language model of type {config.model_type} is not one of "
                          f"{', '.join(FAMILY)} with full attention; leave it out")

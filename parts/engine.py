@@ -72,7 +72,7 @@ class Engine:
         stop        strings that end a row, as an end-of-sequence id does; what ends it is yielded.
         prefix      of `recall`: the batch is one row, and what lies behind the prefix.
         sampling    temperature, top_p, generator: see `model.sample_id`; the default is greedy
-        Once half of the rows have ended, the others go on without them.
+        Once half of the rows have ended, the others go on without them, unless steps are compiled.
         Raises ValueError if the prompt leaves no room in the model's context.
         """
         model, decoder = self.model, self.decoder
@@ -109,7 +109,7 @@ class Engine:
             left = [k for k, row in enumerate(rows) if row not in ended]
             if not left:
                 return
-            if len(left) <= len(rows) // 2:
+            if decoder.shrinks and len(left) <= len(rows) // 2:
                 rows = [rows[k] for k in left]
                 left = torch.tensor(left, device=H.device)
                 decoder.select(prefix.cache, left)

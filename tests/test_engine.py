@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
 from PIL import Image
+from torch._dynamo.backends.common import aot_autograd
 from transformers import LlavaForConditionalGeneration
 
 from data import collate, sample_of
@@ -134,13 +135,49 @@ def test_what_is_not_written_out_runs_on_the_modules_of_transformers(window, kin
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_ids():
-    """--compile: static shapes, a mask over the whole cache, in a batch that shrinks."""
+    """--compile: static shapes, one cache. A batch whose rows end one by one, a conversation that
+    outgrows its room, and another one between its turns."""
     model = tiny_llava()
+    engine = Engine(model, compile=True)
     batch = batch_of(model, QUESTIONS[:2])
-    expected = ids_of(Engine(model), batch, max_new_tokens=12)
-    assert ids_of(Engine(model, compile=True), batch, max_new_tokens=12) == expected
+    free = generated(model, batch, max_new_tokens=12)
+    stop = free[0][3:6]
+    assert stop not in free[1], "both rows end at once: nothing was tested"
+    assert engine.generate(batch, max_new_tokens=12, stop=[stop]) == [free[0][:3], free[1]]
+    turns = []
+    for k, question in enumerate(["What is 0.0?", "Why? " * 20, "And now?"]):
+        turns.append(question)
+        answer, fresh = chat_turn(engine, turns, [3])
+        assert answer == fresh, f"turn {k}"
+        turns.append(answer)
+        if k == 1:
+            answer, fresh = chat_turn(engine, ["Is this another one?"], [4])
+            assert answer == fresh
     with pytest.raises(ValueError, match="--compile: a language model of type mistral is not one"):
         decoder_for(tiny_llm("mistral", sliding_window=16), compiled=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_copies_neither_weights_nor_cache(monkeypatch):
+    """CUDA graphs copy what they do not know to stay where it is: here one token's numbers alone,
+    of which torch tells the compiler."""
+    copied = []
+
+    def compiler(graph, inputs):
+        known = torch._guards.TracingContext.get().fw_metadata.static_input_indices
+        copied.append(sum(x.nbytes for i, x in enumerate(inputs) if i not in known))
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=compiler)
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile",
+                        lambda f, mode, **more: compile_with(f, backend=backend, **more))
+    model = LLaVA(tiny_clip(), tiny_llm("qwen3"), byte_tokenizer()).eval()
+    engine = Engine(model, compile=True)
+    batch = batch_of(model, QUESTIONS[:1])
+    for _ in range(2):                   # the second conversation is not compiled anew
+        assert engine.generate(batch, **SAMPLING) == generated(model, batch, **SAMPLING)
+    assert len(copied) == 1 and copied[0] < 2000 < model.f_phi.lm_head.weight.nbytes, copied
 
 
 @pytest.mark.parametrize("kind", [Plain, Fast])

@@ -48,6 +48,22 @@ ids = turn(0)["ids"]
 print(json.dumps([steps, losses, ids]))
 """
 
+ANSWERS = """
+import json
+import torch.nn.functional as F
+from test_engine import SAMPLING, Engine, batch_of, generated, tiny_llava
+model = tiny_llava()
+batch = batch_of(model)
+expected = generated(model, batch, **SAMPLING)
+masked, attention = [], F.scaled_dot_product_attention
+def watch(q, k, v, attn_mask=None, enable_gqa=False, **more):
+    masked.append(attn_mask is not None and enable_gqa)
+    return attention(q, k, v, attn_mask, enable_gqa=enable_gqa, **more)
+F.scaled_dot_product_attention = watch
+answers = Engine(model.to("cuda")).generate(batch, **SAMPLING)
+print(json.dumps([answers == expected, len(masked), any(masked)]))
+"""
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
@@ -87,6 +103,12 @@ def test_react_waits_for_the_device_once_a_step(library, retrieved, clip, tmp_pa
     argv = test_react.training(retrieved, clip, tmp_path / "out", "--device", "cuda")
     steps = printed(library, TRAIN.format(module="extras.react", runs=[argv], bug=""))
     assert [sum(step.values()) for step in steps] == [1] * 5, steps
+
+
+def test_answers_are_the_CPUs_and_no_mask_meets_grouped_queries(library):
+    """For which A100s have only the kernel that holds every weight of attention."""
+    are_equal, n, together = printed(library, ANSWERS)
+    assert are_equal and n > 20 and not together
 
 
 def test_a_wait_in_each_micro_batch_would_be_found(library, runs):
