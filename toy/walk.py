@@ -12,7 +12,8 @@ import random
 import torch
 
 from data import arrange, collate, encode, render, sample_of, show
-from model import IGNORE, LLaVA
+from model import LLaVA
+from parts.files import IGNORE
 from parts.templates import TEMPLATES
 from parts.views import set_view, view_of
 from toy.world import Scene, Thing, draw_scene
@@ -81,17 +82,19 @@ for place in range(len(ids) - 8, len(ids)):
 print(show(ids, labels, model.tokenizer))
 
 # %% [markdown]
-# ## A batch: X_v and `visual_index`
+# ## A batch: X_v, `visual_index` and `answer_index`
 #
 # `data.collate` makes pixels of the picture, normalised as CLIP wants them. `visual_index` says
-# which row of H_v each placeholder gets; for one square these are 0, 1, 2, ...
+# which row of H_v each placeholder gets; for one square these are 0, 1, 2, ... `answer_index` says
+# where the scored tokens stand.
 
 # %%
 sample = sample_of(turns, [("walk.png", picture)], model.tokenizer, template, view)
 batch = collate([sample], view)
-for name in ("input_ids", "labels", "X_v", "visual_index"):
+for name in ("input_ids", "labels", "X_v", "visual_index", "answer_index"):
     print(f"{name:13} {tuple(batch[name].shape)}")
 print("visual_index", batch["visual_index"].tolist())
+print("answer_index", batch["answer_index"].tolist())
 print("X_v, red channel, top left corner of the picture:")
 print(batch["X_v"][0, 0, :6, :6])
 
@@ -136,7 +139,7 @@ print("lengths around it:", around.norm(dim=-1).detach())
 # answers, so it knows how one sounds; the colour, which only the picture tells, is what costs.
 
 # %%
-inputs = {name: batch[name] for name in ("input_ids", "labels", "X_v", "visual_index")}
+inputs = {name: batch[name] for name in ("input_ids", "answer_index", "X_v", "visual_index")}
 h, targets = model.answer_states(**inputs)
 nll = model.answer_nll(h, targets)
 print("h", tuple(h.shape))
