@@ -216,6 +216,14 @@ class Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
+def move_parameter(parameter, data):
+    """`p.data = ...`, where data that are on the GPU make p a tensor of another class."""
+    if is_ours(data):
+        torch.utils.swap_tensors(parameter, torch.nn.Parameter(data, parameter.requires_grad))
+    else:
+        torch.Tensor.data.__set__(parameter, data)
+
+
 def nothing(*_, **__):
     pass
 
@@ -238,5 +246,6 @@ def pretend():
     torch.inference_mode = torch.no_grad         # within it, operations would not come in parts
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.Generator = Generator
+    torch.nn.Parameter.data = property(torch.Tensor.data.__get__, move_parameter)
     torch._C._set_only_lift_cpu_tensors(True)
     Everywhere().__enter__()

@@ -83,7 +83,7 @@ def printed(library, program):
 @pytest.fixture
 def runs(flags, tmp_path):
     """Both stages, adapters in fp16, and NeXT, whose g trains: steps of two micro-batches each."""
-    more = ["--max_steps", 3, "--micro_batch_size", 2]
+    more = ["--max_steps", 3, "--micro_batch_tokens", 700]
     one, two = test_train.STAGE[1], test_train.STAGE[2]
     adapters = ["--init", tmp_path / "one", *test_train.LORA, "--dtype", "fp16"]
     return [flags(tmp_path / "one", *one, *more),
