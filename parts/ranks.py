@@ -167,14 +167,8 @@ class Machine:
             others = [p for p in model.parameters() if p.is_floating_point()]
             copy_weights(others, self.device, self.dtype)
             model.to(self.device)        # its buffers, too
-            for stream in (model.f_phi.get_input_embeddings(), model.g.pre_layrnorm):
-                stream.register_forward_hook(self.cast_stream)
+            start_stream(model, self.dtype)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def cast_stream(self, module, inputs, h):
-        """The residual stream h starts in the compute dtype, and stays in it. OFFICIAL: as under
-        DeepSpeed; of fp32 weights autocast alone would make one of fp32, twice as long to read."""
-        return h.to(self.dtype)
 
     def wrap(self, model):
         """The model as the loop calls it, which averages gradients over ranks. Only here is one
@@ -208,6 +202,15 @@ class Machine:
                 # a gathered tensor may be part of a larger one, which a file would hold as well
                 state[name] = tensor.to("cpu", copy=is_sharded)
         return state
+
+
+def start_stream(model, dtype):
+    """Both residual streams start in the compute dtype, and stay in it. OFFICIAL: as in shards, and
+    under DeepSpeed. Of fp32 weights autocast alone makes fp32 streams, twice as long to read."""
+    embeddings = model.f_phi.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, ids, H_q: H_q.to(dtype))
+    first = model.g.encoder.layers[0]
+    first.register_forward_pre_hook(lambda layer, inputs: inputs[0].to(dtype))
 
 
 def none_are_packed(position_ids):

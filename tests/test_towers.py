@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImage
 import sample as sample_py
 import train
 from extras import convert, retrieve
-from model import IGNORE, IMAGE, LLaVA
+from model import LLaVA
+from parts.files import IGNORE, IMAGE
 from parts.gated import gate
 from parts.pictures import load_image
 from parts.views import Pixels, preprocess, set_view, view_of
@@ -47,10 +48,10 @@ def compared_logits(model, folder, pictures):
     """Logits at the answers' tokens: ours, and those of transformers with its own pixels."""
     theirs, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), f"transformers sees another model in our folder: {info}"
-    batch, mask = batch_of(model, [sample(model, TURNS, [p]) for p in pictures])
+    batch, mask, labels = batch_of(model, [sample(model, TURNS, [p]) for p in pictures])
     out = theirs.eval()(input_ids=batch["input_ids"], attention_mask=mask,
                         **pixels_of(folder, pictures))
-    return answer_logits(model, **batch)[0], out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
+    return answer_logits(model, **batch)[0], out.logits[:, :-1][labels[:, 1:] != IGNORE]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +129,7 @@ def test_a_llava_with_siglip_of_somebody_else_loads(siglip, tmp_path):
     want = {"aspect": "squeeze", "tiling": None,
             "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3, "resample": 2}}
     assert theirs.meta == want
-    batch, _ = batch_of(model, [sample(model, TURNS, [PICTURES[3]])])
+    batch, _, _ = batch_of(model, [sample(model, TURNS, [PICTURES[3]])])
     assert torch.equal(answer_logits(theirs, **batch)[0], answer_logits(model, **batch)[0])
 
 

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from data import encode, render
-from model import IGNORE, LLaVA
-from parts.files import run_main
+from model import LLaVA
+from parts.files import IGNORE, run_main
 from parts.templates import TEMPLATES
 from parts.views import set_view
 
