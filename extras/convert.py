@@ -9,6 +9,8 @@ Other people's checkpoints: folders of `liuhaotian/llava-*` to ours, and back.
     python -m extras.convert --to_original --model OURS --out OUT            back
     python -m extras.convert --as_mlp --model OURS --out OUT
             a linear W as two layers that compute the same, for engines that know no other
+    python -m extras.convert --head_dim 32 --model OURS --out OUT
+            heads wider by zeros, which compute the same, for engines that have no kernel of theirs
 
 `train.py --init OUT` and `sample.py --model OUT` go on from there. A name, shape or setting that is
 not understood is an error before anything is written. A weight is read when its file is written, so
@@ -62,6 +64,7 @@ class Config:
     delta: bool = False          # --model is a v0 delta, to be added to --llm
     to_original: bool = False    # from ours, or any llava-hf folder, to the original's layout
     as_mlp: bool = False         # ours again, its linear W as the two layers of LLaVA-1.5
+    head_dim: int = None         # ours again, its heads this wide: a multiple of what they are
     template: str = "auto"       # auto: from config.json and the tokenizer
     shard: str = "2GB"           # size of a written file; about as much memory is needed
 
@@ -536,23 +539,72 @@ def two_layers(weight, bias):
             LINEAR_2 + "bias": bias}
 
 
-def convert_to_mlp(args):
-    """Write a folder of ours again, its linear W as two layers."""
+def spread(weight, times, axis=0, scale=1.0):
+    """A weight with `times` rows (axis 0), or columns, for each of its own: it, and then zeros."""
+    shape = list(weight.meta.shape)
+    shape[axis] *= times
+
+    def read():
+        value = weight.read()
+        wide = value.new_zeros(shape)
+        wide.movedim(axis, 0)[::times] = (value * scale).movedim(axis, 0)
+        return wide
+    return Weight(weight.meta.new_empty(shape), read)
+
+
+def wide_heads(table, times):
+    """The table with heads d' = `times` d wide that compute what those of width d do.
+
+    Number i of a head goes to `times` i. There the rotary embedding turns it by the same angle as
+    before, since theta^(-2 times i / d') = theta^(-2 i / d), and beside the same partner, half a
+    head away. Scores are divided by sqrt(d') instead of sqrt(d), so q is larger by sqrt(times):
+    exactly by 2 for 4 times the width, within rounding for others.
+    """
+    new = {}
+    for name, weight in table.items():
+        if re.search(r"language_model.*\.[qkv]_proj\.", name):
+            scale = math.sqrt(times) if "q_proj" in name else 1.0
+            new[name] = spread(weight, times, scale=scale)
+        elif re.search(r"language_model.*\.o_proj\.weight", name):
+            new[name] = spread(weight, times, axis=1)
+    return table | new
+
+
+def convert_to_wide_heads(table, config, folder, head_dim):
+    """The table with heads of that width, which config is told. Raises ValueError if it cannot."""
+    text = config.text_config
+    check_setting(folder, "text_config.model_type", text.model_type, KINDS)
+    rope_type = text.rope_parameters["rope_type"]
+    check_setting(folder, "text_config.rope_parameters.rope_type", rope_type, ["default"])
+    old = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head_dim < old or head_dim % old:
+        raise ValueError(f"--head_dim {head_dim}: the heads of {folder} are {old} wide; pass a "
+                         "multiple of that")
+    text.head_dim = head_dim
+    return wide_heads(table, head_dim // old)
+
+
+def convert_to_engine(args):
+    """Write a folder of ours again in a form that computes the same and that more engines take."""
     folder = local_folder(args.model, "model")
     config, _ = checkpoints.load_settings(folder)
-    check_setting(folder, "projector_hidden_act", config.projector_hidden_act, ["linear"])
     table = hf_keys(table_of(weight_files(folder)))
     check_weights(shapes_of(table), weights_of_config(config), folder, "pass a whole folder")
-    W = {name: table[name].read() for name in table if name.startswith((LINEAR_1, LINEAR_2))}
-    checkpoints.check_identity(W, folder)
-    table |= table_in_memory(two_layers(W[LINEAR_1 + "weight"], W[LINEAR_1 + "bias"]))
+    if args.as_mlp:
+        check_setting(folder, "projector_hidden_act", config.projector_hidden_act, ["linear"])
+        W = {name: table[name].read() for name in table if name.startswith((LINEAR_1, LINEAR_2))}
+        checkpoints.check_identity(W, folder)
+        table |= table_in_memory(two_layers(W[LINEAR_1 + "weight"], W[LINEAR_1 + "bias"]))
+        config.projector_hidden_act = "gelu"
+    if args.head_dim is not None:
+        table = convert_to_wide_heads(table, config, folder, args.head_dim)
     write_table(table, Path(args.out), args.shard)
     for name in [*SETTINGS_FILES, *TOKENIZER_FILES]:
         if has_file(folder, name):
             shutil.copy(folder / name, args.out)
-    config.projector_hidden_act = "gelu"
     config.save_pretrained(args.out)
-    print(f"{args.out}: W as two layers")
+    print(f"{args.out}: W {checkpoints.projector_of(config)}, heads of "
+          f"{getattr(config.text_config, 'head_dim', None)}")
 
 
 def main(argv=None):
@@ -560,10 +612,11 @@ def main(argv=None):
     args = Config(**typed_flags(Config, argv, __doc__.strip().splitlines()[0], choices))
     if os.path.exists(args.out):
         raise ValueError(f"--out {args.out} exists; name a new folder")
-    if args.as_mlp and args.to_original:
-        raise ValueError("--as_mlp and --to_original are two conversions; do one behind the other")
-    if args.as_mlp:
-        convert_to_mlp(args)
+    again = args.as_mlp or args.head_dim is not None
+    if again and args.to_original:
+        raise ValueError("--to_original is a conversion of its own; do it behind the other")
+    if again:
+        convert_to_engine(args)
     elif args.to_original:
         convert_to_original(args)
     else:

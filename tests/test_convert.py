@@ -514,6 +514,27 @@ def test_a_linear_W_that_does_not_fit_into_two_layers_is_refused(tmp_path):
         assert_refused(tmp_path / "out", argv, words)
 
 
+@pytest.mark.parametrize("family, times", [("llama", 2), ("mistral", 4), ("qwen2", 3)])
+def test_wider_heads_compute_the_same(tmp_path, family, times):
+    """Zeros between a head's numbers: the same angles of the rotary embedding, the same scores."""
+    ours = see(tiny_llava(family, tied=True), "crop")
+    if family == "qwen2":                                # it has biases, which start as zeros
+        for layer in ours.f_phi.model.layers:
+            nn.init.normal_(layer.self_attn.q_proj.bias)
+            nn.init.normal_(layer.self_attn.v_proj.bias)
+    ours.save_pretrained(tmp_path / "ours")
+    out = converted(tmp_path / "out", "--head_dim", 12 * times, "--model", tmp_path / "ours")
+    X_v, ids = picture_and_ids(4)
+    with torch.no_grad():
+        hidden = ours.splice(ids, X_v, torch.arange(4))
+        want = ours.f_phi(inputs_embeds=hidden).logits[0, :, :259]
+    wide = assert_computes(out, want, ids, X_v)
+    assert wide.f_phi.model.layers[1].self_attn.k_proj.weight.shape == (2 * 12 * times, 48)
+    for head_dim in (0, 6, 18):
+        argv = ["--head_dim", head_dim, "--model", tmp_path / "ours"]
+        assert_refused(tmp_path / "refused", argv, "12 wide")
+
+
 # -----------------------------------------------------------------------------
 # What is refused
 
