@@ -111,7 +111,7 @@ server = xllamacpp.Server(params)
 threading.Event().wait()"
 }
 lmms() {           # a task of the questions with pictures, whose right answers are the checkpoint's own
-    environment lmms lmms-eval==0.7.3 decord || { absent lmms-eval lmms.log; return; }
+    environment lmms lmms-eval==0.7.3 decord "filelock<4" || { absent lmms-eval lmms.log; return; }
     mkdir -p task
     cat > task/minllava_toy.yaml <<'YAML'
 task: minllava_toy
@@ -147,7 +147,7 @@ PYTHON
         lmms/bin/lmms-eval --model llava_hf --model_args pretrained=harness,device=cpu,device_map=cpu,dtype=float32 \
             --include_path task --tasks minllava_toy --batch_size 1 > lmms_run.log 2>&1 || true
         grep -q '|same' lmms_run.log || { absent lmms-eval lmms_run.log; continue; }       # it exits with 0 after an error, too
-        row "lmms-eval 0.7.3, llava_hf" $name "share of 12 with pictures:$(grep '|same' lmms_run.log | tr '|' ' ' | tr -s ' ')" ""
+        row "lmms-eval 0.7.3, llava_hf" $name "share of 12 with pictures: $(sed -n 's/.*|same.*↑ *| *\([0-9.]*\) *|.*/\1/p' lmms_run.log)" ""
     done
 }
 
