@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Other people's engines on the toy's checkpoints, on CPUs: do they give the answers that the folder gives here?
-#     bash runs/engines.sh [folder]      trains two small checkpoints; then an environment of its own for each engine (14 GB in all)
+#     bash runs/engines.sh [folder]      trains two small checkpoints; then an environment of its own for each engine (12 GB in all)
 # Needs package registries, no model hub. An engine that is not to be had is a row that says so. ENGINES="vllm llama.cpp" runs these.
 source "$(dirname "$0")/env.sh"
 OUT=$(mkdir -p "${1:-out/engines}" && cd "${1:-out/engines}" && pwd)
