@@ -30,7 +30,7 @@ assert any(name.startswith("f_phi") for name in model.set_stage(1))
 assert RECIPES["toy"]["stage1"]["lr_W"] == 1e-2 and RECIPES["toy"]["stage1"]["lr"] == 5e-4""",
     "labels": """
 from data import encode
-from model import IGNORE
+from parts.files import IGNORE
 from parts.checkpoints import load_tokenizer
 tokenizer = load_tokenizer("toy/pretrained/llm")
 ids, labels = encode([("Is it?<image>", False), ("Yes.", True)], tokenizer, [3])
