@@ -1,4 +1,4 @@
-"""docs/hacks: ten forks, each a patch and a page. None may rot: all are applied, run and taken back."""
+"""docs/hacks: ten forks, each a patch and a page. All are applied, run and taken back."""
 import os
 import re
 import shutil
