@@ -2,9 +2,10 @@
 
     python -m toy.course pope  --world out/toy/world --out out/toy/pope
     python -m toy.course table --out out/toy_ablations
+    python -m toy.course draw  --out out/toy_ablations --picture docs/labs.png
 
 The first writes POPE's files (Diss. Sec. 4.4) for `python -m extras.benchmarks score pope`, the
-second reads what runs/course.sh leaves behind. Everything here is OURS.
+others read what runs/course.sh leaves behind. Everything here is OURS.
 """
 import random
 from collections import Counter
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import relative_scores
-from parts.files import check_least, read_value, run_command, run_main, write_lines
+from parts.files import check_least, read_lines, read_value, run_command, run_main, write_lines
 from toy.report import in_spread, rows_made, score_answers
 from toy.world import KINDS, SEEN, WAYS_TO_ASK, picture_name, read_coco, with_article
 
@@ -34,6 +35,7 @@ ROWS = {      # files held_out_ROW.jsonl; changes are from the first row
     "lora_16": "LoRA, rank 16",
     "lora_64": "LoRA, rank 64",
 }
+STAGE_1 = ("stage1", "unfrozen_stage1")
 JUDGES = {"full": "the judge", "first_wins": "one that prefers what stands first"}
 RETRIEVED = {"text_5": "texts, 5 a query", "text_20": "texts, 20 a query",
              "text_60": "texts, 60 a query", "image_60": "pictures, 60 a query"}
@@ -173,7 +175,34 @@ def customised(folder, row):
     return {"pairs": pairs} | {name: 100 * share for name, share in scores.items()}
 
 
-COMMANDS = {"pope": (write_pope, Pope), "table": (print_table, LabTable)}
+@dataclass(frozen=True)
+class LabCurves:
+    out: str                             # folder of runs/course.sh
+    picture: str                         # file to write
+    seed: int = 0
+
+
+def draw_curves(config):
+    """The training losses of stage 2, a line a lab, on a light card."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from toy.figures import CARD  # only here: the tables need no torch
+    figure, axes = plt.subplots(figsize=(8, 4), facecolor=CARD, layout="constrained")
+    seed = Path(config.out, f"seed{config.seed}")
+    for row, name in rows_made(ROWS, [seed], "{}/log.jsonl").items():
+        log = [line for line in read_lines(seed / row / "log.jsonl") if "loss" in line]
+        steps = [line["step"] for line in log]
+        if row not in STAGE_1:
+            axes.semilogy(steps, [line["loss"] for line in log], label=name, lw=1)
+    axes.set(xlabel="step", ylabel="loss over what is scored", facecolor=CARD)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(config.picture, dpi=130, facecolor=CARD)
+
+
+COMMANDS = {"pope": (write_pope, Pope), "table": (print_table, LabTable),
+            "draw": (draw_curves, LabCurves)}
 
 
 def main(argv=None):
