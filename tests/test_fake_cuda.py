@@ -82,7 +82,7 @@ def printed(library, program):
 
 @pytest.fixture
 def runs(flags, tmp_path):
-    """Both stages, adapters in fp16, and NeXT, whose g trains: steps of two micro-batches each."""
+    """Both stages, adapters in fp16, and NeXT, whose g trains: steps of several micro-batches."""
     more = ["--max_steps", 3, "--micro_batch_tokens", 700]
     one, two = test_train.STAGE[1], test_train.STAGE[2]
     adapters = ["--init", tmp_path / "one", *test_train.LORA, "--dtype", "fp16"]
@@ -115,7 +115,7 @@ def test_a_wait_in_each_micro_batch_would_be_found(library, runs):
     """With the line that waits."""
     bug = "new['X_v'].sum().item()"
     steps = printed(library, TRAIN.format(module="train", runs=runs[:1], bug=bug))
-    assert [sum(step.values()) for step in steps] == [3, 3] and "train.py" in str(steps), steps
+    assert min(sum(step.values()) for step in steps) > 2 and "train.py" in str(steps), steps
 
 
 def test_a_tensor_left_on_the_CPU_would_be_found(library, runs):
