@@ -283,10 +283,10 @@ def main(seed=0):
     pairs = [ask_about(scene) for scene in held_out]
 
     model = TinyLLaVA(learn_to_see(scenes, X_v), TinyLM())
-    learn_to_answer("notes", model, scenes, X_v, steps=400, lr=1e-3)
+    learn_to_answer("notes", model, scenes, X_v, steps=500, lr=1e-3)
     learn_to_answer("stage 1", model, scenes, X_v, steps=200, lr=3e-3)
     captioner = percent_exact(model, pairs, X_new)
-    learn_to_answer("stage 2", model, scenes, X_v, steps=500, lr=1e-3)
+    learn_to_answer("stage 2", model, scenes, X_v, steps=1000, lr=1e-3)
     seen = percent_exact(model, pairs, X_new)
     blind = percent_exact(model, pairs, torch.zeros_like(X_new))
     for scene, (X_q, _), picture in zip(held_out[:4], pairs, X_new, strict=False):
