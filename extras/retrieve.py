@@ -55,6 +55,7 @@ from parts.files import (
 from parts.gated import GatedCLIP
 from parts.pictures import PICTURE_EXTENSIONS, image_path, load_image
 from parts.ranks import choose_device, choose_dtype
+from parts.shards import tar_members
 from parts.views import preprocess
 
 MAX_FLAT = 10_000            # pairs; more are searched by HNSW
@@ -166,8 +167,8 @@ def pairs_in_tar(path, left_out):
     """
     members = {"picture": {}, ".txt": {}, ".json": {}}
     try:
-        with tarfile.open(path, "r:") as tar:            # "r:" refuses compressed files
-            for member in tar:
+        with open(path, "rb") as f:
+            for member in tar_members(path):
                 name, extension = os.path.splitext(member.name)
                 kind = "picture" if extension.lower() in PICTURE_EXTENSIONS else extension
                 if kind not in members:
@@ -177,11 +178,8 @@ def pairs_in_tar(path, left_out):
                 elif kind == "picture":
                     members[kind][name] = member.offset_data, member.size
                 else:
-                    members[kind][name] = tar.extractfile(member).read()
-            # tarfile takes a damaged header for the end of the shard
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(2 ** 20).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset}; what follows is lost")
+                    f.seek(member.offset_data)
+                    members[kind][name] = f.read(member.size)
     except (tarfile.TarError, OSError) as error:
         left_out.append((path, f"not a complete, uncompressed tar file: {error}"))
     pictures, texts, records = members.values()

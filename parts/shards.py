@@ -194,22 +194,15 @@ def pictures_of_group(file, column, group):
 
 
 def tar_members(path):
-    """Yield (name, the byte where it begins, its bytes) of the files in a tar file.
-
-    Raises ValueError for one that is damaged or compressed.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in iter(tar.next, None):
-                tar.members.clear()          # it would keep them all
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-            # tarfile takes a damaged header for the end
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(2 ** 20).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset}; what follows is lost")
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a complete, uncompressed tar file: {error}") from error
+    """Yield the TarInfo of each member. TarError for a file that is damaged or compressed."""
+    with tarfile.open(path, "r:") as tar:        # "r:" refuses compressed files
+        for member in iter(tar.next, None):
+            tar.members.clear()                  # it would keep them all
+            yield member
+        # tarfile takes a damaged header for the end
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(2 ** 20).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}; what follows is lost")
 
 
 def read_tar(path):
@@ -219,13 +212,16 @@ def read_tar(path):
     7.0.jpg, 7.1.jpg, ...
     """
     samples = {}
-    for name, at, size in tar_members(path):
-        folder, base = os.path.split(name)
-        stem, _, extension = base.partition(".")
-        members = samples.setdefault(os.path.join(folder, stem), {})
-        if extension.lower() in members:
-            raise ValueError(f"{path}: {name} is in it twice")
-        members[extension.lower()] = at, size
+    try:
+        for file in filter(tarfile.TarInfo.isfile, tar_members(path)):
+            folder, base = os.path.split(file.name)
+            stem, _, extension = base.partition(".")
+            members = samples.setdefault(os.path.join(folder, stem), {})
+            if extension.lower() in members:
+                raise ValueError(f"{path}: {file.name} is in it twice")
+            members[extension.lower()] = file.offset_data, file.size
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a complete, uncompressed tar file: {error}") from error
     samples.pop("", None)
     with open(path, "rb") as f:
         for key, members in samples.items():
