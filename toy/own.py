@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AddedToken, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import AddedToken, CLIPVisionConfig, CLIPVisionModel
 
 from data import Conversations, encode, render
 from parts import check
@@ -44,7 +44,15 @@ from parts.records import Records, image_names
 from parts.templates import TEMPLATES
 from parts.views import View, preprocess
 from sample import Config, Talker, human_turn
-from toy.pretrain import batch_chats, build_llm, chat_loss, descend, shrink, train_tokenizer
+from toy.pretrain import (
+    batch_chats,
+    build_llm,
+    chat_loss,
+    descend,
+    save_processor,
+    shrink,
+    train_tokenizer,
+)
 
 TEMPLATE = TEMPLATES["vicuna_v1"]        # what train.py takes for a Llama that names no other
 VIEW = View("crop", size=64, patch=16)   # of the tower: N = 16 visual tokens
@@ -256,9 +264,7 @@ def make_parts(config):
     print("clip")
     g = pretrain_tower(captions, targets, rng, config.clip_steps)
     g.save_pretrained(out / "clip")
-    sides = {"height": VIEW.size, "width": VIEW.size}
-    processor = CLIPImageProcessorPil(size={"shortest_edge": VIEW.size}, crop_size=sides)
-    processor.save_pretrained(out / "clip")
+    save_processor(VIEW.size, out / "clip")
     print("llm")
     llm = pretrain_reader(questions.records, by_picture, tokenizer, rng, config.llm_steps)
     llm.save_pretrained(out / "llm")

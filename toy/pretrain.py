@@ -334,6 +334,13 @@ def shrink(vision, scale):
         part.bias *= scale
 
 
+def save_processor(size, folder):
+    """How such a tower is shown pictures, for its folder."""
+    crop_size = {"height": size, "width": size}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size)
+    processor.save_pretrained(folder)
+
+
 # ------------------------------------------------------------------------------------------------
 # The command
 
@@ -358,10 +365,7 @@ def main(argv=None):
     tokenizer.save_pretrained(out)
     if config.part == "clip":
         model = pretrain_clip(tokenizer, rng, config.steps or 4500)
-        size = model.config.vision_config.image_size
-        crop_size = {"height": size, "width": size}
-        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size)
-        processor.save_pretrained(out)
+        save_processor(model.config.vision_config.image_size, out)
     else:
         layers = {"llm": 4, "small_llm": 2}[config.part]
         model = pretrain_llm(tokenizer, rng, config.steps or 5000, layers)
