@@ -155,6 +155,7 @@ def resolve(argv):
     origin |= dict.fromkeys(recipe, "recipe") | dict.fromkeys(typed, "command line")
     check_least(config, max_length=1, epochs=1, max_steps=0, lr=0, lora_rank=0, save_every=1,
                 global_batch_size=1, micro_batch_tokens=1, val_samples=0, keep=1, workers=0)
+
     if stage == 2 and config.init is None:
         raise ValueError("stage 2 starts from stage 1: --init out/stage1; or --init none")
     lora.check_flags(config)
@@ -250,7 +251,8 @@ def held_out_loss(machine, model, data, held_out, lengths, budget):
             loss, count = model(**machine.to_device(batch))
         total += loss.item()
         n += count
-    return machine.sum(total) / machine.sum(n)
+    total, n = machine.sum(total, n)
+    return total / n
 
 
 def validate(run, step, model, data, held_out, lengths):
@@ -284,6 +286,7 @@ def train(config, origin, machine, run):
         text = show(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), data.tokenizer)
         return f"template {template.name}; one sample, what is scored in green or «»:\n{text}"
 
+    # the banner: what a reader should see before step 0
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
     machine.print0(f"batch: {config.global_batch_size} over {machine.world_size} ranks; "
                    f"{steps.per_epoch} steps an epoch, {total} in all\n")
@@ -300,6 +303,7 @@ def train(config, origin, machine, run):
 
     save = functools.partial(save_model, machine, model)
     run.watch(model, theta, optimizer, zlib.crc32(lengths.tobytes(), data.records.checksum))
+    # a full disk is found out before training
     run.rehearse(save, functools.partial(LLaVA.from_pretrained, dtype=None))
     first = run.resume()
     if run.lacks_validation(first, total):       # a kill came between state and validation

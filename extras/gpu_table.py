@@ -156,7 +156,8 @@ def train_row(config, row):
     kernel = "-" if row["compiled"] else chosen_kernel(partial(turn, 0))
     found = after_warming_up(turn, numbers)
     seconds = np.median(found["seconds"])
-    batches = [batch for k in numbers for batch in bench.draw_batches(model, settings, True)[k]]
+    drawn = bench.draw_batches(model, settings, in_order=True)
+    batches = [batch for k in numbers for batch in drawn[k]]
     share = flops_of(model, row["way"], batches) / config.repeats / peaks_of(machine.device)[0]
     result = {"s": seconds, "tokens/s": found["real"].sum() / found["seconds"].sum(),
               "share": share / seconds, "peak": peak_memory(machine.device), "attention": kernel}
