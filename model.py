@@ -98,8 +98,8 @@ class LLaVA(nn.Module):
         H_v = H_v[visual_index].to(H_q.dtype)                             # (placeholders, D)
         is_image = (input_ids == self.image_id).flatten()                 # (B T,)
         torch._assert_async(is_image.sum() == len(H_v), "one placeholder for each visual token")
-        # sorted: `nonzero` or a boolean index would wait until a GPU has counted them
-        places = is_image.int().argsort(descending=True, stable=True)[:len(H_v)]
+        # as many as are known: to count them, the host would have to wait for a GPU
+        places = is_image.nonzero_static(size=len(H_v))[:, 0]             # (placeholders,)
         return H_q.flatten(0, 1).index_copy(0, places, H_v).view_as(H_q)  # (B, T, D)
 
     def forward(self, input_ids, answer_index, X_v, visual_index):

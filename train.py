@@ -312,15 +312,10 @@ def train(config, origin, machine, run):
 
     for step, batches in run.steps(steps, first, total, render_first):
         n_answer = machine.sum(count_answer_tokens(batches))
-        run.stop_if(n_answer == 0, "no token is scored")
-
         optimizer.set_lr(lr_at(step, total))
-        with lora.dropout_on(model.f_phi, config.seed, step, machine.rank):
-            loss, norm = update(parallel, batches, machine, optimizer, n_answer)
-        run.stop_if(not math.isfinite(loss) or loss == 0, f"the loss is {loss}")
-        run.stop_if(optimizer.is_lost, f"the gradient's norm is {norm}")
+        loss, norm = update(parallel, batches, machine, optimizer, n_answer)
 
-        run.check_first_step()           # frozen is frozen, and the rest has moved
+        run.check_step(loss, norm)       # finite; frozen is frozen, and the rest has moved
         run.log_step(loss, norm, answer_tokens=n_answer)
         if run.is_due(config.save_every):
             run.save_state()

@@ -288,11 +288,9 @@ def customise_and_train(config, machine, run):
         loss = global_loss(u, v, tau, gamma, machine)
         optimizer.backward(loss)
         loss, tau, norm = optimizer.step(loss, tau)
-        run.stop_if(not math.isfinite(loss) or loss == 0, f"the loss is {loss}")
-        run.stop_if(optimizer.is_lost, f"the gradient's norm is {norm}")
+        run.check_step(loss, norm)
         with torch.no_grad():
             clip.logit_scale.clamp_(0, math.log(100))    # OFFICIAL: after each step
-        run.check_first_step()
         run.log_step(loss, norm, f"tau {tau:6.2f} | ", tau=tau)
         if run.is_due(config.save_every):
             run.save_state()

@@ -14,11 +14,9 @@ OURS: written out, not taken from `peft`, which wraps f_phi, so that every name 
 changes; the arithmetic is two lines. The folders of parts/checkpoints.py are PEFT's own, and the
 tests hold both against each other.
 """
-import contextlib
 import importlib
 import math
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,7 +45,7 @@ class LoRA(nn.Linear):
         self.lora_B = nn.Parameter(B)                    # B = 0: the start is W_0, bit for bit
 
     def forward(self, x):
-        x_dropped = F.dropout(x, self.dropout, self.training)
+        x_dropped = F.dropout(x, self.dropout, torch.is_grad_enabled())      # while it trains
         low = F.linear(x_dropped, self.lora_A.to(x.dtype))                   # (..., r)    A x
         update = F.linear(self.scale * low, self.lora_B.to(x.dtype))         # (..., out)
         return self.frozen_product(x) + update
@@ -128,26 +126,6 @@ def adapt(model, rank, had_newline):
     if had_newline:
         model.newline.requires_grad_(False)
     add_adapters(model.f_phi, rank, alpha=2 * rank, dropout=0.05)
-
-
-@contextlib.contextmanager
-def dropout_on(f_phi, *seed):
-    """Around forward and backward: the adapters drop out, though the model is in eval mode.
-
-    `seed` is (seed, step, rank); the masks depend on it and on the micro-batches' shapes alone, so
-    that a resumed run has those of one that was never stopped. It becomes torch's global seed.
-    Without adapters nothing happens.
-    """
-    layers = adapters(f_phi).values()
-    if layers:
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
-    try:
-        for layer in layers:
-            layer.train()
-        yield
-    finally:
-        for layer in layers:
-            layer.eval()
 
 
 @torch.no_grad()

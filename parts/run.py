@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -279,8 +281,15 @@ class Run:
         self.ended = self.began          # of the step before
         for self.step, self.micro_batches in enumerate(loader, first):
             self.waited = time.time() - self.ended       # for data
+            self.seed_step()
             yield self.step, self.micro_batches
             self.ended = time.time()
+
+    def seed_step(self):
+        """What adapters drop out depends on seed, step and rank alone, so that a resumed run drops
+        what one that was never stopped does."""
+        parts = self.config.seed, self.step, self.machine.rank
+        torch.manual_seed(int(np.random.default_rng(parts).integers(2 ** 63)))
 
     def remember_signal(self, number, _):
         self.signals.append(number)
@@ -298,18 +307,16 @@ class Run:
         steps = [record.get("step") for record in log if "val_loss" in record]
         return self.machine.gather(step not in steps)[0]
 
-    def stop_if(self, condition, what):
-        """If the condition holds, which it does on every rank or on none, stop and name the step's
-        samples, those of every rank."""
-        if not condition:
-            return
-        names = sum(self.machine.gather(sample_names(self.micro_batches)), [])
-        more = " ..." if len(names) > 16 else ""
-        raise ValueError(f"step {self.step}: {what}; samples {names[:16]}{more}; "
-                         + self.render(self.micro_batches[0]))
-
-    def check_first_step(self):
-        """After the first step that was not skipped: what is frozen is, what trains has moved."""
+    def check_step(self, loss, grad_norm):
+        """Stop, and name the samples of every rank, if this step's loss is 0 or not finite, or its
+        gradient is lost. After the first step that was not skipped, what is frozen is as before,
+        and what trains has moved. All ranks stop, or none, for the loss is that of all."""
+        if not math.isfinite(loss) or loss == 0 or self.optimizer.is_lost:
+            names = sum(self.machine.gather(sample_names(self.micro_batches)), [])
+            more = " ..." if len(names) > 16 else ""
+            raise ValueError(f"step {self.step}: the loss is {loss}, the gradient's norm "
+                             f"{grad_norm}; samples {names[:16]}{more}; "
+                             + self.render(self.micro_batches[0]))
         if self.is_checked or self.optimizer.skipped:
             return
         lowest_lr = min(group["lr"] for group in self.optimizer.adamw.param_groups)

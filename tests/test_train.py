@@ -698,14 +698,10 @@ def broken_llm(what):
 
 
 @pytest.mark.parametrize("stage, what, reason", [
-    (2, "nan", "the loss is nan"), (2, "overflow", "the gradient's norm is inf"),
-    (1, "zero", "the loss is 0.0"), (1, "unscored", "no token is scored")])
-def test_a_step_that_teaches_nothing_stops(stage, what, reason, one_answer, flags, tmp_path,
-                                           monkeypatch):
-    """With the reason, the samples' ids and one of them as the model saw it; nothing is saved. The
-    check of the data leaves no step without scored tokens, so they are not counted here."""
-    if what == "unscored":
-        monkeypatch.setattr(train, "count_answer_tokens", lambda batches: 0)
+    (2, "nan", "the loss is nan"), (2, "overflow", "the loss is .*, the gradient's norm inf"),
+    (1, "zero", "the loss is 0.0")])
+def test_a_step_that_teaches_nothing_stops(stage, what, reason, one_answer, flags, tmp_path):
+    """With the reason, the samples' ids and one of them as the model saw it; nothing is saved."""
     folder = save_parts(tmp_path, broken_llm(what))
     argv = flags(tmp_path / "out", *STAGE[stage], "--llm", folder / "llm", "--vision",
                  folder / "clip", "--data", one_answer)
