@@ -149,6 +149,17 @@ def scripted_llm(*texts, end=None):
     return llm
 
 
+def chat(*texts):
+    """The turns of a conversation: question, answer, question, ..."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def noise(size=(40, 30), seed=0):
+    """A picture of random pixels, of (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
 # -----------------------------------------------------------------------------
 # On disk: what the commands take
 
