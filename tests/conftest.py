@@ -1,12 +1,18 @@
 """Tiny real models and tokenizers, built from configs in the process: no download, no mock."""
+import io
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import runpy
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,31 +22,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AddedToken,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SiglipVisionConfig,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import AddedToken, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig
 
 from model import LLaVA
 from parts.files import IMAGE
@@ -56,7 +41,7 @@ def byte_tokenizer(specials=("<unk>", "<s>", "</s>")):
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate([*specials, *alphabet])}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         pad_token="<unk>")
     for token in (*specials, IMAGE):
@@ -83,19 +68,15 @@ def tiny_siglip(image_size=28, seed=0):
     return SiglipTower(config).eval()
 
 
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
-    "gemma": (GemmaConfig, GemmaForCausalLM),
-    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM)}
+# The kinds of language models, and what transformers calls the classes of each.
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+            "smollm3": "SmolLM3", "gemma": "Gemma", "gemma3": "Gemma3", "phi3": "Phi3"}
 
 
 def tiny_llm(family="llama", tied=False, vocab_size=320, seed=0, **more):
-    config, model = FAMILIES[family]
+    name = FAMILIES[family]
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")
     torch.manual_seed(seed)
     tiny = dict(
         vocab_size=vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
@@ -154,6 +135,20 @@ def chat(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
+def messages_of(turns, picture=None):
+    """Turns as messages of a chat template; with a picture in parts, in which it is <image>."""
+    messages = []
+    for turn in turns:
+        content = turn["value"]
+        if picture is not None:
+            pieces = [piece for piece in re.split(f"({IMAGE})", content) if piece.strip()]
+            content = [{"type": "image", "image": picture} if piece == IMAGE else
+                       {"type": "text", "text": piece} for piece in pieces]
+        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
 def noise(size=(40, 30), seed=0):
     """A picture of random pixels, of (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
@@ -164,6 +159,16 @@ def noise(size=(40, 30), seed=0):
 # On disk: what the commands take
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def write_tar(path, members):
+    """A tar of (name, bytes)."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
 
 
 def save_parts(folder, llm=None, tokenizer=None, clip=None):
@@ -257,6 +262,55 @@ def run_script(folder, script, *argv, **options):
     process = start_script(folder, script, *argv, **options)
     process.join(120)
     return process.exitcode, (folder / "output").read_text()
+
+
+@contextmanager
+def refused(*words):
+    """What runs within must end in one line that names what and where."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        yield
+    message = str(caught.value)
+    for word in words:
+        assert str(word) in message, f"the message should name {word}: {message[:600]}"
+    assert len(message) < 1000 and "\n" not in message, f"not one line: {message}"
+
+
+def wait_until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"it did not happen within {seconds} seconds"
+        time.sleep(0.01)
+
+
+def killed_when(condition, folder, argv, delay=0.0, script="train.py"):
+    """SIGKILL a run `delay` seconds after `condition` is true; False if it ended before."""
+    process = start_script(folder, script, *argv)
+    while process.is_alive() and not condition():
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), (folder / "output").read_text()
+    return process.exitcode != 0
+
+
+def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None,
+             script=f"{ROOT}/train.py"):
+    """What `torchrun` over so many processes shows; it must end, with that exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={ranks}", *options, str(script), *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    process = subprocess.Popen(command, env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    try:
+        meanwhile(process)
+        shown, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)       # torchrun takes its processes with it
+        pytest.fail(f"torchrun does not end:\n{process.communicate()[0][-5000:]}")
+    assert process.returncode == code, shown[-9000:]
+    return shown
 
 
 # -----------------------------------------------------------------------------
