@@ -172,55 +172,54 @@ def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
         instruct(tmp_path, contexts, "--base_url", "http://127.0.0.1:9/v1", *flags.split())
 
 
-@pytest.mark.parametrize("text, turns", [
-    ("Question:\nWhy?\n===\nAnswer:\nSo.\n===\n", [("Why?", "So.")]),
-    ("**Question 1:** Why?\n**Answer 1:** So.\n\n2. Q: Who?\nA: I.",
+@pytest.mark.parametrize("kind, text, turns", [
+    ("conversation", "Question:\nWhy?\n===\nAnswer:\nSo.\n===\n", [("Why?", "So.")]),
+    ("conversation", "**Question 1:** Why?\n**Answer 1:** So.\n\n2. Q: Who?\nA: I.",
      [("Why?", "So."), ("Who?", "I.")]),
-    ("Question: Why?\nAnswer: So.\nQuestion: And then", [("Why?", "So.")]),
-    ("What a nice picture.", [])])
-def test_what_models_write_is_understood(text, turns):
-    """The form asked for, markdown, short labels, a last question without its answer."""
-    assert generate_data.parse("conversation", text) == turns
-    assert generate_data.parse("complex_reasoning", text) == turns[:1]
+    ("complex_reasoning", "Question: Why?\nAnswer: So.\nQuestion: Who?\nAnswer: I.",
+     [("Why?", "So.")]),
+    ("conversation", "Question: Why?\nAnswer: So.\nQuestion: And then", [("Why?", "So.")]),
+    ("conversation", "What a nice picture.", []), ("complex_reasoning", "What a nice picture.", []),
+    ("detail_description", " A bus.\n", [(None, "A bus.")]),
+    ("detail_description", "**Detailed description:** A bus.\n---", [(None, "A bus.")]),
+    ("detail_description", "Question:\nWhat?\n===\nAnswer:\nA bus.", [(None, "A bus.")])])
+def test_what_models_write_is_understood(kind, text, turns):
+    """The form asked for, markdown, short labels, a last question without its answer. A description
+    is the text itself: its question comes from our list, whatever heading a model writes."""
+    assert generate_data.parse(kind, text) == turns
 
 
-@pytest.mark.parametrize("text", [" A bus.\n", "**Detailed description:** A bus.\n---",
-                                  "Question:\nWhat?\n===\nAnswer:\nA bus."])
-def test_a_description_is_the_text_itself(text):
-    """Its question comes from our list, whatever heading or question a model writes."""
-    assert generate_data.parse("detail_description", text) == [(None, "A bus.")]
-
-
-@pytest.mark.parametrize("answer, reason", [
-    ("According to the description, a bus.", "speaks of its context"),
-    ("A bus at [0.1, 0.25, 0.5, 1.0].", "speaks of its context"),
-    ("Its bounding box is large.", "speaks of its context"),
-    ("As an AI language model, no.", "refuses"), ("See <image>.", "STOP or special token"),
-    ("A bus.\n\n### Colours\nRed.", "STOP or special token"), ("A </s> bus.", "STOP or special"),
-    ("A <|im_end|> bus.", "STOP or special"), ("A bus.<|im_end|>", None),
-    ("The cardboard boxes stand in a bus, as the text on its side says.", None)])
-def test_a_record_speaks_of_the_picture(answer, reason):
-    """As if the assistant saw it; what betrays the contrary is rejected, nothing else."""
-    reply = reply_of(f"Question:\nWhat?\n===\nAnswer:\n{answer}")
-    if reason is None:
-        said = answer.removesuffix("<|im_end|>")
-        assert generate_data.read_turns("conversation", reply) == [("What?", said)]
-    else:
-        with pytest.raises(generate_data.Reject, match=reason):
-            generate_data.read_turns("conversation", reply)
+def about(answer):
+    return f"Question:\nWhat?\n===\nAnswer:\n{answer}"
 
 
 @pytest.mark.parametrize("text, finish, reason", [
+    (about("According to the description, a bus."), "stop", "speaks of its context"),
+    (about("A bus at [0.1, 0.25, 0.5, 1.0]."), "stop", "speaks of its context"),
+    (about("Its bounding box is large."), "stop", "speaks of its context"),
+    (about("As an AI language model, no."), "stop", "refuses"),
+    (about("See <image>."), "stop", "STOP or special token"),
+    (about("A bus.\n\n### Colours\nRed."), "stop", "STOP or special token"),
+    (about("A </s> bus."), "stop", "STOP or special"),
+    (about("A <|im_end|> bus."), "stop", "STOP or special"),
     ("A bus.", "length", "cut off"), ("", "content_filter", "finish_reason content_filter"),
     ("A bus.", "max_tokens", "max_tokens"), ("A bus.", "MAX_TOKENS", "MAX_TOKENS"),
     ("A bus.", 5, "finish_reason 5"),
     ("<think>Question: What?\nAnswer: A bus.", "stop", "no question"),
     ("I'm sorry, I cannot help with that.", "stop", "refuses"),
     ("Certainly!", "stop", "no question and answer")])
-def test_what_is_no_answer_is_rejected_with_its_reason(text, finish, reason):
-    """A half sentence would teach the model to stop in the middle of one."""
+def test_what_is_no_answer_about_the_picture_is_rejected_with_its_reason(text, finish, reason):
+    """As if the assistant saw it; a half sentence would teach the model to stop in the middle."""
     with pytest.raises(generate_data.Reject, match=reason):
         generate_data.read_turns("conversation", reply_of(text, finish))
+
+
+@pytest.mark.parametrize("answer", [
+    "A bus.", "The cardboard boxes stand in a bus, as the text on its side says."])
+def test_no_answer_is_rejected_for_a_word_alone(answer):
+    """An end of turn behind it is no part of it."""
+    reply = reply_of(about(answer + "<|im_end|>"))
+    assert generate_data.read_turns("conversation", reply) == [("What?", answer)]
 
 
 def test_a_run_survives_a_lying_server_and_pays_for_nothing_twice(tmp_path, serve):
@@ -241,18 +240,6 @@ def test_a_run_survives_a_lying_server_and_pays_for_nothing_twice(tmp_path, serv
     assert (tmp_path / "out" / "instruct.json").read_bytes() == before
 
 
-def test_refusals_and_replies_that_speak_of_captions_are_rejected_and_counted(tmp_path, serve):
-    """What betrays that its writer saw no picture is no data; it lies in rejected.jsonl."""
-    contexts = write_contexts(tmp_path / "c.jsonl", 6)
-    bad = "Question:\nWhat?\n===\nAnswer:\nThe caption says so."
-    url, _ = serve(says={"number 1": bad})
-    records = instruct(tmp_path, contexts, "--base_url", url, "--mix", "conversation=1")
-    rejected = read_lines(tmp_path / "out" / "rejected.jsonl")
-    assert len(records) == 5
-    assert [(row["id"], row["reason"]) for row in rejected] == [
-        ("p1-conversation", "speaks of its context")]
-
-
 def test_a_repeated_example_is_no_record_and_the_metadata_know_the_prompts(tmp_path, serve):
     """A teacher may say again what it was shown; what it was shown is told by a hash."""
     contexts = write_contexts(tmp_path / "c.jsonl", 3)
@@ -263,6 +250,9 @@ def test_a_repeated_example_is_no_record_and_the_metadata_know_the_prompts(tmp_p
         records = instruct(tmp_path, contexts, "--base_url", url, "--mix", "conversation=1",
                            "--prompts", folder)
         assert len(records) == 2
+        rejected = read_lines(tmp_path / "out" / "rejected.jsonl")
+        assert [(row["id"], row["reason"]) for row in rejected] == [
+            ("p1-conversation", "repeats an example")]
         metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
         assert metadata["counts"]["conversation, rejected: repeats an example"] == 1
         hashes.add(metadata["prompts"])
@@ -278,17 +268,6 @@ def test_every_templates_stop_ends_an_answer_too_early():
         stop = template.STOP.strip()
         assert not stop or HOLDS_STOP.search(f"a bus {stop} red"), template.name
     assert not HOLDS_STOP.search("a <b>bus</b>, #1 of 3 < 4 | 5 > 2")
-
-
-def test_what_will_not_pass_stops_the_run_with_the_servers_words(tmp_path, serve, monkeypatch):
-    """A wrong key ends it at once, and is not in the message."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET")
-    url, log = serve(key="another")
-    with pytest.raises(ValueError, match="401") as error:
-        instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 3), "--base_url", url,
-                 "--workers", 1)
-    assert "SECRET" not in str(error.value) and "0 of 3 replies are kept" in str(error.value)
-    assert len(lines(log)) <= 2, "the run went on asking"
 
 
 def test_a_changed_filter_costs_nothing(tmp_path, serve, monkeypatch):
@@ -349,15 +328,3 @@ def test_naive_expansion_asks_one_of_the_brief_instructions(tmp_path):
     assert 60 < sum(q.startswith("<image>") for q in questions) < 140
     assert [r["conversations"][1]["value"] for r in records] == [f"a dog {i}" for i in range(200)]
 
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_pairs_that_are_none_are_an_error_and_leave_no_file(tmp_path, kind):
-    """An empty training file would be found much later, or never."""
-    pairs = tmp_path / "pairs.tsv"
-    if kind == "file":
-        pairs.write_text("")
-    else:
-        pairs.mkdir()
-    with pytest.raises(ValueError, match="no pairs in it"):
-        generate_data.main(["expand", "--pairs", str(pairs), "--out", str(tmp_path / "chat.json")])
-    assert not list(tmp_path.glob("chat.json*"))
