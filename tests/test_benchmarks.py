@@ -166,16 +166,23 @@ def test_seed_bench_wants_the_letter_alone_and_all_kinds_for_all(tmp_path):
     assert scores["all"] == pytest.approx(100 / 3), "a missing answer is a wrong one"
 
 
-@pytest.mark.parametrize("text, right", [
-    ("B", True), ("(A) is wrong, so (B)", True), ("The answer is B or A", False),
-    ("I think that it is blue here", True), ("blue", False)])
-def test_mmmus_last_letter_counts_and_an_option_only_in_a_longer_answer(tmp_path, text, right):
-    """Of several letters the last one; option texts only among more than five words."""
-    write_json(tmp_path / "mmmu.json", [{
-        "id": "validation_Art_Theory_1", "question_type": "multiple-choice", "answer": "B",
-        "options": "['red', 'blue']"}])
-    scores = score(tmp_path, "mmmu", {"validation_Art_Theory_1": text}, labels="mmmu.json")
-    assert scores["accuracy"] == scores["Art_Theory"] == 100 * right
+CHOOSE = {"id": "validation_Art_1", "question_type": "multiple-choice", "answer": "B",
+          "options": "['red', 'blue']"}
+NUMBER = {"id": "validation_Art_1", "question_type": "open", "options": "[]",
+          "answer": "['24/7', '3.429']"}
+
+
+@pytest.mark.parametrize("label, text, right", [
+    (CHOOSE, "B", True), (CHOOSE, "(A) is wrong, so (B)", True),
+    (CHOOSE, "The answer is B or A", False), (CHOOSE, "I think that it is blue here", True),
+    (CHOOSE, "blue", False), (NUMBER, "3.43", True), (NUMBER, "Thus the result is 3.4288.", True),
+    (NUMBER, "It is 24/7.", True), (NUMBER, "34.3", False)])
+def test_mmmus_answers_are_read_as_published(tmp_path, label, text, right):
+    """Of several letters the last one, option texts only among more than five words. Open answers
+    are numbers with two decimals or words, behind the key words of a line; any truth will do."""
+    write_json(tmp_path / "mmmu.json", [label])
+    scores = score(tmp_path, "mmmu", {label["id"]: text}, labels="mmmu.json")
+    assert scores["accuracy"] == scores["Art"] == 100 * right
 
 
 MMMU_PICTURES = ["images/1.jpg", PICTURE, {"bytes": PICTURE}, f"data:image/png;base64,{PICTURE}"]
@@ -219,17 +226,6 @@ def test_a_row_of_mmmu_that_is_no_question_is_named(change, says, tmp_path):
     write_json(tmp_path / "rows.json", [good | change])
     with pytest.raises(ValueError, match=says):
         questions_of(tmp_path, "mmmu", "rows.json")
-
-
-@pytest.mark.parametrize("text, right", [
-    ("3.43", True), ("Thus the result is 3.4288.", True), ("It is 24/7.", True), ("34.3", False)])
-def test_mmmus_open_answers_are_numbers_with_two_decimals_or_words(tmp_path, text, right):
-    """Any of several truths will do; it is looked for behind the key words of a line."""
-    write_json(tmp_path / "mmmu.json", [{
-        "id": "validation_Math_1", "question_type": "open", "options": "[]",
-        "answer": "['24/7', '3.429']"}])
-    scores = score(tmp_path, "mmmu", {"validation_Math_1": text}, labels="mmmu.json")
-    assert scores["accuracy"] == 100 * right
 
 
 def test_mathvista_counts_what_only_a_language_model_could_read(tmp_path):
@@ -345,28 +341,24 @@ def test_short_answers_are_normalised_as_published(text, normal):
 # What does not belong together
 
 
-@pytest.mark.parametrize("answers, says", [
-    ({"0": "dog"}, "1 have no answer, e.g. 1"),
-    ({"0": "dog", "1": "dog", "9": "dog"}, "1 are answered too often, or not asked, e.g. 9"),
-    ([{"question_id": str(i % 2), "text": "dog"} for i in range(3)], "too often"),
-    ({"0": "dog", "1": 7}, "a.jsonl.1.: text: 7 where text belongs"),
-    ({}, "a.jsonl: it is empty")])
-def test_missing_doubled_foreign_and_odd_answers_are_never_a_number(tmp_path, answers, says):
+BOTH = {"0": "dog", "1": "dog"}
+
+
+@pytest.mark.parametrize("answers, change, says", [
+    ({"0": "dog"}, {}, "1 have no answer, e.g. 1"),
+    (BOTH | {"9": "dog"}, {}, "1 are answered too often, or not asked, e.g. 9"),
+    ([{"question_id": str(i % 2), "text": "dog"} for i in range(3)], {}, "too often"),
+    ({"0": "dog", "1": 7}, {}, "a.jsonl.1.: text: 7 where text belongs"),
+    ({}, {}, "a.jsonl: it is empty"),
+    (BOTH, {"answer": 5}, "id 0.: answer: 5 where text belongs"),
+    (BOTH, {"isBalanced": "no"}, "id 0.: isBalanced: 'no' where true or false belongs"),
+    (BOTH, {"types": None}, "id 0.: types: None where an object belongs")])
+def test_missing_doubled_foreign_and_odd_rows_are_never_a_number(tmp_path, answers, change, says):
+    """Of answers and labels alike."""
     label = {"answer": "dog", "isBalanced": True, "types": {}}
-    write_json(tmp_path / "questions.json", {"0": label, "1": label})
+    write_json(tmp_path / "questions.json", {"0": label | change, "1": label})
     with pytest.raises(ValueError, match=says):
         score(tmp_path, "gqa", answers, labels="questions.json")
-
-
-@pytest.mark.parametrize("label, says", [
-    ({"answer": 5}, "id 0.: answer: 5 where text belongs"),
-    ({"isBalanced": "no"}, "id 0.: isBalanced: 'no' where true or false belongs"),
-    ({"types": None}, "id 0.: types: None where an object belongs")])
-def test_a_label_of_another_type_is_named(tmp_path, label, says):
-    good = {"answer": "dog", "isBalanced": True, "types": {}}
-    write_json(tmp_path / "questions.json", {"0": good | label})
-    with pytest.raises(ValueError, match=says):
-        score(tmp_path, "gqa", {"0": "dog"}, labels="questions.json")
 
 
 def test_an_option_that_would_do_nothing_is_refused(tmp_path):
