@@ -11,7 +11,6 @@ from conftest import ROOT, lines
 import eval as eval_py
 from extras import judges, published
 from parts.files import read_lines, write_json, write_lines
-from parts.questions import AnswerFile
 from parts.scienceqa import science_turn
 
 KINDS = ("conv", "detail", "complex")
@@ -232,13 +231,6 @@ def test_odd_grades_are_named(grade, says, tmp_path):
         run(judges, "score", "mm_vet", "--grades", tmp_path / "g.json")
 
 
-def test_a_name_that_stands_twice_is_no_grade(tmp_path):
-    """The last of the two would win in silence."""
-    (tmp_path / "g.json").write_text('{"v1_0": {"score": [1]}, "v1_0": {"score": [0]}}')
-    with pytest.raises(ValueError, match="the key 'v1_0' stands twice"):
-        run(judges, "score", "mm_vet", "--grades", tmp_path / "g.json")
-
-
 @pytest.mark.parametrize("pair, says", [
     ([80, 90], "1 of 3 judgements failed: 0"), ([0, 8], "1 of 3 judgements failed: 0"),
     ([8], "two numbers are needed"), ([8, None], "tuple of 0: None where a number belongs"),
@@ -287,19 +279,6 @@ def test_two_processes_do_not_answer_into_one_file(tmp_path):
     second.communicate()
     answers = read_lines(tmp_path / "a.jsonl")
     assert second.returncode == 0 and [row["question_id"] for row in answers] == list(range(6))
-
-
-@pytest.mark.parametrize("question, says", [
-    (7, "q.jsonl.0.: 7 where an object belongs"), ({"text": "?"}, "question_id, a whole number"),
-    ({"question_id": [1], "text": "?"}, "question_id, a whole number"),
-    ({"question_id": 1, "text": None}, "id 1.: text: None where text belongs"),
-    ({"question_id": 1, "text": "?", "image": 5}, "id 1.: image is 5"),
-    ({"question_id": 1, "text": "?", "image": [5]}, r"id 1.: image is \[5\]")])
-def test_an_odd_question_is_named_before_any_is_asked(question, says, tmp_path):
-    write_lines(tmp_path / "q.jsonl", [question])
-    with pytest.raises(ValueError, match=says):
-        AnswerFile(tmp_path / "q.jsonl", tmp_path, tmp_path / "a.jsonl", "my_model")
-    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_the_published_relative_score_is_rounded_only_over_several_runs(tmp_path, capsys):
