@@ -95,8 +95,8 @@ def test_no_arrow_points_upward(name):
         assert ours <= allowed, f"{name} may import {sorted(allowed)}, not {ours - allowed}"
 
 
-@pytest.mark.parametrize("module", ["generate_data", "eval", "parts.files", "parts.records",
-                                    "parts.client"])
+@pytest.mark.parametrize("module", ["generate_data", "eval", "extras.academic", "parts.files",
+                                    "parts.records", "parts.client"])
 def test_what_needs_no_torch_starts_without_it(module):
     """Writing data and scoring answers run on any machine, at once."""
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
