@@ -3,16 +3,10 @@ import json
 import re
 
 import pytest
-from conftest import lines, run_script
-from PIL import Image
+from conftest import chat, lines, noise, run_script
 
 import data as data_module
-from parts.pictures import image_path
 from parts.records import Records
-
-
-def chat(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 @pytest.fixture
@@ -44,18 +38,6 @@ def test_an_amount_is_a_share_with_a_dot_or_a_count(amount, n, write):
     times = {drawn.count(f"a.json_{i}") for i in range(40)}
     assert len(drawn) == n
     assert times <= {n // 40, -(-n // 40)}, f"some samples come oftener than others: {times}"
-
-
-def test_equal_shares_of_the_types_are_one_number_for_their_files(write):
-    """Sec. 4.2's "uniformly sampled", read so: a small file is repeated, a large one drawn from."""
-    sizes = {"conversation.json": 58, "detail.json": 23, "reasoning.json": 77}
-    paths = [write(name, n) for name, n in sizes.items()]
-    assert Records(paths).counts == [58, 23, 77], "each record comes once an epoch"
-    drawn = ids([f"{path}=53" for path in paths])
-    for name, n in sizes.items():
-        times = {drawn.count(f"{name}_{i}") for i in range(n)}
-        assert sum(i.startswith(name) for i in drawn) == 53
-        assert times <= {53 // n, -(-53 // n)}, f"some of {name} come oftener than others: {times}"
 
 
 def test_what_is_drawn_of_a_source_depends_on_it_and_the_seed_alone(write):
@@ -105,22 +87,11 @@ def test_a_file_whose_name_holds_an_equals_sign_is_that_file(write):
 
 @pytest.fixture
 def images(tmp_path):
-    """one.png, exact.jpg, exact.png, and both.png beside both.webp"""
     folder = tmp_path / "images"
     folder.mkdir()
-    for i, name in enumerate(("one.png", "both.png", "both.webp", "exact.jpg", "exact.png")):
-        Image.new("RGB", (20 + i, 30), (40 * i, 0, 0)).save(folder / name)
+    for name in ("one.png", "exact.jpg", "exact.png"):
+        noise().save(folder / name)
     return str(folder)
-
-
-def test_a_picture_is_found_under_another_extension(images):
-    """LLaVA-1.5's OCR-VQA: all names end in .jpg, the pictures do not. Nothing is guessed."""
-    for name, found in (("one.jpg", "one.png"), ("one", "one.png"), ("exact.jpg", "exact.jpg")):
-        assert image_path(images, name) == f"{images}/{found}"
-    for name in ("two.jpg", "one.txt", "One.jpg", "gone/one.jpg"):
-        assert image_path(images, name) == f"{images}/{name}", f"{name} became another picture"
-    with pytest.raises(ValueError, match="both.png and both.webp are"):
-        image_path(images, "both.jpg")
 
 
 @pytest.fixture
