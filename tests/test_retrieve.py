@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, lines
+from conftest import byte_tokenizer, lines, write_tar
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
@@ -95,21 +95,13 @@ def index(clip, corpus, tmp_path_factory):
 # Corpus
 
 
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def test_a_corpus_is_read_from_a_table_json_lines_a_folder_or_tar_shards(tmp_path):
     """The same two pairs in four forms; a picture in a shard is read where it lies."""
     (tmp_path / "f").mkdir()
     members = {"0.png": png(0), "0.txt": b"one red", "1.png": png(1), "1.txt": b"two  red\n"}
     for name, data in members.items():
         (tmp_path / "f" / name).write_bytes(data)
-    write_shard(tmp_path / "c.tar", members)
+    write_tar(tmp_path / "c.tar", members.items())
     texts = {"0.png": "one red", "1.png": "two  red"}
     (tmp_path / "c.tsv").write_text("".join(f"{i}\t{text}\n" for i, text in texts.items()))
     rows = [json.dumps({"image": i, "caption": text}) for i, text in texts.items()]
@@ -124,11 +116,11 @@ def test_a_corpus_is_read_from_a_table_json_lines_a_folder_or_tar_shards(tmp_pat
 
 def test_what_cannot_be_a_pair_is_counted_and_shown(clip, tmp_path, capsys):
     """A torn shard, members that are alone, an empty text, a corrupt picture: none is silent."""
-    write_shard(tmp_path / "a.tar", {
-        "0.png": png(), "0.txt": b"fine", "1.png": png(), "2.txt": b"alone",
-        "3.png": b"no picture", "3.txt": b"corrupt", "4.png": png(), "4.txt": b" "})
-    shard = tmp_path / "b.tar"
-    write_shard(shard, {"0.png": png(), "0.txt": b"fine", "1.png": png(), "1.txt": b"lost"})
+    write_tar(tmp_path / "a.tar", [
+        ("0.png", png()), ("0.txt", b"fine"), ("1.png", png()), ("2.txt", b"alone"),
+        ("3.png", b"no picture"), ("3.txt", b"corrupt"), ("4.png", png()), ("4.txt", b" ")])
+    shard = write_tar(tmp_path / "b.tar", [
+        ("0.png", png()), ("0.txt", b"fine"), ("1.png", png()), ("1.txt", b"lost")])
     data = bytearray(shard.read_bytes())
     data[2048:2560] = b"\x07" * 512                      # the header of the second picture
     shard.write_bytes(data)
@@ -155,23 +147,11 @@ def test_the_text_of_a_shard_is_its_txt_and_else_the_caption_of_its_json(tmp_pat
             members[f"{name}.json"] = f'{{"caption": {caption}}}'.encode()
     members |= {"6.png": png(), "6.txt": "\ufeffa caf\xe9".encode()}
     members |= {"7.png": png(), "7.txt": b"\xe9"}
-    write_shard(tmp_path / "c.tar", members)
+    write_tar(tmp_path / "c.tar", members.items())
     left_out = []
     pairs = list(retrieve.read_pairs([str(tmp_path / "c.tar")], ".", left_out))
     assert [pair.text for pair in pairs] == ["from text", "from JSON", "a caf\xe9"]
     assert len(left_out) == 5, left_out
-
-
-def test_a_picture_of_more_than_8_bits_or_with_alpha_is_seen_as_everywhere_else(tmp_path):
-    """In a shard as in a folder: 16 bits become 8, and white lies behind what is transparent."""
-    deep, clear = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.array([[0, 30000], [60000, 65535]], np.uint16)).save(deep, "png")
-    Image.fromarray(np.array([[[9, 9, 9, 0], [9, 9, 9, 255]]], np.uint8)).save(clear, "png")
-    members = {"0.png": deep.getvalue(), "0.txt": b"x", "1.png": clear.getvalue(), "1.txt": b"y"}
-    write_shard(tmp_path / "c.tar", members)
-    first, second = retrieve.read_pairs([str(tmp_path / "c.tar")], ".", [])
-    assert abs(np.asarray(first.picture())[..., 0] - np.array([[0, 117], [234, 255]])).max() <= 1
-    assert np.asarray(second.picture())[..., 0].tolist() == [[255, 9]]
 
 
 def test_members_that_are_no_files_are_left_out_and_counted(tmp_path):
@@ -203,7 +183,7 @@ def test_members_that_are_no_files_are_left_out_and_counted(tmp_path):
 
 
 def test_rows_of_a_list_that_are_no_pairs_are_left_out_and_named(tmp_path):
-    """Wrong types, names that leave the folder; gzip, UTF-16 and Parquet are refused by name."""
+    """Wrong types, names that leave the folder."""
     rows = ['{"image": "a.png", "caption": "fine"}', '5', '{"image": 7, "caption": "x"}',
             '{"image": "a.png", "caption": null}', '{"image": "../a.png", "caption": "x"}',
             '{"caption": "x"}', '{"image": "a.png", "caption": ["x"]}']
@@ -212,11 +192,6 @@ def test_rows_of_a_list_that_are_no_pairs_are_left_out_and_named(tmp_path):
     [pair] = retrieve.read_pairs([str(tmp_path / "c.json")], tmp_path, left_out)
     assert pair.text == "fine" and len(left_out) == 6, left_out
     assert "c.json[1]" in left_out[0][0] and "5 where an object belongs" in left_out[0][1]
-    for content, what in ((b"\x1f\x8b", "gzip"), (b"\xff\xfea", "UTF-16"), (b"PAR1", "Parquet")):
-        for name in ("c.json", "c.tsv"):
-            (tmp_path / name).write_bytes(content)
-            with pytest.raises(ValueError, match=f"{name}: this is {what}"):
-                list(retrieve.read_pairs([str(tmp_path / name)], tmp_path, []))
 
 
 # -----------------------------------------------------------------------------
