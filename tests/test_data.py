@@ -6,7 +6,7 @@ import re
 
 import pytest
 import sentencepiece
-from conftest import byte_tokenizer, tiny_llava
+from conftest import byte_tokenizer, chat, messages_of, noise
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -23,10 +23,6 @@ from data import arrange, encode, encode_within, render, sample_of
 from parts.files import IGNORE, IMAGE
 from parts.templates import TEMPLATES, chat_template, check_template, template_for
 from parts.views import view_of
-
-
-def chat(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def text_of(turns, template):
@@ -108,22 +104,9 @@ def test_a_template_renders_the_published_text(template):
     assert text_of(blanks, template) == one + more, "outer blanks leak in"
 
 
-def messages(turns, as_parts=False):
-    """Our turns as chat-template messages; as_parts: {"type": "image"} parts for <image>."""
-    found = []
-    for turn in turns:
-        content = turn["value"]
-        if as_parts:
-            content = [{"type": "image"} if part == IMAGE else {"type": "text", "text": part}
-                       for part in re.split(f"({IMAGE})", content) if part.strip()]
-        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
-        found.append({"role": role, "content": content})
-    return found
-
-
-@pytest.mark.parametrize("as_parts", [False, True])
+@pytest.mark.parametrize("picture", [None, noise()], ids=["text", "parts"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, as_parts):
+def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, picture):
     """Ours, Sec. 4.2: an engine that applies `chat_template` must show the model the text that it
     was trained on."""
     tokenizer = byte_tokenizer()
@@ -132,7 +115,7 @@ def test_the_chat_template_of_a_checkpoint_renders_what_we_train_on(template, as
                   "Was ist das, größer?\n<image>", "<image>\n<image>\nBoth? 🐈"):
         turns = chat(first, " A cat\n\n{% raw %}. ", "\tWhy?\n")
         for n in (1, 2, 3):              # a prompt, a finished conversation, a second prompt
-            text = tokenizer.apply_chat_template(messages(turns[:n], as_parts), tokenize=False,
+            text = tokenizer.apply_chat_template(messages_of(turns[:n], picture), tokenize=False,
                                                  add_generation_prompt=n != 2)
             assert text == text_of(turns[:n], template), f"{n} turns are not what training showed"
 
@@ -163,10 +146,11 @@ def test_each_language_model_gets_the_template_that_it_knows():
 
 @pytest.mark.parametrize("name, missing", [
     ("vicuna_v1", "</s>"), ("mistral_instruct", "</s>"), ("llava_llama_2", "<s>"),
-    ("chatml_direct", "<|im_end|>")])
+    ("chatml_direct", "<|im_end|>"), ("gemma", "<start_of_turn>"), ("qwen_3", "<think>"),
+    ("phi_4", "<|im_sep|>")])
 def test_a_template_whose_stop_is_no_token_is_refused(name, missing):
-    """Sec. 4.2: STOP as plain text would never end an answer; the message says which templates
-    would do."""
+    """Sec. 4.2: STOP as plain text would never end an answer, nor start one; the message says which
+    templates would do."""
     have = [t for t in ("<s>", "</s>", "<|im_start|>", "<|im_end|>") if t != missing]
     vocabulary = {t: i for i, t in enumerate(["a", *have])}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])))
@@ -198,13 +182,8 @@ def llama_tokenizer(legacy):
     """LLaMA's 32,000 entries where every piece of the vectors stands at its true id. The other ids
     hold single characters, the prefixes through which byte-pair merges reach the pieces (words
     first, then word endings), filler."""
-    vocab = {
-        "<unk>": 0,
-        "<s>": 1,
-        "</s>": 2,
-        **{f"<0x{b:02X}>": 3 + b for b in range(256)},
-        **{p: i for i, p in LLAMA.items()},
-    }
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
+    vocab |= {piece: i for i, piece in LLAMA.items()}
     words = sorted(LLAMA.values(), key=lambda piece: (not piece.startswith("▁"), piece != "USER"))
     merges = list(dict.fromkeys((word[:n], word[n]) for word in words for n in range(1, len(word))))
     needed = dict.fromkeys([*map(chr, range(33, 127)), *(a + b for a, b in merges)])
@@ -227,11 +206,9 @@ def golden(template, *turns, legacy=False):
     return [-200 if i == 32000 else i for i in ids], scored
 
 
-HEAD = [
-    1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255,
-    4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879,
-    5155, 29889, 3148, 1001, 29901,
-]
+HEAD = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255,
+        4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155,
+        29889, 3148, 1001, 29901]
 TAIL_1 = [319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2]
 USER = {True: [3148, 1001, 29901], False: [11889, 29901]}
 TAIL_2 = [3750, 29973, 319, 1799, 9047, 13566, 29901, 739, 756, 22827, 29889, 2]
@@ -336,14 +313,14 @@ def unigram():
     return backend
 
 
-def sentencepiece_bpe(folder, legacy=False):
+def sentencepiece_bpe(folder):
     """A bare tokenizer.model, as Vicuna's repositories ship it, through AutoTokenizer."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_prefix=str(folder / "tokenizer"), vocab_size=700,
         model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False,
         normalization_rule_name="identity", minloglevel=2)
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-              "unk_token": "<unk>", "add_bos_token": True, "legacy": legacy}
+              "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     LlamaConfig().save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -408,9 +385,7 @@ def test_a_sampling_prompt_has_the_ids_that_training_had_before_the_answer(token
             before = turns[: 2 * i + 1]
             pictures = [("a.png", picture)] * tags(before)
             sample = sample_of(before, pictures, tokenizer, template, view_of("crop", 28, 14))
-            assert sample["input_ids"] == ids[:start], (
-                f"{template.name}: other ids than training had at answer {i} of {turns}"
-            )
+            assert sample["input_ids"] == ids[:start], f"{template.name}: answer {i} of {turns}"
 
 
 def test_images_become_their_own_number_of_placeholders_in_order():
@@ -445,21 +420,6 @@ def test_limits_in_a_tokenizer_file_neither_cut_nor_pad_a_sample():
     assert encode(segments, tokenizer, [3]) == want, "the file's own limit cut or padded the sample"
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_a_saved_tokenizer_gives_the_ids_that_training_had(legacy, tmp_path):
-    """Sec. 4.2: sampling from a checkpoint uses its tokenizer files; transformers drops `legacy`
-    when it saves them."""
-    (tmp_path / "llm").mkdir()
-    tokenizer = sentencepiece_bpe(tmp_path / "llm", legacy)
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    model = tiny_llava()
-    model.tokenizer, model.image_id = tokenizer, tokenizer.convert_tokens_to_ids(IMAGE)
-    model.save_pretrained(tmp_path / "model")
-    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
-    segments = render(chat("<image>\nWhat?", "A cat.", "Why?"), TEMPLATES["vicuna_v1"])
-    assert encode(segments, saved, [3]) == encode(segments, tokenizer, [3])
-
-
 # -----------------------------------------------------------------------------
 # The image's place, Eq. (2)
 
@@ -469,9 +429,7 @@ def test_the_image_stands_first_or_last_in_turn_1_half_the_time():
     turns = chat("What\n<image> is this?", "A cat.", "<image>\nAnd this?", "A dog.", "Why?", "So.")
     drawn = [arrange(turns, "random", random.Random(i)) for i in range(2000)]
     firsts = [d[0]["value"] for d in drawn]
-    assert set(firsts) == {"<image>\nWhat\n is this?", "What\n is this?\n<image>"}, (
-        "neither [X_q, X_v] nor [X_v, X_q]"
-    )
+    assert set(firsts) == {"<image>\nWhat\n is this?", "What\n is this?\n<image>"}
     assert 900 < sum(f.startswith(IMAGE) for f in firsts) < 1100, "the draw of Eq. (2) is not fair"
     assert all(d[1:] == turns[1:] for d in drawn), "Eq. (2) moves the image in turn 1 only"
     assert turns[0]["value"] == "What\n<image> is this?", "the record itself was changed"
@@ -485,19 +443,16 @@ def test_image_first_and_as_written_do_what_they_say():
     assert first == ["<image>\na  b", "A.", "<image>\nc", "B.", "<image> d <image>", "C."]
     assert arrange(turns, "as_written", random.Random(0)) == turns
     several = chat("<image> x <image>", "A.", "Why?", "B.")
-    assert all(arrange(several, "random", random.Random(i)) == several for i in range(20)), (
-        "images changed their order"
-    )
+    assert all(arrange(several, "random", random.Random(i)) == several for i in range(20))
 
 
 @pytest.mark.parametrize("position", ["random", "first", "as_written"])
 def test_stage_1_draws_a_question_where_the_human_turn_is_only_an_image(position):
     """Sec. 4.2: for an image X_v a question X_q is sampled that asks to describe it briefly; X_a is
     the caption."""
-    drawn = {
-        arrange(chat("<image>", "A cat."), position, random.Random(i), ["Q1?", "Q2?"])[0]["value"]
-        for i in range(200)
-    }
+    caption = chat("<image>", "A cat.")
+    drawn = {arrange(caption, position, random.Random(i), ["Q1?", "Q2?"])[0]["value"]
+             for i in range(200)}
     orders = {"random": ["<image>\n{}", "{}\n<image>"], "first": ["<image>\n{}"],
               "as_written": ["<image>\n{}"]}[position]
     assert drawn == {order.format(q) for order in orders for q in ("Q1?", "Q2?")}
