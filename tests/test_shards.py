@@ -3,12 +3,11 @@ import base64
 import io
 import json
 import re
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, lines
+from conftest import byte_tokenizer, chat, lines, write_tar
 from PIL import Image
 
 import data as data_module
@@ -68,16 +67,6 @@ def write_parquet(rows, path, **options):
     return path
 
 
-def write_tar(members, path):
-    """members: [(name, bytes), ...]"""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 def messages_and_images(records, images, folder):
     rows = [{"messages": messages_of(r, lambda _: {"type": "image"}), "images": names_of(r)}
             for r in records]
@@ -132,7 +121,7 @@ def webdataset(records, images, folder):
             number = f".{n}" if len(names) > 1 else ""
             content = (images / name).read_bytes()
             members.append((f"{key}{number}.{name.partition('.')[2]}", content))
-    return write_tar(members, folder / "shard.tar")
+    return write_tar(folder / "shard.tar", members)
 
 
 FORMS = [messages_and_images, tags_in_messages, openai, array_of_urls, parquet_of_conversations,
@@ -163,26 +152,18 @@ def test_a_sample_is_the_same_in_every_form(form, chats):
             assert torch.equal(got[key], want[key]), f"{form}: {key} of sample {i}"
 
 
-@pytest.fixture(scope="module")
-def logged(parts, chats):
-    """logged(source, out): the losses, and those on held-out samples, of a run of two steps."""
-    def run(source, out):
+@pytest.mark.parametrize("form", [folder_of_parquet, webdataset], indirect=True)
+def test_a_run_on_shards_has_the_losses_of_the_json(form, parts, chats, tmp_path):
+    """From the command line, with a process that decodes, and a validation."""
+    logs = []
+    for source, out in ((chats / "chat.json", tmp_path / "json"), (form, tmp_path / "shards")):
         argv = ["--data", source, "--images", chats / "images", "--vision", parts / "clip",
                 "--llm", parts / "llm", "--template", "llava_v0", "--global_batch_size", 4,
                 "--val_samples", 3, "--workers", 1, "--max_steps", 2, "--out", out]
         assert train.main([str(word) for word in argv]) == 0
-        return [(r["step"], r.get("loss"), r.get("val_loss")) for r in lines(out / "log.jsonl")]
-    return run
-
-
-@pytest.fixture(scope="module")
-def losses_of_json(logged, chats, tmp_path_factory):
-    return logged(chats / "chat.json", tmp_path_factory.mktemp("json") / "out")
-
-
-def test_a_run_on_every_form_has_the_losses_of_the_json(form, logged, losses_of_json, tmp_path):
-    """From the command line, with a process that decodes, and a validation."""
-    assert logged(form, tmp_path / "out") == losses_of_json and len(losses_of_json) == 3
+        logs.append([(r["step"], r.get("loss"), r.get("val_loss"))
+                     for r in lines(out / "log.jsonl")])
+    assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
 def test_forms_mix_and_each_is_drawn_by_share(chats, tmp_path):
@@ -203,7 +184,7 @@ def test_captions_beside_pictures_in_a_tar_are_stage_1(tmp_path):
     Image.new("RGB", (20, 30), "red").save(picture, "JPEG")
     members = [("0.jpg", picture.getvalue()), ("0.txt", b"Ein rotes Bild."),
                ("0.json", b'{"width": 20, "caption": "Ein rotes Bild."}'), ("._0.jpg", b"\0")]
-    data = open_records(write_tar(members, tmp_path / "a.tar"))
+    data = open_records(write_tar(tmp_path / "a.tar", members))
     assert len(data) == 1 and not inspect_data(data)[0]
     assert [turn["value"] for turn in data.records[0]["conversations"]] == ["<image>",
                                                                            "Ein rotes Bild."]
@@ -225,7 +206,7 @@ def ask(content, *rest, **more):
     return {"messages": [*rest, {"role": "user", "content": content}, answer], **more}
 
 
-TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+TURNS = chat("<image>\nWhat?", "A cat.")
 TEXT, PICTURE = {"type": "text", "text": "What?"}, {"type": "image"}
 
 
@@ -275,8 +256,8 @@ def test_a_broken_picture_inside_is_named_by_file_and_row(parts, tmp_path):
     problems = inspect_data(open_records(write_parquet([bad, gone], tmp_path / "r.parquet")))[0]
     assert "image r.parquet:row 0:0: not a readable picture (its format is none" in problems[0]
     assert "no bytes; were the pictures embedded" in problems[1]
-    tar = write_tar([("7.json", json.dumps({"conversations": TURNS}).encode()), ("7.jpg", b"\xff")],
-                    tmp_path / "t.tar")
+    tar = write_tar(tmp_path / "t.tar", [
+        ("7.json", json.dumps({"conversations": TURNS}).encode()), ("7.jpg", b"\xff")])
     with pytest.raises(ValueError, match=r"t\.tar\[0\] \(id 7\): t.tar:byte 1536"):
         data_module.main(["show", str(tar), "--llm", str(parts / "llm")])
 
@@ -310,20 +291,20 @@ def test_a_row_group_that_makes_each_picture_slow_is_refused(tmp_path, monkeypat
 
 def test_a_damaged_or_packed_tar_and_a_name_that_stands_twice_are_named(tmp_path):
     """A download that was cut must not become a smaller data set."""
+    tar, chats = tmp_path / "x.tar", json.dumps({"conversations": TURNS}).encode()
     members = [(f"{i}.json", json.dumps({"conversations": [], "note": "a" * 900}).encode())
                for i in range(9)]
-    whole = write_tar(members, tmp_path / "x.tar").read_bytes()
+    whole = write_tar(tar, members).read_bytes()
     for content, says in ((whole[:3000], "not a complete, uncompressed tar"),
                           (whole[:4608] + b"\1" * 512 + whole[5120:], "damaged at byte 4608")):
-        (tmp_path / "x.tar").write_bytes(content)
+        tar.write_bytes(content)
         with pytest.raises(ValueError, match=f"x.tar: .*{says}"):
-            Records([tmp_path / "x.tar"])
-    with pytest.raises(ValueError, match="1.json is in it twice"):
-        Records([write_tar([("1.json", b"{}")] * 2, tmp_path / "x.tar")])
-    with pytest.raises(ValueError, match="x.tar: 1.json: bad JSON at line 1"):
-        Records([write_tar([("1.json", b"{")], tmp_path / "x.tar")])
-    chat = json.dumps({"conversations": TURNS}).encode()
-    clip = Records([write_tar([("1.json", chat), ("1.mp4", b"")], tmp_path / "x.tar")])
+            Records([tar])
+    for members, says in (([("1.json", b"{}")] * 2, "1.json is in it twice"),
+                          ([("1.json", b"{")], "x.tar: 1.json: bad JSON at line 1")):
+        with pytest.raises(ValueError, match=says):
+            Records([write_tar(tar, members)])
+    clip = Records([write_tar(tar, [("1.json", chats), ("1.mp4", b"")])])
     assert "'mp4' is not read" in clip.problem(0, None)
 
 
