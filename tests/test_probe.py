@@ -2,9 +2,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llava
+from conftest import chat, noise, tiny_llava
 from PIL import Image
-from test_engine import picture
 from test_sample import save_checkpoint
 
 import sample
@@ -37,7 +36,7 @@ def outputs_behind(talker, turns, pictures, text, **more):
 
 def test_attention_is_what_transformers_reports_for_the_tokens_of_each_word(talker):
     """output_attentions of eager attention: a map's sum is the share on the picture's tokens."""
-    turns, pictures = [sample.human_turn("What is 0.0?", 1)], [picture(3)]
+    turns, pictures = [sample.human_turn("What is 0.0?", 1)], [noise(seed=3)]
     words = probe.words_and_attention(talker, turns, pictures, "a b\u00e9 c", "1", "0,-1")
     assert [word for word, _ in words] == ["a", "b\u00e9", "c"]
     talker.model.f_phi.set_attn_implementation("eager")
@@ -76,7 +75,7 @@ def test_a_map_is_bright_where_the_patch_lay(aspect, size):
 
 def test_alternatives_are_the_likeliest_ids_of_each_step(talker):
     """Greedily, the first alternative is what was said, with the probability of Eq. (3)."""
-    turns, pictures = [sample.human_turn("Who?", 1)], [picture(3)]
+    turns, pictures = [sample.human_turn("Who?", 1)], [noise(seed=3)]
     answer, ids, p = probe.alternatives(talker, turns, pictures, 3)
     expected = talker.answers([(turns, pictures)])[0]
     assert talker.model.to_text(answer.tolist(), ["</s>"]) == expected
@@ -86,7 +85,7 @@ def test_alternatives_are_the_likeliest_ids_of_each_step(talker):
 
 def test_given_answers_are_ranked_by_their_likelihood(talker):
     """log p of Eq. (3): the sum over an answer's tokens, and over those of STOP."""
-    turns, pictures = [sample.human_turn("Who?", 1)], [picture(3)]
+    turns, pictures = [sample.human_turn("Who?", 1)], [noise(seed=3)]
     ranked = probe.rank_answers(talker, turns, pictures, ["yes", "no", "a longer answer"])
     assert [log_p for log_p, _ in ranked] == sorted((log_p for log_p, _ in ranked), reverse=True)
     for log_p, answer in ranked:
@@ -98,7 +97,7 @@ def test_given_answers_are_ranked_by_their_likelihood(talker):
 
 def test_the_commands_print_and_draw_and_name_what_is_wrong(folder, tmp_path, capsys):
     """Each command once; a layer that there is not is named."""
-    picture(3, (80, 60)).save(tmp_path / "x.png")
+    noise((80, 60), 3).save(tmp_path / "x.png")
     image = ["--image", str(tmp_path / "x.png")]
     asked = ["--model", str(folder), *image, "--question", "Who?", "--max_new_tokens", "6"]
     probe.main(["alternatives", *asked, "--top", "2"])
@@ -120,10 +119,9 @@ def test_the_commands_print_and_draw_and_name_what_is_wrong(folder, tmp_path, ca
 
 def test_an_answer_that_is_looked_at_is_scored_alone(talker):
     """Of a longer conversation, earlier answers have no part in what is ranked or drawn."""
-    turns = [sample.human_turn("Who?"), {"from": "gpt", "value": "me"}, sample.human_turn("Why?")]
-    answered = probe.with_answer(talker, turns, [], "so")
-    expected = sample_of([*turns, {"from": "gpt", "value": "so"}], [], talker.model.tokenizer,
-                         talker.template, talker.view)
+    turns = chat("Who?", "me", "Why?", "so")
+    answered = probe.with_answer(talker, turns[:3], [], "so")
+    expected = sample_of(turns, [], talker.model.tokenizer, talker.template, talker.view)
     assert answered["input_ids"] == expected["input_ids"]
     scored = [label for label in answered["labels"] if label >= 0]
     assert talker.model.tokenizer.decode(scored) == " so</s>"

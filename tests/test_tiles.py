@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_clip, tiny_llm
+from conftest import byte_tokenizer, noise, tiny_clip, tiny_llm
 from PIL import Image
 from transformers import (
     LlavaNextConfig,
@@ -42,11 +42,6 @@ def processor_of(tiling):
     return LlavaNextImageProcessorPil(
         size={"shortest_edge": tiling.tile}, image_grid_pinpoints=pinpoints,
         crop_size={"height": tiling.tile, "width": tiling.tile})
-
-
-def noise(width, height):
-    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("rule", ["hf", "original"])
@@ -119,7 +114,7 @@ def test_a_tiling_survives_json_and_scales_to_another_tile():
     """It is stored in a checkpoint, and the toy's tiles have 28 pixels."""
     again = Tiling(**json.loads(json.dumps(HD._asdict())))
     assert again.plan(500, 300) == HD.plan(500, 300)
-    tiles, same = cut_tiles(noise(50, 30), HD), cut_tiles(noise(50, 30), again)
+    tiles, same = cut_tiles(noise((50, 30)), HD), cut_tiles(noise((50, 30)), again)
     assert [p.tobytes() for p in tiles] == [p.tobytes() for p in same]
     assert NEXT.at(28).pinpoints == ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
     assert NEXT.at(336) == NEXT and NEXT.at(32, patch=16).plan(64, 64).tokens == 4 + 4 * 5
@@ -147,8 +142,8 @@ def test_pixels_are_those_of_transformers(rule, side):
     rng = random.Random(rule)
     shapes = [(rng.randint(4, 900), rng.randint(4, 900)) for _ in range(6)]
     for w, h in [(5, 1500), (1500, 7), (side, side), (110, 352), *shapes]:
-        want = torch.as_tensor(np.asarray(processor(noise(w, h))["pixel_values"][0]))
-        got = torch.stack([preprocess(square, side) for square in cut_tiles(noise(w, h), tiling)])
+        want = torch.as_tensor(np.asarray(processor(noise((w, h)))["pixel_values"][0]))
+        got = torch.stack([preprocess(square, side) for square in cut_tiles(noise((w, h)), tiling)])
         assert torch.equal(got, want), f"{w} x {h}: g sees other pixels"
 
 
@@ -201,7 +196,7 @@ def test_the_map_shows_the_picture(tiling):
     """If a feature is its patch's mean colour, the rows of tokens are the canvas, which says which
     tile, which patch of it, and where a row ends."""
     for w, h in [(640, 480), (300, 500), (1000, 200), (60, 60), (3, 1200)]:
-        plan, image = tiling.plan(w, h), noise(w, h)
+        plan, image = tiling.plan(w, h), noise((w, h))
         squares = cut_tiles(image, tiling)
         features = torch.tensor(np.stack([patch_means(p).reshape(-1, 3) for p in squares]))
         assert len(squares) == plan.pictures
