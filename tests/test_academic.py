@@ -6,12 +6,11 @@ import random
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, chat
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -74,51 +73,36 @@ def test_vqav2_becomes_one_conversation_a_picture_with_its_prompt_once(convert):
     assert "2 pictures, 2 conversations, 3 answers (short 3)" in printed
     records, _ = convert(*files, "--image_name", "val2014/{image_id}.jpg")
     assert records[1]["image"] == "val2014/9.jpg"
+    records, _ = convert(*files, "--format_prompt", "none")
+    assert texts(records[1]) == ["<image>\nHow many?", "2"]
 
 
-FORMS = {     # the questions, the annotations, and what they become: picture, question, answer
-    "VQAv2 or OK-VQA": ({"questions": [{"image_id": 7, "question": "Race?", "question_id": 5}]},
-               {"annotations": [{"image_id": 7, "question_id": 5, "answers": [
-                   {"answer": a} for a in ("run", "race", "race", "walk", "run")]}]},
-               ("coco/train2017/000000000007.jpg", "Race?", "run")),
-    "TextVQA": ({"data": [{"image_id": "e0c", "question": "What brand?",
-                           "answers": ["nous", "dakota", "dakota"]}]}, None,
-                ("textvqa/train_images/e0c.jpg", "What brand?", "dakota")),
-    "GQA": ({"02930152": {"imageId": "2354786", "question": "Dark?", "answer": "yes"}}, None,
-            ("gqa/images/2354786.jpg", "Dark?", "yes")),
-    "questions": ([{"image": "a/b.png", "question": "What?", "answer": "a dog"}], None,
-                  ("a/b.png", "What?", "a dog")),
-    "DocVQA": ({"dataset_name": "docvqa", "dataset_split": "train", "data": [
-                   {"questionId": 1, "question": "Which date?", "image": "documents/x_1.png",
-                    "docId": 7, "answers": ["1/8/93", "1993"], "data_split": "train"}]}, None,
-               ("docvqa/documents/x_1.png", "Which date?", "1/8/93")),
-    "ChartQA": ([{"imgname": "4.png", "query": "How many?", "label": "14"}], None,
-                ("chartqa/train/png/4.png", "How many?", "14")),
-    "DVQA": ([{"question": "Which bar?", "question_id": 12, "template_id": "data", "answer": "bond",
-               "image": "bar_train_1.png", "answer_bbox": [1, 2, 3, 4]}], None,
-             ("dvqa/images/bar_train_1.png", "Which bar?", "bond")),
-}
-
-
-@pytest.mark.parametrize("kind", FORMS)
-def test_each_kind_of_file_is_known_by_its_form_and_not_by_its_name(kind, convert):
-    """Every file here is called questions.json; of several answers the most frequent one counts."""
-    questions, annotations, (image, question, answer) = FORMS[kind]
-    records, printed = convert(questions, annotations)
-    assert printed.startswith(f"{kind}: 1 records")
-    assert [r["image"] for r in records] == [image]
-    assert texts(records[0]) == [f"<image>\n{question}{SHORT}", answer]
-    records, _ = convert(questions, annotations, "--format_prompt", "none")
-    assert texts(records[0])[0] == f"<image>\n{question}"
-
-
-CHAT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello!"}]
 CAPTION = "Provide a one-sentence caption for the provided image."
 SIGN = {"image_id": "c1", "caption_str": "a red sign", "reference_strs": ["a sign", "a red sign"]}
 COVER = {"imageURL": "http://x/y.gif", "questions": ["Who wrote it?", "Is it art?"],
          "answers": ["Ann Lee", "No"], "title": "T", "authorName": "Ann Lee", "genre": "Law"}
 PAGE = json.dumps({"gt_parse": {"text_sequence": "One two"}})
-OTHERS = {    # the questions, the annotations, the picture, and what is asked and answered
+FORMS = {     # the questions, the annotations, the picture, and what is asked and answered
+    "VQAv2 or OK-VQA": ({"questions": [{"image_id": 7, "question": "Race?", "question_id": 5}]},
+               {"annotations": [{"image_id": 7, "question_id": 5, "answers": [
+                   {"answer": a} for a in ("run", "race", "race", "walk", "run")]}]},
+               "coco/train2017/000000000007.jpg", [f"<image>\nRace?{SHORT}", "run"]),
+    "TextVQA": ({"data": [{"image_id": "e0c", "question": "What brand?",
+                           "answers": ["nous", "dakota", "dakota"]}]}, None,
+                "textvqa/train_images/e0c.jpg", [f"<image>\nWhat brand?{SHORT}", "dakota"]),
+    "GQA": ({"02930152": {"imageId": "2354786", "question": "Dark?", "answer": "yes"}}, None,
+            "gqa/images/2354786.jpg", [f"<image>\nDark?{SHORT}", "yes"]),
+    "questions": ([{"image": "a/b.png", "question": "What?", "answer": "a dog"}], None,
+                  "a/b.png", [f"<image>\nWhat?{SHORT}", "a dog"]),
+    "DocVQA": ({"dataset_name": "docvqa", "dataset_split": "train", "data": [
+                   {"questionId": 1, "question": "Which date?", "image": "documents/x_1.png",
+                    "docId": 7, "answers": ["1/8/93", "1993"], "data_split": "train"}]}, None,
+               "docvqa/documents/x_1.png", [f"<image>\nWhich date?{SHORT}", "1/8/93"]),
+    "ChartQA": ([{"imgname": "4.png", "query": "How many?", "label": "14"}], None,
+                "chartqa/train/png/4.png", [f"<image>\nHow many?{SHORT}", "14"]),
+    "DVQA": ([{"question": "Which bar?", "question_id": 12, "template_id": "data", "answer": "bond",
+               "image": "bar_train_1.png", "answer_bbox": [1, 2, 3, 4]}], None,
+             "dvqa/images/bar_train_1.png", [f"<image>\nWhich bar?{SHORT}", "bond"]),
     "OCR-VQA": ({"014": COVER | {"split": 1}, "015": COVER | {"split": 3}}, None,
                 "ocr_vqa/images/014.jpg",
                 ["<image>\nWho wrote it?" + SHORT, "Ann Lee", "Is it art?", "No"]),
@@ -134,19 +118,20 @@ OTHERS = {    # the questions, the annotations, the picture, and what is asked a
     "LAION-GPT-V": ([{"image": "00/1.jpg", "caption": "A cat.", "link": "http://x"}], None,
                     "laion-gpt4v/00/1.jpg",
                     ["<image>\nDescribe this picture in detail.", "A cat."]),
-    "ShareGPT or": ([{"id": "q_0", "conversations": CHAT}], None, None, ["Hello.", "Hello!"]),
+    "ShareGPT or": ([{"id": "q_0", "conversations": chat("Hello.", "Hello!")}], None, None,
+                    ["Hello.", "Hello!"]),
     "ShareGPT or ShareGPT4V": (
-        [{"id": "9", "image": "coco/train2017/9.jpg", "conversations": [
-            {"from": "human", "value": "What is it?\n<image>"},
-            {"from": "gpt", "value": "A cat."}]}],
+        [{"id": "9", "image": "coco/train2017/9.jpg",
+          "conversations": chat("What is it?\n<image>", "A cat.")}],
         None, "coco/train2017/9.jpg", ["<image>\nWhat is it?", "A cat."]),
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_official_layouts_become_one_conversation_a_picture(kind, convert):
-    """Diss. Sec. 4.3 and 4.7: covers, captions, pages, and conversations as they are."""
-    questions, annotations, image, expected = OTHERS[kind]
+@pytest.mark.parametrize("kind", FORMS)
+def test_each_kind_of_file_is_known_by_its_form_and_not_by_its_name(kind, convert):
+    """Diss. Sec. 4.3 and 4.7. Every file here is called questions.json; of several answers the most
+    frequent one counts."""
+    questions, annotations, image, expected = FORMS[kind]
     records, printed = convert(questions, annotations)
     assert printed.startswith(kind.removesuffix(" with OCR"))
     assert [texts(record) for record in records] == [expected]
@@ -218,6 +203,7 @@ def test_two_ways_of_asking_about_one_picture_are_two_conversations(convert):
 
 
 GOOD = {"image": "a.jpg", "question": "Q?", "answer": "x"}
+ASKED = {"image_id": 4, "question": "Q?", "choices": ["x", "y"], "correct_choice_idx": 1}
 BAD = [
     ({"image": "a.jpg", "question": "Q?"}, "needed are image, question, answer"),
     ("text", "needed are .*found text"),
@@ -232,25 +218,19 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("bad, message", BAD)
-def test_a_bad_record_is_named_and_left_out_only_on_demand(bad, message, convert):
-    """File, index, what was found, what is needed; --skip_bad leaves it out, counted and shown."""
-    problem = rf"^1 of 3 records are bad .*\nquestions.json\[1\]: .*({message})"
+@pytest.mark.parametrize("good, bad, message", [(GOOD, *case) for case in BAD] + [
+    (ASKED, ASKED | wrong, "") for wrong in (
+        {"correct_choice_idx": -1}, {"correct_choice_idx": True}, {"correct_choice_idx": 2},
+        {"choices": "xy"}, {"image_id": True}, {"image_id": None}, {"image_id": "7"})])
+def test_a_bad_record_is_named_and_left_out_only_on_demand(good, bad, message, convert):
+    """File, index, what was found, what is needed; --skip_bad leaves it out, counted and shown.
+    True is not choice 1, -1 not the last one, "xy" not the choices x and y."""
+    problem = rf"^1 of 2 records are bad .*\nquestions.json\[1\]: .*({message})"
     with pytest.raises(ValueError, match=problem):
-        convert([GOOD, bad, GOOD])
-    records, printed = convert([GOOD, bad, GOOD], None, "--skip_bad")
-    assert "3 records, 1 left out\nquestions.json[1]: " in printed
-    assert len(texts(records[0])) == 4
-
-
-@pytest.mark.parametrize("wrong", [{"correct_choice_idx": -1}, {"correct_choice_idx": True},
-                                   {"correct_choice_idx": 2}, {"choices": "xy"},
-                                   {"image_id": True}, {"image_id": None}, {"image_id": "7"}])
-def test_a_value_of_a_wrong_type_is_not_taken_for_another(wrong, convert):
-    """True is not choice 1, -1 not the last one, "xy" not the choices x and y."""
-    row = {"image_id": 4, "question": "Q?", "choices": ["x", "y"], "correct_choice_idx": 1}
-    with pytest.raises(ValueError, match=r"^1 of 2 records are bad .*\nquestions.json\[1\]: "):
-        convert([row, row | wrong])
+        convert([good, bad])
+    records, printed = convert([good, bad], None, "--skip_bad")
+    assert "2 records, 1 left out\nquestions.json[1]: " in printed
+    assert {record["image"] for record in records} == {records[0]["image"]}
 
 
 def test_many_bad_records_are_counted_and_the_first_are_shown(convert):
@@ -286,34 +266,6 @@ def test_a_file_of_no_known_kind_is_refused_with_the_kinds_there_are(data, conve
     known = r"questions.json: no record is of a known kind.*A-OKVQA \(image_id, question"
     with pytest.raises(ValueError, match=known):
         convert(data)
-
-
-@pytest.mark.parametrize("content, message", [
-    (b"\x1f\x8b\x08\x00", "gzip"), ('{"a": 1}'.encode("utf-16"), "UTF-16"), (b"PAR1", "Parquet"),
-    (b"[" * 100_000, "nested too deeply"), (b'{"data": 5}', "5 where a list belongs"),
-    (b'{"image": "a", "image": "b"}', "'image' stands twice"), (None, "no such file")])
-def test_a_file_that_is_no_JSON_is_named_for_what_it_is(content, message, tmp_path):
-    """By name and kind, and never by a traceback."""
-    if content is not None:
-        (tmp_path / "q.json").write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"q.json: .*{message}"):
-        academic.main(["convert", "--questions", str(tmp_path / "q.json"), "--out", "o.json"])
-
-
-def test_converting_loads_no_torch_and_its_output_may_be_a_link(tmp_path):
-    """Text in, text out; it starts at once. A link is followed, and a device is left a device."""
-    (tmp_path / "q.json").write_text(json.dumps(GOOD))
-    (tmp_path / "link.json").symlink_to("o.json")
-    code = ("import sys; from extras import academic; academic.main(sys.argv[1:]); "
-            "print({'torch', 'transformers'} & set(sys.modules))")
-    flags = ["convert", "--questions", str(tmp_path / "q.json"),
-             "--out", str(tmp_path / "link.json")]
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.stdout.splitlines()[-1:] == ["set()"], done.stdout + done.stderr
-    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "o.json").is_file()
-    academic.main([*flags[:4], "/dev/null"])
-    assert not os.path.isfile("/dev/null")
 
 
 # -----------------------------------------------------------------------------
@@ -485,8 +437,8 @@ def test_of_visual_genome_ten_regions_a_picture_are_drawn(convert):
 
 def mixture_record(image, question):
     picture = {"image": image} if image else {}
-    return {"id": f"{image} {question}", **picture, "model": "kept", "conversations": [
-        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "x"}]}
+    return {"id": f"{image} {question}", **picture, "model": "kept",
+            "conversations": chat(f"<image>\n{question}", "x")}
 
 
 COCO = "coco/train2017/1.jpg"
