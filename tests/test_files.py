@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, chat
 
 from parts import files
 from parts.records import Records, record_problem
 
-TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
+TURNS = chat("<image>\nWhat is it?", "A bus.")
 RECORD = {"id": "7", "image": "7.jpg", "conversations": TURNS}
 
 
@@ -114,6 +114,9 @@ def test_records_are_found_and_named(tmp_path):
     assert "a str where an object" in records.problem(2, "images")
     other = Records([f"{tmp_path}/chat.json=6"])
     assert records.checksum != other.checksum and len(other) == 6
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(ValueError, match="none.json: no records in it"):
+        Records([tmp_path / "none.json"])
 
 
 # --------------------------------------------------------------------------------------------------
