@@ -1,17 +1,15 @@
 """The engine gives model.generate's tokens: in a batch or alone, in a chat or from its start."""
-import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
-from PIL import Image
+from conftest import byte_tokenizer, chat, noise, tiny_clip, tiny_llava, tiny_llm
 from torch._dynamo.backends.common import aot_autograd
-from transformers import LlavaForConditionalGeneration
 
 from data import collate, sample_of
 from model import LLaVA
 from parts import decoders
 from parts.decoders import Fast, Plain, decoder_for
 from parts.engine import Engine, Prefix
+from parts.ranks import ANSWERING
 from parts.templates import TEMPLATES
 from parts.views import view_of
 
@@ -21,17 +19,10 @@ VIEW = view_of("crop", 28, 14)
 SAMPLING = {"stop": ["</s>"], "max_new_tokens": 20}
 
 
-def picture(seed, size=(40, 30)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
-def prompt_of(model, turns, seeds, view=VIEW):
+def prompt_of(model, texts, seeds, view=VIEW):
     """A conversation of texts, question and answer by turns, about pictures of these seeds."""
-    tags = "<image>\n" * len(seeds)
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
-    turns[0]["value"] = tags + turns[0]["value"]
-    pictures = [(seed, picture(seed)) for seed in seeds]
+    turns = chat("<image>\n" * len(seeds) + texts[0], *texts[1:])
+    pictures = [(seed, noise(seed=seed)) for seed in seeds]
     return sample_of(turns, pictures, model.tokenizer, VICUNA, view)
 
 
@@ -44,8 +35,7 @@ def batch_of(model, questions=QUESTIONS, first_seed=0):
 
 def generated(model, batch, **sampling):
     """The clear version's answers."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "X_v", "visual_index")}
-    return model.generate(**inputs, **sampling)
+    return model.generate(**{name: batch[name] for name in ANSWERING}, **sampling)
 
 
 def ids_of(engine, batch, **sampling):
@@ -93,23 +83,6 @@ def test_written_out_layers_give_the_logits_of_transformers(family, more, packed
         logits[type(decoder)] = [logits for _, _, logits in calls]
     for theirs, ours in zip(logits[Plain], logits[Fast], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_greedy_ids_are_those_of_transformers_on_the_same_folder(tmp_path):
-    """The folder, loaded by transformers, which generates for one question at a time."""
-    model = tiny_llava()
-    model.meta |= VIEW.meta
-    model.save_pretrained(tmp_path)
-    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    engine = Engine(model)
-    for question in QUESTIONS:
-        batch = batch_of(model, [question])
-        expected = theirs.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            pixel_values=batch["X_v"], max_new_tokens=20, do_sample=False,
-            suppress_tokens=[model.image_id])
-        n = batch["input_ids"].shape[1]
-        assert ids_of(engine, batch, max_new_tokens=20) == [expected[0, n:].tolist()]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.5, 0.7), (2.0, 0.0)])
