@@ -6,56 +6,34 @@ generate. Tokenizers are tiny ones of each family's own class, with that family'
 import itertools
 import json
 import os
-import random
-import re
 import socket
 from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 from conftest import (
     FORKS,
-    ROOT,
     answer_logits,
+    chat,
+    messages_of,
+    noise,
     save_parts,
     tiny_clip,
     tiny_llm,
     tiny_siglip,
 )
-from PIL import Image
 from tokenizers import pre_tokenizers
-from transformers import (
-    AddedToken,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3Config,
-    GemmaTokenizer,
-    GPT2Config,
-    GPT2Tokenizer,
-    GraniteConfig,
-    LlamaTokenizer,
-    Olmo2Config,
-    PhiConfig,
-    Qwen2Tokenizer,
-)
+from transformers import AddedToken, AutoModelForCausalLM, AutoProcessor
 
-import sample
-import train
 from data import collate, render, sample_of
 from model import LLaVA
-from parts.checkpoints import load_tokenizer, read_tokenizer
-from parts.decoders import Fast, check_language_model
+from parts.decoders import check_language_model
 from parts.engine import Engine
 from parts.files import IGNORE, IMAGE, write_json
-from parts.lora import adapters, add_adapters, merge_adapters
-from parts.pictures import load_image
 from parts.ranks import ANSWERING, TRAINING, Machine
 from parts.templates import choose_template
 from parts.views import set_view
-from toy import world
 
 # -----------------------------------------------------------------------------
 # The two tables
@@ -84,7 +62,8 @@ def with_tokens(tokenizer, *words, special=True, **more):
 def chatml_thinks():
     """Qwen3's and SmolLM3's: bytes, no <s>, thoughts between two tokens that are not special."""
     words = vocabulary(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], BYTES, "Ġ", "Ċ")
-    tokenizer = Qwen2Tokenizer(**words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = transformers.Qwen2Tokenizer(
+        **words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = "{{ enable_thinking }}"
     with_tokens(tokenizer, "<|im_start|>", "<|im_end|>")
     return with_tokens(tokenizer, "<think>", "</think>", special=False)
@@ -93,27 +72,27 @@ def chatml_thinks():
 def gemma():
     """Gemma's: sentencepiece's pieces without a blank in front, <bos>."""
     words = vocabulary(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], PIECES, "▁", "\n")
-    return with_tokens(GemmaTokenizer(**words), "<start_of_turn>", "<end_of_turn>")
+    return with_tokens(transformers.GemmaTokenizer(**words), "<start_of_turn>", "<end_of_turn>")
 
 
 def phi_3():
     """Phi-3's: LLaMA's, no <s>; its special tokens swallow what is blank behind them."""
     words = vocabulary(["<unk>", "<s>", "</s>"], PIECES, "▁", "\n")
-    tokenizer = LlamaTokenizer(**words, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                               add_bos_token=False)
+    tokenizer = transformers.LlamaTokenizer(
+        **words, eos_token="<|endoftext|>", pad_token="<|endoftext|>", add_bos_token=False)
     return with_tokens(tokenizer, "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>",
                        rstrip=True)
 
 
 def phi_4(*words):
     """Phi-4's: bytes, no <s>; its special tokens swallow what is blank on both sides."""
-    tokenizer = GPT2Tokenizer(**vocabulary(["<|endoftext|>"], BYTES, "Ġ", "Ċ"))
+    tokenizer = transformers.GPT2Tokenizer(**vocabulary(["<|endoftext|>"], BYTES, "Ġ", "Ċ"))
     return with_tokens(tokenizer, *words, lstrip=True, rstrip=True)
 
 
 def llama():
     words = vocabulary(["<unk>", "<s>", "</s>"], PIECES, "▁", "\n")
-    return LlamaTokenizer(**words, add_bos_token=True)
+    return transformers.LlamaTokenizer(**words, add_bos_token=True)
 
 
 class Family(NamedTuple):
@@ -158,7 +137,7 @@ def make(folder, family, tower="clip", aspect="auto"):
     return model, template, view
 
 
-PICTURE = Image.effect_noise((40, 30), 90).convert("RGB")
+PICTURE = noise()
 CHATS = [[f"{IMAGE}\nWhat is this?", "A cat.", "Why?", "It has\n\n ears."], ["Hello?", "Yes"],
          [f"What?\n{IMAGE}", "Two  things."]]
 
@@ -166,9 +145,8 @@ CHATS = [[f"{IMAGE}\nWhat is this?", "A cat.", "Why?", "It has\n\n ears."], ["He
 def samples_of(model, template, view, chats):
     found = []
     for texts in chats:
-        turns = [{"from": ("human", "gpt")[i % 2], "value": x} for i, x in enumerate(texts)]
         pictures = [("a.png", PICTURE)] * texts[0].count(IMAGE)
-        found.append(sample_of(turns, pictures, model.tokenizer, template, view))
+        found.append(sample_of(chat(*texts), pictures, model.tokenizer, template, view))
     return found
 
 
@@ -189,7 +167,7 @@ def test_logits_loss_gradients_and_answers_are_those_of_transformers(
     (H_v is not scaled), layers without positions, partial and long rotary positions."""
     ours, template, view = make(tmp_path, family, tower, aspect)
     ours.save_pretrained(tmp_path / "saved")
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
     batch = collate(samples_of(ours, template, view, CHATS), view)
     inputs = {name: batch[name] for name in TRAINING}
     out = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
@@ -206,9 +184,9 @@ def test_logits_loss_gradients_and_answers_are_those_of_transformers(
     for name, p in mine.items():
         torch.testing.assert_close(p.grad, others[name].grad, atol=1e-5, rtol=1e-3, msg=name)
 
-    for chat in ([CHATS[0][0]], CHATS[0][:3], ["Hi."]):
-        prompt = collate(samples_of(ours, template, view, [chat]), view, side="left")
-        pixels = pixels_of(tmp_path / "saved", 1) if IMAGE in chat[0] else {}
+    for texts in ([CHATS[0][0]], CHATS[0][:3], ["Hi."]):
+        prompt = collate(samples_of(ours, template, view, [texts]), view, side="left")
+        pixels = pixels_of(tmp_path / "saved", 1) if IMAGE in texts[0] else {}
         ids = theirs.generate(
             input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], **pixels,
             max_new_tokens=16, do_sample=False, suppress_tokens=[ours.image_id])
@@ -229,48 +207,22 @@ def test_template_labels_and_ids_are_right_here_and_in_the_folders_processor(fam
     model.save_pretrained(tmp_path / "saved")
     assert LLaVA.from_pretrained(tmp_path / "saved").eos_ids == model.eos_ids
     processor = AutoProcessor.from_pretrained(tmp_path / "saved")
-    for chat in CHATS:
-        (whole,) = samples_of(model, template, view, [chat])
+    for texts in CHATS:
+        (whole,) = samples_of(model, template, view, [texts])
         pairs = list(zip(whole["input_ids"], whole["labels"], strict=True))
         runs = [[i for i, _ in run] for scored, run in
                 itertools.groupby(pairs, lambda pair: pair[1] != IGNORE) if scored]
-        answers = [template.answer.format(x) + template.STOP for x in chat[1::2]]
+        answers = [template.answer.format(x) + template.STOP for x in texts[1::2]]
         spelled = [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
         assert [x.strip() for x in spelled] == [x.strip() for x in answers]
-        messages = []
-        for i, text in enumerate(chat):
-            parts = [{"type": "image", "image": PICTURE} if x == IMAGE else
-                     {"type": "text", "text": x} for x in re.split(f"({IMAGE})", text) if x]
-            messages.append({"role": ("user", "assistant")[i % 2], "content": parts})
-        for n in range(1, len(chat) + 1, 2):
-            (prompt,) = samples_of(model, template, view, [chat[:n]])
+        messages = messages_of(chat(*texts), PICTURE)
+        for n in range(1, len(texts) + 1, 2):
+            (prompt,) = samples_of(model, template, view, [texts[:n]])
             ids = prompt["input_ids"]
             assert whole["input_ids"][:len(ids)] == ids, "training has other ids than sampling"
             theirs = processor.apply_chat_template(
                 messages[:n], add_generation_prompt=True, tokenize=True, return_dict=True)
-            assert theirs["input_ids"][0] == ids, (
-                render([{"from": "human", "value": chat[0]}], template))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_stand_on_every_linear_layer_and_merge(family, tmp_path):
-    """LoRA (arXiv 2106.09685): Phi's fused qkv_proj and gate_up_proj, too; B = 0 changes no bit."""
-    model, template, view = make(tmp_path, family)
-    batch = collate(samples_of(model, template, view, CHATS), view)
-    inputs = {name: batch[name] for name in TRAINING}
-    before = answer_logits(model, **inputs)[0]
-    add_adapters(model.f_phi, 4, 8)
-    fused = FAMILIES[family].kind == "phi3"
-    names = {name.split(".")[-1] for name in adapters(model.f_phi)}
-    apart = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    assert names == {"o_proj", "down_proj"} | ({"qkv_proj", "gate_up_proj"} if fused else apart)
-    assert torch.equal(answer_logits(model, **inputs)[0], before)
-    for layer in adapters(model.f_phi).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    adapted = answer_logits(model, **inputs)[0]
-    assert not torch.allclose(adapted, before, atol=0.1)
-    merge_adapters(model.f_phi)
-    torch.testing.assert_close(answer_logits(model, **inputs)[0], adapted, atol=1e-4, rtol=1e-4)
+            assert theirs["input_ids"][0] == ids, render(chat(texts[0]), template)
 
 
 def two_losses(folder, machine):
@@ -318,57 +270,6 @@ def test_two_ranks_with_shards_train_each_family_as_one_process(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# The toy with another language model
-
-
-def one_thing_each(folder, n):
-    """Pictures of toy/world.py with a single thing, and what each shows."""
-    rng = random.Random(0)
-    truths = []
-    folder.mkdir()
-    for i in range(n):
-        thing = world.place_thing(rng, rng.choice(world.SEEN), rng.randrange(16), world.SIDE)
-        world.draw_scene(world.scene_with([thing])).save(folder / f"{i}.png")
-        truths.append(f"A {thing.name}.")
-    return truths
-
-
-@pytest.mark.slow
-def test_the_toy_with_a_new_Qwen3_trains_and_answers(tmp_path):
-    """Sec. 4.2 by the commands: its two layers have never been trained, the toy's CLIP is frozen;
-    on pictures it has not seen it names thing and colour, and only by seeing."""
-    truths = one_thing_each(tmp_path / "images", 660)
-    records = []
-    for i, truth in enumerate(truths[:600]):
-        turns = [sample.human_turn("What is it?", 1), {"from": "gpt", "value": truth}]
-        records.append({"id": i, "image": f"{i}.png", "conversations": turns})
-    write_json(str(tmp_path / "chat.json"), records)
-    tokenizer = read_tokenizer(f"{ROOT}/toy/pretrained/llm")
-    with_tokens(tokenizer, "<|im_start|>", "<|im_end|>")
-    with_tokens(tokenizer, "<think>", "</think>", special=False)
-    tokenizer.chat_template = "{{ enable_thinking }}"
-    llm = tiny_llm("qwen3", tied=True, vocab_size=len(tokenizer), hidden_size=128, head_dim=32,
-                   intermediate_size=256, initializer_range=0.08)
-    save_parts(tmp_path, llm, tokenizer)
-
-    flags = ["--recipe", "toy", "--data", f"{tmp_path}/chat.json", "--images",
-             f"{tmp_path}/images", "--val_samples", "0"]
-    assert train.main([*flags, "--stage", "1", "--llm", f"{tmp_path}/llm", "--vision",
-                       f"{ROOT}/toy/pretrained/clip", "--out", f"{tmp_path}/stage1",
-                       "--max_steps", "40"]) == 0
-    assert train.main([*flags, "--stage", "2", "--init", f"{tmp_path}/stage1", "--out",
-                       f"{tmp_path}/stage2", "--lr", "2e-3", "--epochs", "12"]) == 0
-    talker = sample.Talker(sample.Config(model=f"{tmp_path}/stage2", temperature=0))
-    assert talker.template.name == "qwen_3" and type(talker.engine.decoder) is Fast
-    pictures = [load_image(f"{tmp_path}/images/{i}.png") for i in range(600, 660)]
-    questions = [([sample.human_turn("What is it?", 1)], [picture]) for picture in pictures]
-    answers = talker.answers(questions)
-    right = sum(a == b for a, b in zip(answers, truths[600:], strict=True))
-    shuffled = sum(a == b for a, b in zip(answers, truths[601:] + truths[600:601], strict=True))
-    assert right >= 48 and shuffled <= 12, f"{right} of 60 right, {shuffled} by other pictures"
-
-
-# -----------------------------------------------------------------------------
 # What does not fit
 
 SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
@@ -377,12 +278,13 @@ SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_la
 
 
 @pytest.mark.parametrize("config, words", [
-    (Gemma2Config(**SMALL), "gemma2 is not .* soft cap"),
-    (CohereConfig(**SMALL), "cohere is not .* scale"),
-    (GraniteConfig(**SMALL, logits_scaling=8.0), "granite is not .* scale"),
-    (PhiConfig(**SMALL), "type phi lacks .* lm_head without bias"),
-    (GPT2Config(vocab_size=320, n_embd=48, n_layer=1, n_head=4), "type gpt2 lacks model.layers"),
-    (Gemma3Config(text_config=SMALL, vision_config=dict(
+    (transformers.Gemma2Config(**SMALL), "gemma2 is not .* soft cap"),
+    (transformers.CohereConfig(**SMALL), "cohere is not .* scale"),
+    (transformers.GraniteConfig(**SMALL, logits_scaling=8.0), "granite is not .* scale"),
+    (transformers.PhiConfig(**SMALL), "type phi lacks .* lm_head without bias"),
+    (transformers.GPT2Config(vocab_size=320, n_embd=48, n_layer=1, n_head=4),
+     "type gpt2 lacks model.layers"),
+    (transformers.Gemma3Config(text_config=SMALL, vision_config=dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)),
      "type gemma3 lacks .* Gemma 3 .text alone."),
 ], ids=lambda x: getattr(x, "model_type", ""))
@@ -397,7 +299,8 @@ def test_an_encoder_and_a_folder_of_an_unfit_kind_are_refused(tmp_path):
     """Gemma 3's text with attention to both sides; the message names flag and folder."""
     with pytest.raises(ValueError, match="use_bidirectional_attention sees the words"):
         check_language_model(tiny_llm("gemma3", use_bidirectional_attention=True))
-    folder = save_parts(tmp_path, AutoModelForCausalLM.from_config(Gemma2Config(**SMALL)))
+    gemma_2 = AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SMALL))
+    folder = save_parts(tmp_path, gemma_2)
     with pytest.raises(ValueError, match=f"--llm {folder / 'llm'}: gemma2 is not"):
         LLaVA.from_parts(str(folder / "clip"), str(folder / "llm"))
 
@@ -405,18 +308,4 @@ def test_an_encoder_and_a_folder_of_an_unfit_kind_are_refused(tmp_path):
 def test_a_kind_that_nobody_tried_works_where_it_is_laid_out_as_llama():
     """"Any causal one with a plain linear head": OLMo 2 has norms in other places."""
     config = {key: value for key, value in SMALL.items() if key != "head_dim"}
-    check_language_model(AutoModelForCausalLM.from_config(Olmo2Config(**config)).eval())
-
-
-@pytest.mark.parametrize("family, template, missing", [
-    ("gemma3", "qwen_3", "<|im_start|>"), ("phi3", "gemma", "<start_of_turn>"),
-    ("phi4", "smollm_3", "<think>"), ("qwen3", "phi_4", "<|im_sep|>")])
-def test_a_template_of_another_family_is_refused_by_its_missing_token(
-        family, template, missing, tmp_path):
-    """As plain text such a token would start and stop nothing."""
-    save_parts(tmp_path, tiny_llm(vocab_size=448), FAMILIES[family].tokenizer())
-    model = LLaVA(tiny_clip(), tiny_llm(vocab_size=448), load_tokenizer(str(tmp_path / "llm")))
-    needs = re.escape(f"template {template} needs the token {missing}")
-    with pytest.raises(ValueError, match=needs) as caught:
-        choose_template(template, model)
-    assert FAMILIES[family].template in str(caught.value).split("--template ")[1]
+    check_language_model(AutoModelForCausalLM.from_config(transformers.Olmo2Config(**config)).eval())
