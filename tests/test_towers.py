@@ -1,22 +1,17 @@
 """Vision towers: SigLIP's has no CLS and pixels of its own; each is the same in transformers."""
 import json
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, answer_logits, save_parts, tiny_clip, tiny_llm, tiny_siglip
-from PIL import Image
+from conftest import answer_logits, noise, save_parts, tiny_siglip
 from safetensors.torch import load_file, save_file
-from test_checkpoints import PICTURES, assert_same, batch_of, picture, pixels_of, sample
+from test_checkpoints import PICTURES, batch_of, pixels_of, sample
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessorPil
 
-import sample as sample_py
-import train
 from extras import convert, retrieve
 from model import LLaVA
 from parts.files import IGNORE, IMAGE
-from parts.gated import gate
 from parts.pictures import load_image
 from parts.views import Pixels, preprocess, set_view, view_of
 
@@ -54,21 +49,6 @@ def compared_logits(model, folder, pictures):
     return answer_logits(model, **batch)[0], out.logits[:, :-1][labels[:, 1:] != IGNORE]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_gated_tower_comes_back_behind_every_family(family, tmp_path):
-    """REACT's (Diss. Ch. 2), its gates open; no other program has such blocks. The other pairs are
-    test_families.py's."""
-    tower = tiny_clip()
-    gate(tower, 2)
-    for layer in tower.encoder.layers[-2:]:
-        layer.gated.alpha_attn.data.fill_(0.5)
-    tower.save_pretrained(tmp_path / "gated")
-    model = built(str(tmp_path / "gated"), tmp_path, tiny_llm(family))
-    set_view(model, "auto")
-    model.save_pretrained(tmp_path / "out")
-    assert_same(model, LLaVA.from_pretrained(tmp_path / "out"))
-
-
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 @pytest.mark.parametrize("aspect", ["auto", "crop", "pad", "anyres_hf"])
 def test_siglip_is_the_same_model_in_transformers(aspect, feature_layer, siglip, tmp_path):
@@ -104,7 +84,7 @@ def test_tiles_of_a_tower_whose_patches_leave_an_edge(tmp_path):
 def test_pixels_are_those_of_siglips_processor(mode, size, resample, tmp_path):
     """Bit for bit, on odd pictures; what is transparent is white before any of the two sees it."""
     file = tmp_path / "picture.tiff"
-    Image.fromarray(np.asarray(picture(size))).convert(mode).save(file)
+    noise(size).convert(mode).save(file)
     image = load_image(file)
     view = view_of("squeeze", 64, 16, Pixels((0.5,) * 3, (0.5,) * 3, resample))
     processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, resample=resample)
@@ -166,32 +146,3 @@ def test_what_is_clips_alone_refuses_siglip_by_name(siglip, tmp_path):
         convert.main(argv)
     with pytest.raises(ValueError, match="--clip .*'siglip'.*'clip'"):
         retrieve.load_clip(siglip)
-
-
-# -----------------------------------------------------------------------------
-# The toy, through a tower of SigLIP's shape
-
-
-def test_a_model_behind_siglip_learns_colours_and_answers(siglip, tmp_path, capsys):
-    """Both stages by their commands, and a question to what came out: it sees."""
-    colours = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-    records = []
-    for colour, value in colours.items():
-        Image.new("RGB", (40, 30), value).save(tmp_path / f"{colour}.png")
-        turns = [{"from": "human", "value": f"{IMAGE}\nWhat?"}, {"from": "gpt", "value": colour}]
-        records.append({"id": colour, "image": f"{colour}.png", "conversations": turns})
-    (tmp_path / "chat.json").write_text(json.dumps(records * 2))
-    save_parts(tmp_path)
-    common = ["--data", str(tmp_path / "chat.json"), "--images", str(tmp_path), "--workers", "0",
-              "--template", "llava_v0", "--global_batch_size", "4", "--recipe", "llava-7b"]
-    parts = ["--vision", siglip, "--llm", str(tmp_path / "llm")]
-    train.main([*common, *parts, "--out", str(tmp_path / "one"), "--epochs", "20"])
-    train.main([*common, "--stage", "2", "--init", str(tmp_path / "one"), "--lr", "5e-3",
-                "--out", str(tmp_path / "two"), "--epochs", "60"])
-    meta = LLaVA.from_pretrained(tmp_path / "two").meta
-    assert (meta["aspect"], meta["pixels"]["resample"]) == ("squeeze", 2), "not as SigLIP2 sees"
-    for colour in colours:
-        capsys.readouterr()
-        sample_py.main(["--model", str(tmp_path / "two"), "--image",
-                        str(tmp_path / f"{colour}.png"), "--question", "What?"])
-        assert capsys.readouterr().out.strip().endswith(colour)
