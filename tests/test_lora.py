@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import answer_logits, byte_tokenizer, tiny_clip, tiny_llava, tiny_llm
+from conftest import answer_logits, byte_tokenizer, refused, tiny_clip, tiny_llava, tiny_llm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -14,8 +14,8 @@ from parts.checkpoints import load_adapter, save, save_adapter
 from parts.lora import LoRA, adapters, add_adapters, merge_adapters, merged_state
 from parts.ranks import Machine
 
-# qwen2 has biases; phi3 has fewer, wider layers
-FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
+# qwen2 has biases, qwen3 and gemma3 more norms; phi3 has fewer, wider layers
+FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
@@ -70,12 +70,6 @@ def saved_adapter(folder, family="llama", **settings):
     with_adapters(model, trained=True, **settings)
     save_adapter(model, folder / "adapter", str(folder / "base"), model.state_dict())
     return model, folder / "base", folder / "adapter"
-
-
-def assert_refused(caught, *words):
-    message = str(caught.value)
-    assert all(word in message for word in words), f"the message should name {words}: {message}"
-    assert "\n" not in message and len(message) < 900, f"not one line: {message}"
 
 
 # -----------------------------------------------------------------------------
@@ -153,22 +147,6 @@ def test_the_recipe_on_vicuna_trains_320M_or_501M_parameters(D, inner, layers, c
         f_phi = LlamaForCausalLM(config)
     add_adapters(f_phi, rank=128, alpha=256, dropout=0.05)
     assert sum(p.numel() for p in f_phi.parameters() if p.requires_grad) == count
-
-
-def test_training_moves_theta_and_nothing_else():
-    """Eq. (3)'s gradient reaches A, B and W; base and CLIP stay as they are, bit for bit."""
-    model = with_adapters(tiny_llava(), dropout=0.05)
-    theta, before, losses = theta_of(model), copied(model), []
-    optimizer = torch.optim.AdamW(theta.values(), lr=1e-3, weight_decay=0.0)
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss, n = model(**batch())
-        (loss / n).backward()
-        optimizer.step()
-        losses.append(loss.item() / n)
-    moved = {name for name, p in copied(model).items() if not torch.equal(before[name], p)}
-    assert moved == theta.keys(), f"not as it should be: {moved ^ theta.keys()}"
-    assert losses[-1] < losses[0] - 0.05, f"the loss does not fall: {losses}"
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0, "alpha": 1}, {"rank": 4, "alpha": 0},
@@ -270,11 +248,10 @@ def test_an_adapter_without_its_base_or_its_weights_is_refused(tmp_path):
     """The message says which base it wants, and where to write that it lies elsewhere."""
     _, base, adapter = saved_adapter(tmp_path)
     base.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError) as caught:
+    with refused(adapter, base, "base_model_name_or_path", "merged"):
         LLaVA.from_pretrained(adapter)
-    assert_refused(caught, str(adapter), str(base), "base_model_name_or_path", "merged")
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole file"):
+    with refused("adapter_model.safetensors: not a whole file"):
         load_adapter(LLaVA.from_pretrained(tmp_path / "moved"), adapter)
 
 
@@ -285,9 +262,8 @@ def test_an_adapter_on_another_model_is_refused(tmp_path):
     wider.model.layers[1].mlp.up_proj = torch.nn.Linear(48, 104, bias=False)
     shallow.model.layers = shallow.model.layers[:1]
     for f_phi, key in ((wider, "layers.1.mlp.up_proj.lora_B"), (shallow, "layers.1.mlp")):
-        with pytest.raises(ValueError) as caught:
+        with refused(adapter, base, key):
             load_adapter(LLaVA(tiny_clip(), f_phi, byte_tokenizer()), adapter)
-        assert_refused(caught, str(adapter), str(base), key)
 
 
 @pytest.mark.parametrize("file, change, words", [
@@ -305,9 +281,8 @@ def test_an_adapter_of_another_kind_is_refused(file, change, words, tmp_path):
     _, base, adapter = saved_adapter(tmp_path)
     settings = json.loads((adapter / file).read_text())
     (adapter / file).write_text(json.dumps(settings | change))
-    with pytest.raises(ValueError) as caught:
+    with refused(adapter, *words):
         load_adapter(LLaVA.from_pretrained(base), adapter)
-    assert_refused(caught, str(adapter), *words)
 
 
 def test_an_adapter_whose_weights_are_not_ours_is_refused(tmp_path):
@@ -318,7 +293,7 @@ def test_an_adapter_whose_weights_are_not_ours_is_refused(tmp_path):
                                torch.nan, "NaN or infinite numbers in 2")):
         change = {name: factor * value for name, value in state.items() if name.endswith(end)}
         save_file(state | change, adapter / "adapter_model.safetensors")
-        with pytest.raises(ValueError, match=words):
+        with refused(words):
             load_adapter(LLaVA.from_pretrained(base), adapter)
 
 
