@@ -68,7 +68,6 @@ def test_tiny_models_of_its_families_train_under_it_and_answer(chats, tmp_path, 
     config, meta = load_settings(str(two))
     assert config.vision_config.model_type.startswith("siglip")
     assert config.text_config.model_type == "qwen3" and meta["template"] == "qwen_3"
-    assert meta["aspect"] == "squeeze", "not as SigLIP sees"
     picture = next((chats / "images").iterdir())
     assert not sample.main(["--model", str(two), "--image", str(picture), "--question", "What?",
                             "--max_new_tokens", "3"])
