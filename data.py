@@ -41,8 +41,8 @@ def arrange(conversations, image_position, rng, questions=None):
     """Put the image where Eq. (2) has it: [X_q, X_v] or [X_v, X_q] in the first turn, at random.
 
     image_position   "random": Eq. (2), drawn by `rng`; "first": <image> leads; "as_written".
-                     OFFICIAL: one draw is frozen in the released JSON, and the code undoes it by
-                     "first". OURS: a turn with several images stays as it is written.
+                     OFFICIAL: the released JSON has one draw of it, and the released code then
+                     puts <image> first. OURS: a turn with several images stays as it is written.
     questions        stage 1: one of them is drawn where a human turn has no words of its own.
     """
     turns = [dict(turn) for turn in conversations]        # the record stays as it is
@@ -64,7 +64,7 @@ def render(conversations, template):
     """Turns to [(text, scored), ...]: exactly the answers and their STOP are scored.
 
     A last human turn stays open: that is a prompt. By llava_v0, Table 2, with what is scored in «»:
-        A chat ...###Human: <image>\\nWhat is this?###Assistant: «A cat.###»Human: Why?###Assistant:
+        A chat ...###Human: <image>\\nWhat is this?###Assistant:« A cat.###»Human: Why?###Assistant:
     """
     segments = []
     for i, turn in enumerate(conversations):
@@ -98,25 +98,25 @@ def encode(segments, tokenizer, image_tokens):
         ids.extend(new)
         labels.extend(new if scored else [IGNORE] * len(new))
 
-    if tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]:     # Qwen2 has no <s>
+    if tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]:     # puts <s>; Qwen2 does not
         append([tokenizer.bos_token_id], False)
-    new_text = True                       # OFFICIAL: text starts anew behind <s> and each image
+    new_text = True                       # OFFICIAL: text starts anew after <s> and each image
     for text, scored in segments:
         for n, piece in enumerate(text.split(IMAGE)):
             if n > 0:                     # a piece of text stood before it, then an <image>
                 append([image_id] * next(counts), False)          # model.splice puts H_v there
                 new_text = True
             if piece:
-                append(tokenize(piece, tokenizer, new_text), scored)      # COURSE: True
+                append(tokenize(piece, tokenizer, new_text), scored)      # COURSE: True scores all
                 new_text = False
     return ids, labels
 
 
 def tokenize(text, tokenizer, new_text):
-    """The ids of a piece of text. Sentencepiece puts a space before the start of a text.
+    """The ids of a piece of text. Sentencepiece puts a space before the start of every text.
 
-    It belongs there behind <s> and behind an image, but not within a turn: there <image> goes in
-    front, so that nothing starts, and its id is dropped again.
+    After <s> and after an image it belongs there. Elsewhere a decoy <image> takes the place of the
+    start, and its id is dropped.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()               # a tokenizer file may carry limits of its own
@@ -127,7 +127,7 @@ def tokenize(text, tokenizer, new_text):
 
 
 def encode_within(conversations, template, tokenizer, image_tokens, max_length):
-    """`encode`, without the trailing turns that do not fit, pair by pair; no image is ever cut.
+    """`encode`. OURS: trailing turns that do not fit go, pair by pair; no image is ever cut.
 
     Returns input_ids, labels and the turns that remain. Raises ValueError if not even the first
     question and its answer fit.
@@ -187,7 +187,7 @@ class Conversations:
         record = self.records[i]
         if sizes is None:
             paths = [image_path(self.folder, name) for name in record["image"]]
-            # squares have as many tokens whatever the picture's size
+            # without tiles every picture has N tokens: no file is opened for its size
             sizes = [image_size(path) if self.view.tiling else (1, 1) for path in paths]
         rng = random.Random(f"{self.seed} {epoch} {i}")   # the same draw, whoever asks again
         turns = arrange(record["conversations"], self.image_position, rng, self.questions)
@@ -197,19 +197,18 @@ class Conversations:
         except ValueError:
             if epoch == 0:
                 raise
-            return self.encoded(i, 0, sizes)      # the draw that the check found to fit
+            return self.encoded(i, 0, sizes)      # this epoch's draw is too long, 0's was checked
 
     def sample(self, i, epoch=0, scored=True):
         """{where, input_ids, labels, pictures}. Eq. (2) is drawn anew in each epoch, from seed,
-        epoch and i. Without labels, scored=False, it fills a last batch up: `micro_batches`."""
+        epoch and i. Without `scored` it has no labels, and fills a batch up: `micro_batches`."""
         where = self.records.where(i)     # 'chat.json[1432] (id 000000123)'
         try:
             pictures = self.pictures(i)
             ids, labels, turns = self.encoded(i, epoch, [image.size for _, image in pictures])
         except (OSError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
-        if not scored:
-            labels = [IGNORE] * len(ids)
+        labels = labels if scored else [IGNORE] * len(ids)
         pictures = pictures[:count_images(turns)]         # not those of turns that did not fit
         return {"where": where, "input_ids": ids, "labels": labels, "pictures": pictures}
 
@@ -235,8 +234,8 @@ class Conversations:
 def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     """The order of one epoch: global batches (arrays of indices); only the last one is short.
 
-    OURS: samples are shuffled, sorted by length within windows of 50 batches, and the batches are
-    shuffled, so that little is padded. These arguments alone say the order: a run can resume.
+    OURS: samples of all types are shuffled, sorted by length within windows of 50 batches, and the
+    batches are shuffled, so that little is padded. A run can resume: these arguments say all.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))                 # (samples,)
@@ -253,9 +252,9 @@ def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
 
 
 def micro_batches(batch, lengths, epoch, budget, world_size, rank):
-    """This rank's share of a global batch: lists of arguments of `Conversations.sample`, as many
-    on every rank. Neighbours in length share one, up to `budget` tokens with their padding. A
-    short last batch is filled up with unscored copies, which add nothing to the loss.
+    """This rank's share of a global batch: micro-batches, as many on every rank, each a list of
+    arguments of `Conversations.sample`. Samples of like length share one, up to `budget` tokens
+    with padding. A short last batch is filled up with unscored copies, which add no loss.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]      # (samples of the batch,)
     samples = [(int(order[0]), epoch, False)] * (-len(order) % world_size)
@@ -263,7 +262,8 @@ def micro_batches(batch, lengths, epoch, budget, world_size, rank):
     groups = [[]]
     for start in range(0, len(samples), world_size):
         row = samples[start:start + world_size]           # a sample for each rank
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[row[-1][0]] > budget:
+        longest, _, _ = row[-1]           # of the group so far: all are padded to its length
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[longest] > budget:
             groups.append([])
         groups[-1].append(row[rank])
     return groups
@@ -290,7 +290,7 @@ class Steps(Dataset):
             lengths = self.lengths[self.indices]
             self.plan = plan_epoch(lengths, self.global_batch_size, self.data.seed, epoch)
             self.epoch = epoch
-        batch = self.indices[self.plan[position]]         # of all ranks
+        batch = self.indices[self.plan[position]]         # samples' numbers, of all ranks
         share = micro_batches(batch, self.lengths, epoch, self.budget, self.world_size, self.rank)
         return [collate([self.data.sample(*which) for which in group], self.data.view)
                 for group in share]
@@ -313,7 +313,7 @@ def collate(samples, view, side="right"):
         input_ids[row, span] = torch.tensor(sample["input_ids"])
         labels[row, span] = torch.tensor(sample["labels"])
         attention_mask[row, span] = 1
-    rows, columns = (labels[:, 1:] != IGNORE).nonzero().T     # nothing predicts a first token
+    labels[:, 0] = IGNORE                 # nothing predicts a first token
     pictures = [picture for sample in samples for picture in sample["pictures"]]
     X_v, visual_index, first_row = [], [], {}
     for name, picture in pictures:
@@ -326,8 +326,8 @@ def collate(samples, view, side="right"):
         X_v.append(torch.zeros(1, 3, view.size, view.size))
         visual_index.append(torch.zeros(0, dtype=torch.long))
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
-            "answer_index": rows * T + columns + 1, "X_v": torch.cat(X_v),
-            "visual_index": torch.cat(visual_index), "images": len(pictures),
+            "answer_index": (labels != IGNORE).flatten().nonzero()[:, 0],
+            "X_v": torch.cat(X_v), "visual_index": torch.cat(visual_index), "images": len(pictures),
             "where": [sample["where"] for sample in samples]}
 
 
@@ -337,17 +337,17 @@ def collate(samples, view, side="right"):
 
 def show(ids, labels, tokenizer):
     """A sample as text: what is scored in green, or in «» where no terminal shows colours."""
-    styles = {"image": "{}", "scored": "«{}»", "plain": "{}"}
+    styles = {"scored": "«{}»"}
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        styles = {"image": "\033[36m{}\033[0m", "scored": "\033[1;32m{}\033[0m", "plain": "{}"}
+        styles = {"image": "\033[36m{}\033[0m", "scored": "\033[1;32m{}\033[0m"}
     is_image = np.array(ids) == tokenizer.convert_tokens_to_ids(IMAGE)
-    is_plain = np.array(labels) == IGNORE
-    kinds = np.select([is_image, is_plain], ["image", "plain"], "scored").tolist()
+    is_scored = np.array(labels) != IGNORE
+    kinds = np.select([is_image, is_scored], ["image", "scored"], "plain").tolist()
     text = ""
     for kind, run in groupby(zip(kinds, ids, strict=True), key=itemgetter(0)):
         run = [token for _, token in run]
         words = f"[{len(run)} x {IMAGE}]" if kind == "image" else tokenizer.decode(run)
-        text += styles[kind].format(words)
+        text += styles.get(kind, "{}").format(words)
     return text
 
 

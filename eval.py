@@ -104,7 +104,7 @@ class Review(Endpoint):
     rule: str = None                     # the official rule.json, instead of our prompts
 
     @property
-    def model(self):                     # what the client calls it; here that is a checkpoint
+    def model(self):                     # as the client calls it; elsewhere here a checkpoint
         return self.judge_model
 
 
@@ -113,13 +113,13 @@ class Case(NamedTuple):
     question: dict
     reference: dict
     answer: dict
-    category: str                        # one of KINDS, behind WILD in the wild
+    category: str                        # one of KINDS, after WILD in the wild
     context: str                         # what the judge is told of the picture
     rule: dict                           # {"role": "Assistant", "prompt": ...}
 
 
 def context_of(record):
-    """(what the judge is told of a picture, what its bench writes before a kind of question).
+    """(what the judge is told of a picture, the prefix of its bench's categories).
 
     The judge never sees a picture. Of COCO's pictures it reads captions and boxes, of In-the-Wild's
     the manually curated description.
@@ -289,11 +289,11 @@ class ScienceQA:
 
 def ensemble(ours, theirs):
     """Their choices, and ours wherever they have none."""
-    return {pid: pick if theirs.get(pid) is None else theirs[pid] for pid, pick in ours.items()}
+    return {pid: ours[pid] if theirs.get(pid) is None else theirs[pid] for pid in ours}
 
 
 def methods_of(ours, second, verdicts):
-    """{method: [{id: choice}, ...]}, for the last rows of Table 7; one choice has to be right.
+    """{method: [{id: choice}, ...]}, for the last rows of Table 7: right where one of these is.
 
     complement     the second model's choice; ours "whenever GPT-4 fails to provide answers"
     judge          its verdict "whenever GPT-4 and LLaVA produce different answers", else ours
@@ -360,7 +360,7 @@ def scienceqa_data(config):
     if not (config.out or config.questions):
         raise ValueError("--out FILE to train on, or --questions FILE to answer")
     turns = {pid: scienceqa.science_turn(problems[pid], config.format) for pid in problems}
-    front = config.format == "letter"    # OFFICIAL: only LLaVA-1.5 has the picture in front
+    front = config.format == "letter"    # OFFICIAL; our recipes and sample.py put it first anyway
     records, questions = scienceqa.science_records(turns, problems, config.images, front)
     if config.out:
         write_json(config.out, records)

@@ -46,7 +46,7 @@ def from_record(record, counts, skip_bad=False):
     """A JSON line {"id", "image", "captions": [...], "instances": [{"category", "bbox"}, ...]}.
 
     For another domain, whatever else is known goes into "notes", a list of sentences that the
-    teacher reads behind the captions: "text on the sign: CLOSED", "taken at: 14:05".
+    teacher reads after the captions: "text on the sign: CLOSED", "taken at: 14:05".
     """
     image = files.typed(record["image"], str, "image")
     sentences = record.get("captions", []) + record.get("notes", [])
@@ -206,10 +206,10 @@ def read_turns(kind, reply):
     text = content_of(reply)
     turns = parse(kind, text)
     words = "\n".join(part for turn in turns for part in turn if part)
-    for reason, pattern in REJECTED.items():        # of what is no form of ours, the whole reply
+    for reason, pattern in REJECTED.items():        # in the turns; without any, in all of it
         if pattern.search(words or text):
             raise Reject(reason)
-    if not turns:                                   # last, for "refuses" says more
+    if not turns:                                   # last: a refusal has none, either
         raise Reject("no question and answer")
     return turns
 
@@ -219,15 +219,15 @@ def make_record(context, request, reply, questions, seed):
     rng = random.Random(f"{seed} {request.id}")     # its own: no other reply changes this record
     turns = [(question or rng.choice(questions), answer)
              for question, answer in read_turns(request.kind, reply)]
-    return {"id": request.id, "image": context.image, "conversations": conversation(turns, rng)}
+    return {"id": request.id, "image": context.image, "conversations": to_turns(turns, rng)}
 
 
-def conversation(turns, rng):
+def to_turns(pairs, rng):
     """[(question, answer), ...] -> LLaVA's turns, the picture before or after the first question.
 
     As in the released data, one draw of Eq. (2) is written down; train.py draws it anew.
     """
-    texts = [text for turn in turns for text in turn]       # question, answer, question, ...
+    texts = [text for pair in pairs for text in pair]       # question, answer, question, ...
     texts[0] = f"{IMAGE}\n{texts[0]}" if rng.random() < 0.5 else f"{texts[0]}\n{IMAGE}"
     return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
 
@@ -265,7 +265,7 @@ def good_records(plan, replies, config, counts, rejected):
              for _, example in shots for _, answer in parse(kind, example)}
     earlier = set()                                 # {all answers of a record, ...}
     for context, request in plan:
-        reply = replies[request.key]
+        reply = replies[request.key]                # the key: a hash of the request
         usage = reply.get("usage") or {}            # what the server counted, if it does
         counts["tokens in"] += usage.get("prompt_tokens") or 0
         counts["tokens out"] += usage.get("completion_tokens") or 0
@@ -295,7 +295,7 @@ def write_outputs(plan, out, config):
         return
     counts, rejected = Counter(replies=len(answered)), []
     records = good_records(answered, replies, config, counts, rejected)
-    files.write_array(out / "instruct.json", records)       # which also counts and rejects
+    files.write_array(out / "instruct.json", records)       # counts and rejects on the way
     files.write_lines(out / "rejected.jsonl", rejected)
     counts["money"] = config.money(counts["tokens in"], counts["tokens out"])
     files.write_json(out / "metadata.json", {
@@ -342,7 +342,7 @@ def expanded_pairs(config):
         if not caption or "://" in image:           # CC3M's file has addresses
             raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; the name of a "
                              "picture that is downloaded, and words are needed")
-        turns = conversation([(rng.choice(questions), caption)], rng)
+        turns = to_turns([(rng.choice(questions), caption)], rng)
         yield {"id": Path(image).stem, "image": image, "conversations": turns}
 
 

@@ -6,7 +6,7 @@ Sec. 4.1.
                                  >-- f_phi --> X_a          Fig. 1
     X_q -----embedding---> H_q -'
 
-g      CLIP ViT-L/14, frozen.
+g      CLIP ViT-L/14, frozen (parts/towers.py).
 W      one linear layer, the only new module of the paper.
 f_phi  a language model, Vicuna in the paper; any causal one with a plain linear head works.
 
@@ -14,7 +14,7 @@ An image is N placeholder tokens <image> in `input_ids`; their embeddings are re
 That is all; only tiles and shared pictures need more, see `splice`.
 
 Letters in shape comments:
-    B samples   T tokens of a sample   A answer tokens in the batch   V vocabulary
+    B samples   T tokens of a sample, L in the paper   A answer tokens in the batch   V vocabulary
     K squares of pixels, each what g sees at once: a picture, or a tile of it   S their side
     N visual tokens of one square   D_v width of g   D width of f_phi
 
@@ -24,7 +24,7 @@ nothing, COURSE a place to experiment; Diss. is Liu's dissertation around the pa
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import DynamicCache
 
 from parts import checkpoints
@@ -40,7 +40,7 @@ class LLaVA(nn.Module):
         self.g = g
         self.f_phi = f_phi
         self.tokenizer = tokenizer
-        self.feature_layer = feature_layer   # Z_v: before g's last layer, -2, or behind it, -1
+        self.feature_layer = feature_layer   # Z_v: before g's last layer, -2, or after it, -1
         self.projector = projector
         self.meta = meta or {}               # template, view, recipe: config.json keeps it
         D_v = g.config.hidden_size
@@ -51,7 +51,7 @@ class LLaVA(nn.Module):
             self.W = nn.Sequential(nn.Linear(D_v, D), nn.GELU(), nn.Linear(D, D))
         self.newline = None                  # of tiles alone, see `add_newline`
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.set_stage(2)                    # until told otherwise
+        self.set_stage(2)                    # until told otherwise; this sets train_g
 
     def add_newline(self):
         """LLaVA-NeXT and 1.5-HD see a picture in tiles, and end each row with a learned vector."""
@@ -89,34 +89,18 @@ class LLaVA(nn.Module):
         In the paper's LLaVA the k-th gets the k-th: 0, 1, 2, ... Tiles leave out padding and end
         their rows by -1, the newline; a picture that several samples show is encoded once, and its
         rows are named several times. A batch of text alone brings one blank square that nothing
-        names: W then has a gradient, which is 0, and no rank waits for one in vain.
+        names: W then has a gradient, of 0, on every rank, as DistributedDataParallel expects.
         """
-        H_q = self.f_phi.get_input_embeddings()(input_ids)                # (B, T, D)
+        H_q = self.f_phi.get_input_embeddings()(input_ids)                # (B, T, D)  of all words
         H_v = self.encode_images(X_v).flatten(0, 1)                       # (K N, D)
         if self.newline is not None:
             H_v = torch.cat([H_v, self.newline[None].to(H_v.dtype)])      # last, where -1 finds it
         H_v = H_v[visual_index].to(H_q.dtype)                             # (placeholders, D)
         is_image = (input_ids == self.image_id).flatten()                 # (B T,)
         torch._assert_async(is_image.sum() == len(H_v), "one placeholder for each visual token")
-        # as many as are known: to count them, the host would have to wait for a GPU
+        # `nonzero` would wait for a GPU to count them; how many there are is known here
         places = is_image.nonzero_static(size=len(H_v))[:, 0]             # (placeholders,)
         return H_q.flatten(0, 1).index_copy(0, places, H_v).view_as(H_q)  # (B, T, D)
-
-    def forward(self, input_ids, answer_index, X_v, visual_index):
-        """-log p(X_a | X_v, X_instruct), Eq. (3): the sum over the A answer tokens, and A.
-
-        The caller divides by the answer tokens of the whole global batch, so that the loss depends
-        neither on accumulation nor on the number of ranks. OFFICIAL: the mean of the micro-batches'
-        means; there a token weighs more in a micro-batch with few of them.
-        """
-        h, targets = self.answer_states(input_ids, answer_index, X_v, visual_index)
-        chunk = max(1, LOGITS_AT_ONCE // self.f_phi.config.vocab_size)
-        total = 0.0
-        for some_h, some_targets in zip(h.split(chunk), targets.split(chunk), strict=True):
-            # logits are the largest tensor of all: a chunk at a time, again in the backward pass
-            nll = checkpoint(self.answer_nll, some_h, some_targets, use_reentrant=False)
-            total = total + nll.sum()
-        return total, len(targets)
 
     def answer_states(self, input_ids, answer_index, X_v, visual_index):
         """The hidden states that predict answer tokens, (A, D), and these tokens, (A,).
@@ -134,13 +118,29 @@ class LLaVA(nn.Module):
         logits = self.f_phi.get_output_embeddings()(h)                    # (A, V)
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
+    def forward(self, input_ids, answer_index, X_v, visual_index):
+        """-log p(X_a | X_v, X_instruct), Eq. (3): the sum over the A answer tokens, and A.
+
+        The caller divides by the answer tokens of the whole global batch, so that the loss depends
+        neither on accumulation nor on the number of ranks. OFFICIAL: the mean of the micro-batches'
+        means; there a token weighs more in a micro-batch with few of them.
+        """
+        h, targets = self.answer_states(input_ids, answer_index, X_v, visual_index)
+        chunk = max(1, LOGITS_AT_ONCE // self.f_phi.config.vocab_size)
+        total = 0.0
+        for some_h, some_targets in zip(h.split(chunk), targets.split(chunk), strict=True):
+            # logits are the largest tensor of all: a chunk at a time, again in the backward pass
+            nll = recompute(self.answer_nll, some_h, some_targets, use_reentrant=False)
+            total = total + nll.sum()
+        return total, len(targets)
+
     # -----------------------------------------------------------------------------
     # What trains
 
     def set_stage(self, stage, train_g=False):
         """theta = {W} in stage 1, {W, phi} in stage 2 (Sec. 4.2). Returns {name: parameter}.
 
-        g is frozen in both. train_g: LLaVA-NeXT trains it in stage 2, but for what is behind Z_v.
+        g is frozen in both. train_g: LLaVA-NeXT trains it in stage 2, except the layers after Z_v.
         """
         if stage not in (1, 2):
             raise ValueError(f"stage {stage}: there are stage 1 (theta = W) and 2 (theta = W, phi)")
@@ -149,7 +149,7 @@ class LLaVA(nn.Module):
         for unused in [*self.g.encoder.layers[self.n_used_layers:], self.g.post_layernorm]:
             unused.requires_grad_(False)
         self.W.requires_grad_(True)
-        self.f_phi.requires_grad_(stage == 2)             # COURSE: True, and why it is frozen
+        self.f_phi.requires_grad_(stage == 2)             # COURSE: put True: why freeze it?
         if self.newline is not None:
             self.newline.requires_grad_(stage == 2)       # OFFICIAL: with the language model
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -186,10 +186,18 @@ class LLaVA(nn.Module):
         """The next token of each row, (B,), by its logits (B, V); never <image>. ValueError for
         NaN or infinite logits, from which any token could be drawn."""
         logits = logits.float()
-        if not -torch.inf < logits.sum().item() < torch.inf:      # ten times as fast as isfinite
+        if not -torch.inf < logits.sum().item() < torch.inf:      # NaN, too; faster than isfinite
             checkpoints.check_finite({"logits": logits}, "no word can be drawn (fp16? try bf16)")
         logits[:, self.image_id] = -torch.inf
         return sample_id(logits, **sampling)
+
+    @property
+    def eos_ids(self):
+        """The ids that end an answer: the tokenizer's, and the language model's own list."""
+        ids = self.f_phi.generation_config.eos_token_id
+        if not isinstance(ids, list):
+            ids = [ids]
+        return {self.tokenizer.eos_token_id, *ids} - {None}
 
     def has_ended(self, ids, stop):
         text = self.tokenizer.decode(ids)
@@ -212,20 +220,12 @@ class LLaVA(nn.Module):
         row = answer_index // input_ids.shape[1]                          # (A,)  a token's sample
         return log_p.new_zeros(len(input_ids)).index_add_(0, row, log_p)  # (B,)
 
-    @property
-    def eos_ids(self):
-        """The ids that end an answer: the tokenizer's, and the language model's own list."""
-        ids = self.f_phi.generation_config.eos_token_id
-        if not isinstance(ids, list):
-            ids = [ids]
-        return {self.tokenizer.eos_token_id, *ids} - {None}
-
     # -----------------------------------------------------------------------------
     # From pretrained parts, and to and from a checkpoint folder (parts/checkpoints.py)
 
     @classmethod
     def from_parts(cls, vision, llm, dtype=torch.float32, **options):
-        """A new LLaVA: a pretrained CLIP, a pretrained language model, a random W."""
+        """A new LLaVA, with a random W. dtype None: g and f_phi stay as their files have them."""
         g, shown = checkpoints.load_tower(vision, dtype)
         f_phi = checkpoints.load_language_model(llm, dtype)
         tokenizer = checkpoints.load_tokenizer(llm)       # with <image>

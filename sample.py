@@ -51,7 +51,7 @@ class Talker:
         self.config = config
         device = choose_device(config.device)
         int8 = config.dtype == "int8"
-        dtype, _ = choose_dtype("auto" if int8 else config.dtype, device)     # and the reason
+        dtype, _ = choose_dtype("auto" if int8 else config.dtype, device)     # and why
         self.model = LLaVA.from_pretrained(config.model, dtype).to(device)
         self.engine = Engine(self.model, compile, int8)
         self.view = view_from(self.model.meta, self.model.g.config)      # a picture's squares
@@ -81,7 +81,7 @@ class Talker:
         return self.engine.generate(batch, **self.sampling)
 
     def stream(self, turns, pictures, ids=None, **more):
-        """X_a piece by piece; what an earlier answer saw, pictures above all, is kept (its KV)."""
+        """X_a piece by piece, its tokens in `ids`; what an earlier answer saw is kept (its KV)."""
         prefix, rest = self.engine.recall(self.prompt(turns, pictures), self.view)
         return self.engine.pieces(collate([rest], self.view), prefix, ids, **self.sampling | more)
 

@@ -39,7 +39,7 @@ PAPER = dict(                                            # rates, epochs and bat
                 epochs=1, lr=2e-3, global_batch_size=128),
     # OFFICIAL: the later "full schedule" script trains with batch 128; the paper says 32
     stage2=dict(data=["data/LLaVA-Instruct-150K/llava_instruct_150k.json"], epochs=3, lr=2e-5,
-                images="data/coco/train2017", global_batch_size=32))       # the paper's 158K
+                images="data/coco/train2017", global_batch_size=32))       # the 158K, by its name
 SCIENCEQA = dict(PAPER, image_position="first", stage2=dict(         # OURS: as sample.py asks
     PAPER["stage2"], data=["out/scienceqa/train.json"], epochs=12,
     images="data/scienceqa/images/train"))
@@ -100,10 +100,10 @@ class Config:
     init: str = None                    # a checkpoint; "none" skips stage 1 (COURSE: Table 8)
     out: str = None                     # output folder; out/stage1 or out/stage2
     resume: bool = False                # go on where a run with the same flags was stopped
-    template: str = "auto"              # auto: the checkpoint's, or the language model's own
+    template: str = "auto"              # auto: the checkpoint's unless plain, or else f_phi's own
     feature_layer: int = -2             # COURSE: Table 8, -2 "before the last layer" against -1
     projector: str = "linear"           # W: linear, or mlp2x_gelu (LLaVA-1.5)
-    aspect: str = "auto"                # how a picture is seen, see parts/views.py; auto: as by g
+    aspect: str = "auto"                # how pictures are seen, parts/views.py; auto: g's own way
     max_length: int = 2048              # tokens, with visual ones; longer samples lose last turns
     skip_bad: bool = False              # leave bad samples out and count them, rather than stop
     epochs: int = 1
@@ -142,12 +142,13 @@ def resolve(argv):
     typed = typed_flags(Config, argv, "Train LLaVA.")
     stage = typed.get("stage", Config.stage)
     recipe = dict(RECIPES[typed.get("recipe", Config.recipe)], out=f"out/stage{stage}")
-    recipe |= {1: recipe.pop("stage1"), 2: recipe.pop("stage2")}[stage]
-    has_init = typed.get("init", "none") != "none"
+    stages = recipe.pop("stage1"), recipe.pop("stage2")
+    recipe |= stages[stage - 1]
+    has_init = typed.get("init", "none") != "none"       # "none" is typed, to skip stage 1
     if has_init:                         # the checkpoint brings its own parts
         recipe = {flag: recipe[flag] for flag in recipe if flag not in ("vision", "llm")}
     if (has_init or "llm" in typed) and recipe["template"] != "plain":
-        recipe["template"] = "auto"      # a recipe's is for its language model; plain has no words
+        recipe["template"] = "auto"      # a recipe's fits its own language model; plain fits any
     if typed.get("lora_rank"):
         recipe.pop("lr_g", None)         # beside adapters, g is frozen
     config = Config(**{**recipe, **typed})
@@ -182,7 +183,7 @@ def build_model(config, machine):
                 raise ValueError(f"--init {config.init} has {flag} {found}: take --{flag} {found}")
     had_newline = model.newline is not None
     view = set_view(model, config.aspect)        # tiles add model.newline, which may train
-    model.set_stage(config.stage, train_g=bool(config.lr_g))
+    model.set_stage(config.stage, train_g=bool(config.lr_g))     # sets theta; `place` returns it
     if config.lora_rank:
         lora.adapt(model, config.lora_rank, had_newline)
     theta = machine.place(model, config.checkpoint_activations, config.compile, config.kernels)
@@ -236,16 +237,15 @@ def update(model, batches, machine, optimizer, n_answer):
             loss, _ = model(**machine.to_device(batch))
             optimizer.backward(loss * machine.world_size / n_answer)
         total = total + loss.detach()    # still on the device, for which the host need not wait
-    loss, norm = optimizer.step(total / n_answer)        # OFFICIAL: no clipping of the norm
+    loss, norm = optimizer.step(total / n_answer)    # hands the loss through; OFFICIAL: no clipping
     return machine.sum(loss), norm
 
 
 @torch.no_grad()
 def held_out_loss(machine, model, data, held_out, lengths, budget):
     """The loss per answer token of samples that no step trains on; of all ranks."""
-    ranks = machine.world_size, machine.rank
     total = n = 0
-    for group in micro_batches(held_out, lengths, 0, budget, *ranks):
+    for group in micro_batches(held_out, lengths, 0, budget, machine.world_size, machine.rank):
         batch = collate([data.sample(*which) for which in group], data.view)
         with machine.forward(model):
             loss, count = model(**machine.to_device(batch))
@@ -276,20 +276,20 @@ def train(config, origin, machine, run):
     """One run, from the banner to the checkpoint. Returns the exit code."""
     model, theta, template, view = build_model(config, machine)
     data, lengths, train_on, held_out, report = build_data(config, machine, model, template, view)
-    most = share_of(config.global_batch_size, machine.world_size) * int(lengths[train_on].max())
-    steps = Steps(data, train_on, lengths, config.global_batch_size, config.micro_batch_tokens,
-                  machine.world_size, machine.rank)
-    total = steps.per_epoch * config.epochs
+    share = share_of(config.global_batch_size, machine.world_size)       # samples of a rank
+    plan = Steps(data, train_on, lengths, config.global_batch_size, config.micro_batch_tokens,
+                 machine.world_size, machine.rank)
+    total = plan.per_epoch * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
 
-    def render_first(batch):
+    def render_first(batch):             # errors show it, too
         text = show(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), data.tokenizer)
         return f"template {template.name}; one sample, what is scored in green or «»:\n{text}"
 
     # the banner: what a reader should see before step 0
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
     machine.print0(f"batch: {config.global_batch_size} over {machine.world_size} ranks; "
-                   f"{steps.per_epoch} steps an epoch, {total} in all\n")
+                   f"{plan.per_epoch} steps an epoch, {total} in all\n")
     machine.print0(render_first(collate([data.sample(int(train_on[0]))], view)))
 
     peaks = {"W": config.lr_W or config.lr, "g": config.lr_g,
@@ -298,6 +298,7 @@ def train(config, origin, machine, run):
     if config.dry_run:
         order = train_on[np.argsort(-lengths[train_on])]
         take_step = functools.partial(longest_step, model, data, order, machine, optimizer)
+        most = share * int(lengths[order[0]])        # tokens, with all of it at once
         machine.print0(*dry_run(take_step, config.micro_batch_tokens, most, machine))
         return 0
 
@@ -310,7 +311,7 @@ def train(config, origin, machine, run):
         validate(run, first, model, data, held_out, lengths)
     parallel = machine.wrap(model)       # gradients are averaged over the ranks
 
-    for step, batches in run.steps(steps, first, total, render_first):
+    for step, batches in run.steps(plan, first, total, render_first):
         n_answer = machine.sum(count_answer_tokens(batches))
         optimizer.set_lr(lr_at(step, total))
         loss, norm = update(parallel, batches, machine, optimizer, n_answer)
@@ -333,8 +334,8 @@ def count_answer_tokens(batches):
 
 
 def longest_step(model, data, order, machine, optimizer, tokens):
-    """One step for --dry_run: twice the longest samples, so many tokens at once, for there are
-    gradients in the second pass. Returns the tokens; order (samples,) has the longest first."""
+    """One step of --dry_run: two micro-batches of the longest samples, about `tokens` each; only
+    the second meets gradients in memory. Returns its tokens; order (samples,): longest first."""
     n = max(1, tokens // len(data.sample(int(order[0]))["input_ids"]))
     batch = collate([data.sample(int(i)) for i in order[:n]], data.view)
     update(model, [batch, batch], machine, optimizer, count_answer_tokens([batch, batch]))
@@ -348,7 +349,7 @@ def save_model(machine, model, folder):
 
 
 def main(argv=None):
-    config, origin = checkpoints.inherit(*resolve(argv))
+    config, origin = checkpoints.inherit(*resolve(argv))     # of a stage-2 --init: layer, view, W
     machine = Machine(config.device, config.dtype, config.shard)
     with Run(config, machine, writes=not config.dry_run) as run:
         return train(config, origin, machine, run)
