@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import soak_generate
-from conftest import lines, run_script, start_script
+from conftest import lines, run_script, start_script, wait_until
 
 import generate_data
 from parts import client
@@ -32,13 +32,6 @@ def instruct_command(tmp_path, url, n, *flags):
     write_lines(tmp_path / "c.jsonl", rows)
     return ["generate_data.py", "instruct", "--captions", tmp_path / "c.jsonl", "--out",
             tmp_path / "out", "--base_url", url, "--mix", "conversation=1", *flags]
-
-
-def wait_until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "nothing happened for 30 seconds"
-        time.sleep(0.01)
 
 
 # --------------------------------------------------------------------------------------------------

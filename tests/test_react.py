@@ -1,18 +1,13 @@
 """REACT (Diss. Ch. 2): gated blocks, the loss and training, on a tiny CLIP."""
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import test_retrieve
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, byte_tokenizer, lines, run_script, save_parts, start_script
+from conftest import byte_tokenizer, killed_when, lines, run_script, save_parts, torchrun
 from test_retrieve import run_index, run_retrieve
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
@@ -267,23 +262,19 @@ def test_the_logit_scale_stays_below_100_and_is_shown(retrieved, clip, tmp_path,
 def test_a_killed_customisation_goes_on_bit_for_bit(retrieved, clip, tmp_path):
     """SIGKILL after a saved step, then --resume: the log and the weights of an undisturbed run."""
     argv = training(retrieved, clip, "out", "--save_every", 1, "--max_steps", 30, "--lr", 0.01)
-    (tmp_path / "left_alone").mkdir()
-    (tmp_path / "killed").mkdir()
-    assert run_script(tmp_path / "left_alone", "extras.react", *argv)[0] == 0
-    process = start_script(tmp_path / "killed", "extras.react", *argv)
-    while not list((tmp_path / "killed").glob("out/train_state/step_*[3-9]")):
-        assert process.is_alive(), (tmp_path / "killed" / "output").read_text()
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    code, shown = run_script(tmp_path / "killed", "extras.react", *argv, "--resume")
+    folders = [tmp_path / "left_alone", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    assert run_script(folders[0], "extras.react", *argv)[0] == 0
+    assert killed_when(lambda: list(folders[1].glob("out/train_state/step_*[3-9]")), folders[1],
+                       argv, script="extras.react"), "it ended before the kill"
+    code, shown = run_script(folders[1], "extras.react", *argv, "--resume")
     assert code == 0 and "resuming at step" in shown, shown
-    logs = [{record["step"]: record["loss"] for record in lines(tmp_path / run / "out/log.jsonl")}
-            for run in ("left_alone", "killed")]
+    logs = [{record["step"]: record["loss"] for record in lines(folder / "out/log.jsonl")}
+            for folder in folders]
     assert logs[0] == logs[1] and len(logs[0]) == 30
-    weights = [(tmp_path / run / "out/model.safetensors").read_bytes()
-               for run in ("left_alone", "killed")]
-    assert weights[0] == weights[1]
+    one, two = ((folder / "out/model.safetensors").read_bytes() for folder in folders)
+    assert one == two
 
 
 @pytest.mark.slow
@@ -291,11 +282,7 @@ def test_two_ranks_customise_as_one(retrieved, clip, tmp_path):
     """The global batch's features are gathered with gradients."""
     more = ["--lr", "0.01", "--train", "full"]
     react.main(training(retrieved, clip, tmp_path / "one", *more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "extras.react", *training(retrieved, clip, tmp_path / "two", *more)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(2, training(retrieved, clip, tmp_path / "two", *more), "-m", script="extras.react")
     logs = [[(record["loss"], record["grad_norm"], record["tau"]) for record in lines(path)]
             for path in (tmp_path / "one/log.jsonl", tmp_path / "two/log.jsonl")]
     for alone, together in zip(*logs, strict=True):

@@ -19,7 +19,15 @@ import numpy as np
 import openai
 import pytest
 import requests
-from conftest import ROOT, byte_tokenizer, scripted_llm, start_script, tiny_clip, tiny_llava
+from conftest import (
+    ROOT,
+    byte_tokenizer,
+    scripted_llm,
+    start_script,
+    tiny_clip,
+    tiny_llava,
+    wait_until,
+)
 from PIL import Image
 from test_sample import save_checkpoint
 
@@ -108,13 +116,6 @@ def post(url, body, path="/v1/chat/completions", **more):
 
 def still_answers(url):
     assert post(url, {"messages": [user("Well?")], "max_tokens": 3}).ok
-
-
-def wait_until(true, seconds=20):
-    deadline = time.time() + seconds
-    while not true():
-        assert time.time() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 # -----------------------------------------------------------------------------
