@@ -10,8 +10,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,8 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ROOT,
     byte_tokenizer,
+    chat,
+    killed_when,
     lines,
     run_script,
     save_parts,
@@ -28,6 +27,7 @@ from conftest import (
     start_script,
     tiny_clip,
     tiny_llm,
+    torchrun,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -268,25 +268,6 @@ def test_a_step_is_transformers_loss_and_gradient(flags, tmp_path):
     assert len(steps[0]) > 1 == len(steps[4]), "accumulation or the short batch is gone"
 
 
-def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None,
-             script=f"{ROOT}/train.py"):
-    """What `torchrun` over so many processes shows; it must end, with that exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={ranks}", *options, str(script), *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    process = subprocess.Popen(command, env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-    try:
-        meanwhile(process)
-        shown, _ = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)       # torchrun takes its processes with it
-        pytest.fail(f"torchrun does not end:\n{process.communicate()[0][-5000:]}")
-    assert process.returncode == code, shown[-9000:]
-    return shown
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_train_as_one(stage, flags, straight, tmp_path):
@@ -455,18 +436,6 @@ def test_stage_2_starts_from_the_W_of_stage_1(flags, tmp_path):
 
 # -----------------------------------------------------------------------------
 # Kills
-
-
-def killed_when(condition, folder, argv, delay=0.0):
-    """SIGKILL a run `delay` seconds after `condition` is true; False if it ended before."""
-    process = start_script(folder, "train.py", *argv)
-    while process.is_alive() and not condition():
-        time.sleep(0.0005)
-    time.sleep(delay)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), (folder / "output").read_text()
-    return process.exitcode != 0
 
 
 def log_size(out):
@@ -677,7 +646,7 @@ def test_frozen_weights_that_changed_under_the_same_path_are_noticed(part, flags
 @pytest.fixture
 def one_answer(tmp_path):
     """Samples which are all answered "ok"."""
-    turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "ok"}]
+    turns = chat("<image>\nIs it?", "ok")
     write_json(tmp_path / "ok.json", [{"id": f"ok_{i}", "image": "0_0.tiff", "conversations": turns}
                                       for i in range(8)])
     return tmp_path / "ok.json"
@@ -716,12 +685,9 @@ def test_a_step_that_teaches_nothing_stops(stage, what, reason, one_answer, flag
 def test_bad_data_is_listed_before_step_0_and_counted_when_left_out(flags, chats, tmp_path, capsys):
     """Each bad sample with file, index and id; --skip_bad leaves them out, and says so."""
     records = json.loads((chats / "chat.json").read_text())
-    answer = {"from": "gpt", "value": "Yes."}
-    bad = [{"id": "tags", "image": "0_0.tiff", "conversations": [
-               {"from": "human", "value": "<image><image>"}, answer]},
-           {"id": "gone", "image": "gone.png", "conversations": [
-               {"from": "human", "value": "<image>"}, answer]},
-           {"id": "long", "conversations": [{"from": "human", "value": "Well?" * 500}, answer]}]
+    bad = [{"id": "tags", "image": "0_0.tiff", "conversations": chat("<image><image>", "Yes.")},
+           {"id": "gone", "image": "gone.png", "conversations": chat("<image>", "Yes.")},
+           {"id": "long", "conversations": chat("Well?" * 500, "Yes.")}]
     path = tmp_path / "mixed.json"
     path.write_text(json.dumps(records[:8] + bad))
     argv = flags(tmp_path / "out", *STAGE[1], "--data", path, "--max_steps", 1)
@@ -738,8 +704,7 @@ def test_bad_data_is_listed_before_step_0_and_counted_when_left_out(flags, chats
 
 def test_samples_beyond_the_language_models_context_are_refused(flags, tmp_path):
     """max_position_embeddings is 512 here: longer samples would train on garbage."""
-    turns = [{"from": "human", "value": "Why? " * 100}, {"from": "gpt", "value": "So."}]
-    write_json(tmp_path / "long.json", [{"id": "long", "conversations": turns}] * 4)
+    write_json(tmp_path / "long.json", 4 * [{"conversations": chat("Why? " * 100, "So.")}])
     with pytest.raises(ValueError, match="512"):
         train.main(flags(tmp_path / "out", *STAGE[2], "--data", tmp_path / "long.json"))
 
