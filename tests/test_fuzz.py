@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import test_retrieve
+from conftest import chat
 
 clip = test_retrieve.clip
 OTHERS = [None, True, False, 0, -1, 2.5, 10 ** 30, math.nan, math.inf, "", "x", "a\0b", "\ud83d",
@@ -35,8 +36,7 @@ ASKED = rows(question_id="ID", image="#.jpg", text="What is #?", label="yes")
 SPLITS = {split: row | {"category": split} for split, row in
           zip(("random", "popular", "adversarial"), ASKED, strict=True)}
 FILES = {
-    "chat.json": rows(id="ID", image="a.png", conversations=[
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is #."}]),
+    "chat.json": rows(id="ID", image="a.png", conversations=chat("<image>\nWhat?", "It is #.")),
     "contexts.jsonl": rows(id="ID", image="#.jpg", captions=["a bus #", "a dog"],
                            instances=[{"category": "bus", "bbox": [0.1, 0.2, 0.5, 1]}]),
     "captions.json": {"images": PICTURES, "annotations": rows(image_id="ID", caption="bus #")},
@@ -77,8 +77,8 @@ FILES = {
     "vg.json": rows(id="ID", regions=[{"phrase": "#", "x": 1, "y": 2, "width": 9, "height": 9}]),
     "vg_data.json": rows(image_id="ID", url="http://x/VG_100K/#.jpg", width=99, height=50),
     "pages.json": rows(file_name="#.jpg", ground_truth='{"gt_parse": {"text_sequence": "a #"}}'),
-    "mixture.json": rows(id="ID", image="gqa/images/#.jpg", conversations=[
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is #."}])}
+    "mixture.json": rows(id="ID", image="gqa/images/#.jpg",
+                         conversations=chat("<image>\nWhat?", "It is #."))}
 INSTRUCT = "generate_data instruct --out out --mix conversation=1 --base_url URL --captions"
 INDEX = "retrieve index --clip CLIP --images . --out out --workers 0 --device cpu --corpus"
 ANSWERS = "--json out --answers answers.jsonl --labels"
