@@ -10,16 +10,16 @@ it can say none, whatever W does: stage 1 has nothing to point at. So both parts
 the data that the two stages train on. Everything here is OURS.
 
     clip    learns which words the caption of a picture has, from the patches that show them
-    llm     learns to answer about captions: pieces of one stand where LLaVA has visual tokens
+    llm     learns to answer about captions: their clauses stand where LLaVA has visual tokens
 
 The language model sees no picture, as Vicuna saw none. Between these two commands lie both stages
 of train.py, see docs/training.md.
 """
-import math
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import torch
@@ -44,15 +44,7 @@ from parts.records import Records, image_names
 from parts.templates import TEMPLATES
 from parts.views import View, preprocess
 from sample import Config, Talker, human_turn
-from toy.pretrain import (
-    batch_chats,
-    build_llm,
-    chat_loss,
-    descend,
-    save_processor,
-    shrink,
-    train_tokenizer,
-)
+from toy import pretrain
 
 TEMPLATE = TEMPLATES["vicuna_v1"]        # what train.py takes for a Llama that names no other
 VIEW = View("crop", size=64, patch=16)   # of the tower: N = 16 visual tokens
@@ -72,7 +64,7 @@ class Parts:
     out: str                             # the parts go to OUT/clip and OUT/llm
     seed: int = 0
     clip_steps: int = 1500
-    llm_steps: int = 600
+    llm_steps: int = 2400
 
 
 def read_checked(file, images):
@@ -93,15 +85,20 @@ def read_checked(file, images):
 
 def captions_by_picture(captions, questions):
     """{picture: caption}. Raises ValueError for a question about a picture without caption."""
-    by_picture = {}
-    for record in captions.records:
-        by_picture[record["image"][0]] = record["conversations"][1]["value"]
+    by_picture = {record["image"][0]: record["conversations"][1]["value"]
+                  for record in captions.records}
     for i, record in enumerate(questions.records):
         [picture] = record["image"]
         if picture not in by_picture:
             raise ValueError(f"{questions.records.where(i)}: its picture {picture} has no caption "
                              f"in {captions.records.files[0]}; write one, or take the sample out")
     return by_picture
+
+
+def clauses_of(caption):
+    """What commas, full stops, "and" and "then" part. Each is taken to speak of one thing."""
+    clauses = re.split(r"[,.;:]|\b(?:and|then)\b", caption)
+    return [clause.strip() for clause in clauses if clause.strip()] or [caption]
 
 
 def pairs_of(record):
@@ -115,14 +112,16 @@ def pairs_of(record):
 
 
 def caption_targets(captions):
-    """(captions, targets) of 0 and 1: which words, and which neighbouring two, a caption has.
+    """(captions, targets) of 0 and 1: which words, and which two words of a clause, a caption has.
 
-    Two neighbours, as "teal pillar", ask that one patch knows both.
+    Two, as "teal" and "left", ask that one patch knows both.
     """
     found = []
     for record in captions.records:
-        words = re.findall(r"\w+", record["conversations"][1]["value"].lower())
-        found.append({*words, *zip(words, words[1:], strict=False)})
+        found.append(set())
+        for clause in clauses_of(record["conversations"][1]["value"].lower()):
+            words = sorted(set(re.findall(r"\w+", clause)))
+            found[-1].update(combinations_with_replacement(words, 2))
     counts = Counter(target for targets in found for target in targets)
     names = [name for name, n in counts.items() if OFTEN <= n <= len(found) - OFTEN]
     if len(names) < 2:
@@ -131,7 +130,7 @@ def caption_targets(captions):
             f"{len(names)} are in {OFTEN} captions or more and missing from {OFTEN} or more; a "
             "tower learns from such words: bring more pictures, or captions that tell them apart")
     rows = [[float(name in targets) for name in names] for targets in found]
-    return torch.tensor(rows)
+    return torch.tensor(rows).unique(dim=1)
 
 
 def build_tower():
@@ -150,8 +149,7 @@ def pretrain_tower(data, targets, rng, steps, batch_size=32):
     A word is in the caption if any patch says so: the words lie in Z_v, where W finds them. A
     caption says more in this way than by CLIP's loss, as one of those that a picture may have.
     """
-    n_targets = targets.shape[1]
-    model = nn.ModuleDict({"g": build_tower(), "words": nn.Linear(D_V, n_targets)})
+    model = nn.ModuleDict({"g": build_tower(), "words": nn.Linear(D_V, targets.shape[1])})
     pictures = [preprocess(data.pictures(i)[0][1], VIEW.size) for i in range(len(data))]
 
     def losses():
@@ -160,11 +158,11 @@ def pretrain_tower(data, targets, rng, steps, batch_size=32):
             X_v = torch.stack([pictures[i] for i in batch])
             Z_v = features(model["g"], X_v)                                   # (B, N, D_v)
             logits = model["words"](Z_v).logsumexp(1)                         # (B, targets)
-            yield n_targets * binary_cross_entropy_with_logits(logits, targets[batch])
-    descend(model, losses(), steps, peak=1e-3)
+            yield targets.shape[1] * binary_cross_entropy_with_logits(logits, targets[batch])
+    pretrain.descend(model, losses(), steps, peak=1e-3)
     with torch.no_grad():
         loud = features(model["g"], torch.stack(pictures[:100])).std().item()
-    shrink(model["g"], 0.3 / loud)       # about as loud as word embeddings
+    pretrain.shrink(model["g"], 0.3 / loud)       # about as loud as word embeddings
     return model["g"]
 
 
@@ -178,31 +176,31 @@ def features(g, X_v):
 
 
 def caption_notes(caption, tokenizer, rng):
-    """N notes, as lists of word ids: pieces of a caption, in order, and blanks between them.
+    """N notes, as lists of word ids: the clauses of a caption, in order, and blanks between them.
 
-    They stand where LLaVA has visual tokens. As a thing covers several patches, so a piece may
-    stand in several notes.
+    They stand where LLaVA has visual tokens. A clause has several, as a thing covers patches.
     """
-    words = tokenizer.encode(caption, add_special_tokens=False)
-    shortest = max(2, math.ceil(len(words) / VIEW.N))
-    pieces = []
-    while words:
-        size = rng.randint(shortest, shortest + 4)
-        pieces.append(words[:size])
-        words = words[size:]
-    which = list(range(len(pieces)))
-    which = sorted(which + rng.choices(which, k=rng.randint(0, VIEW.N - len(which))))
-    notes = [tokenizer.encode(" .", add_special_tokens=False)] * VIEW.N
-    places = sorted(rng.sample(range(VIEW.N), len(which)))
-    for place, piece in zip(places, which, strict=True):
-        notes[place] = pieces[piece]
-    return notes
+    clauses = clauses_of(caption)[:VIEW.N]
+    which = list(range(len(clauses)))
+    which += rng.choices(which, k=rng.randint(0, VIEW.N - len(which)))
+    places = rng.sample(range(VIEW.N), len(which))
+    notes = [" ."] * VIEW.N
+    for place, k in zip(sorted(places), sorted(which), strict=True):
+        notes[place] = f" {clauses[k]}"
+    return [tokenizer.encode(note, add_special_tokens=False) for note in notes]
+
+
+def clause_by_word(clause, rng):
+    """(a word, its clause), read forwards or backwards, so that each word leads to the others."""
+    words = clause.split()[::rng.choice((1, -1))]
+    return rng.choice(words), " ".join(words)
 
 
 def draw_caption_chats(records, captions, tokenizer, rng, done, n=200):
-    """`n` chats about captions, [(ids, labels, notes), ...]; every fourth asks for the caption.
+    """`n` chats about captions, [(ids, labels, notes), ...]; every fifth asks for the caption.
 
-    The system message, the same everywhere, is mostly left out until 70% are done.
+    Until half is done, two in five are look-ups: an answer begins with finding its note. The system
+    message, the same everywhere, is mostly left out until 70% are done.
     """
     samples = []
     for _ in range(n):
@@ -210,8 +208,12 @@ def draw_caption_chats(records, captions, tokenizer, rng, done, n=200):
         caption = captions[record["image"][0]]
         pairs = pairs_of(record)
         rng.shuffle(pairs)
-        if rng.random() < 0.25:
+        draw = rng.random()
+        if draw < 0.2:
             pairs = [(rng.choice(brief_instructions()), caption)]
+        elif draw < 0.6 and done < 0.5:
+            clauses = rng.choices(clauses_of(caption), k=6)
+            pairs = [clause_by_word(clause, rng) for clause in clauses]
         turns = []
         for question, answer in pairs:
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -228,16 +230,16 @@ def pretrain_reader(records, captions, tokenizer, rng, steps):
     """A language model that has read captions and answers, and seen no picture. Eq. (3)."""
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    model = build_llm(image_id, layers=4)
+    model = pretrain.build_llm(image_id, layers=3)
 
     def losses():
         batches = []
         for step in range(steps):
             if not batches:
                 chats = draw_caption_chats(records, captions, tokenizer, rng, step / steps)
-                batches = batch_chats(chats, rng)
-            yield chat_loss(model, image_id, *batches.pop())
-    return descend(model, losses(), steps, peak=1.5e-3)
+                batches = pretrain.batch_chats(chats, rng, tokens=600)
+            yield pretrain.chat_loss(model, image_id, *batches.pop())
+    return pretrain.descend(model, losses(), steps, peak=3e-3)
 
 
 def make_parts(config):
@@ -256,7 +258,7 @@ def make_parts(config):
         for record in data.records:
             texts += [f"{TEMPLATE.later}{question}{TEMPLATE.reply} {answer}"
                       for question, answer in pairs_of(record)]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = pretrain.train_tokenizer(texts)
     tokenizer.save_pretrained(out / "llm")
     print(f"{len(captions)} pictures, {targets.shape[1]} words and pairs to see, "
           f"{len(tokenizer)} tokens")
@@ -264,7 +266,7 @@ def make_parts(config):
     print("clip")
     g = pretrain_tower(captions, targets, rng, config.clip_steps)
     g.save_pretrained(out / "clip")
-    save_processor(VIEW.size, out / "clip")
+    pretrain.save_processor(VIEW.size, out / "clip")
     print("llm")
     llm = pretrain_reader(questions.records, by_picture, tokenizer, rng, config.llm_steps)
     llm.save_pretrained(out / "llm")
@@ -299,14 +301,12 @@ def ask_held_out(config):
         "blind": ask_all(talker, questions),
         "frequent": [frequent.get(question["text"], "") for question in questions],
     }
-    rows = []
-    for question, *texts in zip(questions, *ways.values(), strict=True):
-        rows.append(question | dict(zip(ways, texts, strict=True)))
+    rows = [question | dict(zip(ways, texts, strict=True))
+            for question, *texts in zip(questions, *ways.values(), strict=True)]
     write_lines(config.answers, rows)
-    kinds = sorted({row["category"] for row in rows})
     for way in ways:
         print(f"{way:10s}all {percent_true(rows, way):5.1f}", end="")
-        for kind in kinds:
+        for kind in sorted({row["category"] for row in rows}):
             score = percent_true([row for row in rows if row["category"] == kind], way)
             print(f"  {kind} {score:5.1f}", end="")
         print()
