@@ -54,10 +54,10 @@ def test_a_world_of_ones_own_is_seen(tmp_path, monkeypatch, capsys):
     own_worlds.make("slabs", tmp_path, n=1000, n_held_out=100)
     monkeypatch.chdir(tmp_path)
     own.main("parts --captions captions.json --questions questions.json --images images "
-             "--out own --clip_steps 500 --llm_steps 120".split())
-    route = "--recipe toy --images images".split()
+             "--out own --clip_steps 800 --llm_steps 500".split())
+    route = "--recipe toy --projector mlp2x_gelu --images images".split()
     train.main([*route, *"--stage 1 --vision own/clip --llm own/llm --data captions.json "
-                "--out own/stage1".split()])
+                "--out own/stage1 --lr 3e-3".split()])
     train.main([*route, *"--stage 2 --init own/stage1 --data questions.json --out own/stage2 "
                 "--epochs 2".split()])
     own.main("ask --model own/stage2 --questions questions.jsonl --images images "

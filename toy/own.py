@@ -63,7 +63,7 @@ class Parts:
     images: str                          # folder of the pictures
     out: str                             # the parts go to OUT/clip and OUT/llm
     seed: int = 0
-    clip_steps: int = 1500
+    clip_steps: int = 3000
     llm_steps: int = 2400
 
 
@@ -143,11 +143,11 @@ def build_tower():
     return g
 
 
-def pretrain_tower(data, targets, rng, steps, batch_size=32):
+def pretrain_tower(data, targets, rng, steps, batch_size=16):
     """A tower that learns which words each caption has, from the patches that show them.
 
-    A word is in the caption if any patch says so: the words lie in Z_v, where W finds them. A
-    caption says more in this way than by CLIP's loss, as one of those that a picture may have.
+    A word is in the caption if any patch says so: the words lie in Z_v, where W finds them. That
+    tells more than CLIP's loss. Shifts by up to 2 pixels: 3,000 pictures are soon known by heart.
     """
     model = nn.ModuleDict({"g": build_tower(), "words": nn.Linear(D_V, targets.shape[1])})
     pictures = [preprocess(data.pictures(i)[0][1], VIEW.size) for i in range(len(data))]
@@ -155,7 +155,8 @@ def pretrain_tower(data, targets, rng, steps, batch_size=32):
     def losses():
         while True:
             batch = rng.choices(range(len(data)), k=batch_size)
-            X_v = torch.stack([pictures[i] for i in batch])
+            X_v = torch.stack([
+                pictures[i].roll(rng.choices(range(-2, 3), k=2), (1, 2)) for i in batch])
             Z_v = features(model["g"], X_v)                                   # (B, N, D_v)
             logits = model["words"](Z_v).logsumexp(1)                         # (B, targets)
             yield targets.shape[1] * binary_cross_entropy_with_logits(logits, targets[batch])
@@ -183,9 +184,8 @@ def caption_notes(caption, tokenizer, rng):
     clauses = clauses_of(caption)[:VIEW.N]
     which = list(range(len(clauses)))
     which += rng.choices(which, k=rng.randint(0, VIEW.N - len(which)))
-    places = rng.sample(range(VIEW.N), len(which))
     notes = [" ."] * VIEW.N
-    for place, k in zip(sorted(places), sorted(which), strict=True):
+    for place, k in zip(sorted(rng.sample(range(VIEW.N), len(which))), sorted(which), strict=True):
         notes[place] = f" {clauses[k]}"
     return [tokenizer.encode(note, add_special_tokens=False) for note in notes]
 
