@@ -231,6 +231,7 @@ def with_values(text):
     """A shell script with 1 for each variable, and with a recipe or a row that there is."""
     text = re.sub(r'--recipe "?\$\{?[\w:.-]+\}?"?', "--recipe toy", text)
     text = re.sub(r'--train "\$1"', "--train full", text)
+    text = re.sub(r'--template "\$3"', "--template vicuna_v1", text)
     text = re.sub(r'--numbers "\$\{@:2\}"', "", text)
     text = re.sub(FURTHER_FLAGS, "", text)
     return re.sub(r"\$\{.*?\}|\$\w+", "1", text)
