@@ -114,9 +114,10 @@ def test_records_are_found_and_named(tmp_path):
     assert "a str where an object" in records.problem(2, "images")
     other = Records([f"{tmp_path}/chat.json=6"])
     assert records.checksum != other.checksum and len(other) == 6
-    (tmp_path / "none.json").write_text("[]")
-    with pytest.raises(ValueError, match="none.json: no records in it"):
-        Records([tmp_path / "none.json"])
+    for content, says in ((b"[]", "no records in it"), (b"PAR1\0\0", "Parquet")):
+        (tmp_path / "none.json").write_bytes(content)
+        with pytest.raises(ValueError, match=f"none.json.*{says}"):
+            Records([tmp_path / "none.json"])
 
 
 # --------------------------------------------------------------------------------------------------
