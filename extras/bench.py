@@ -63,6 +63,12 @@ SIZES = {                                                # f_phi's shape
                  num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True),  # Qwen3
     "7b": dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                num_attention_heads=32),                                                    # Vicuna
+    "13b": dict(vocab_size=32064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                num_attention_heads=40),
+    "mistral": dict(vocab_size=32064, hidden_size=4096, intermediate_size=14336,
+                    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
+    "34b": dict(vocab_size=64064, hidden_size=7168, intermediate_size=20480, num_hidden_layers=60,
+                num_attention_heads=56, num_key_value_heads=8),                            # Yi
 }
 WARM = 2                                 # turns before the clock starts: they compile
 
@@ -97,14 +103,15 @@ def complete(config):
 # What all contestants get
 
 
-def random_llava(config):
-    """A LLaVA of that size with random weights."""
+def random_llava(config, projector="linear", **vision):
+    """A LLaVA of that size with random weights; `vision` is what its g has otherwise."""
     torch.manual_seed(0)
     f_phi = LlamaForCausalLM(LlamaConfig(**SIZES[config.size], max_position_embeddings=4096))
-    shape = TOWERS.get(config.size, VIT_L)
+    shape = TOWERS.get(config.size, VIT_L) | vision
     g = CLIPTower(CLIPVisionConfig(**dict(num_attention_heads=4, num_hidden_layers=2) | shape))
     tokenizer = load_tokenizer(str(ROOT / "toy/pretrained/llm"))
-    return LLaVA(g, f_phi, tokenizer, meta={"template": "plain", "aspect": "crop"})
+    return LLaVA(g, f_phi, tokenizer, projector=projector,
+                 meta={"template": "plain", "aspect": "crop"})
 
 
 def draw_lengths(size, stage, rng):

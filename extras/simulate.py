@@ -24,17 +24,13 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from data import collate
-from extras.bench import VIT_L, draw_epoch
-from model import LLaVA
+from extras import bench
 from parts import lora
-from parts.checkpoints import load_tokenizer
-from parts.files import IGNORE, ROOT, run_command, run_main
+from parts.files import IGNORE, run_command, run_main
 from parts.ranks import RECOMPUTED, Machine, Optimizer, groups_of, init_device_mesh, local_shard
-from parts.towers import CLIPTower
 from parts.views import set_view, view_of
 from train import RECIPES, count_answer_tokens, resolve, update
 
@@ -44,11 +40,6 @@ try:
 except ImportError:                      # they are torch's own, and may go
     FakeTensorMode = None
 
-SHAPES = {                               # of the recipes' language models: D, MLP, layers, heads
-    "mistral": (4096, 14336, 32, 32, 8, 32064), "34b": (7168, 20480, 60, 56, 8, 64064),
-    "13b": (5120, 13824, 40, 40, 40, 32064), "7b": (4096, 11008, 32, 32, 32, 32064)}
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "vocab_size")
 CARDS = {"A100": (312e12, 0.30, 0.38), "H100": (989e12, 0.22, 0.30)}     # peak, MFU from .. to
 PICTURE = (640, 480)                     # pixels of COCO's
 SAMPLES = {                              # of the recipes' data
@@ -133,14 +124,17 @@ def patches(meter, mesh):
             patch("parts.ranks.init_device_mesh", return_value=mesh)]
 
 
+def pixels_of_g(config):
+    return 336 if RECIPES[config.recipe]["vision"].endswith("336") else 224
+
+
 def build(config, settings):
     """A LLaVA of a recipe's shapes and its view, as train.build_model makes it."""
     llm = RECIPES[config.recipe]["llm"].lower()
-    size = next(shape for name, shape in SHAPES.items() if name in llm)
-    g = CLIPTower(CLIPVisionConfig(**VIT_L | {"image_size": view_at(config).size}))
-    f_phi = LlamaForCausalLM(LlamaConfig(**dict(zip(NAMES, size, strict=True))))
-    tokenizer = load_tokenizer(str(ROOT / "toy/pretrained/llm"))
-    model = LLaVA(g, f_phi, tokenizer, projector=settings.projector, meta={"aspect": "crop"})
+    # a Mistral says 7B, too
+    size = next(name for name in ("mistral", "34b", "13b", "7b") if name in llm)
+    model = bench.random_llava(bench.Config(size=size), settings.projector,
+                               image_size=pixels_of_g(config))
     view = set_view(model, settings.aspect)
     model.set_stage(settings.stage, train_g=bool(settings.lr_g))
     if settings.lora_rank:
@@ -152,13 +146,6 @@ def settings_of(config):
     """A recipe's settings, as train.py resolves them."""
     argv = ["--recipe", config.recipe, "--stage", str(config.stage), "--init", "out/stage1"]
     return resolve(argv)[0]
-
-
-def view_at(config):
-    """How a recipe sees a picture, at the size of its CLIP."""
-    size = 336 if RECIPES[config.recipe]["vision"].endswith("336") else 224
-    aspect = settings_of(config).aspect
-    return view_of("crop" if aspect == "auto" else aspect, size)
 
 
 def batch_of(model, view, config):
@@ -228,8 +215,9 @@ def print_hours(config):
 
 def hours_row(config, settings):
     """A recipe's row, of one sample of its mean length."""
-    drawn, lengths = draw_epoch("135m", config.stage, view_at(config).tokens(*PICTURE),
-                                np.random.default_rng(0))
+    aspect = "crop" if settings.aspect == "auto" else settings.aspect
+    N = view_of(aspect, pixels_of_g(config)).tokens(*PICTURE)
+    drawn, lengths = bench.draw_epoch("7b", config.stage, N, np.random.default_rng(0))
     answers = np.mean([sum(answer for _, answer in turns) for turns in drawn])
     config = replace(config, length=round(lengths.mean()), answers=round(answers))
     _, flops, _ = simulate(config, settings)
