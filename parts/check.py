@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from parts.files import IMAGE
+from parts.files import IGNORE, IMAGE
 from parts.pictures import absence, image_path, image_problem
 from parts.shards import Place
 from parts.templates import TEMPLATES
@@ -41,7 +41,7 @@ def inspect_data(data, workers=0):
     problems = {}
     names = {}                           # as an ordered set
     for i, record in enumerate(data.records):
-        problem = data.records.problem(i, data.folder)
+        problem = data.records.problem(i, record, data.folder)
         if problem:
             problems[i] = problem
         else:
@@ -99,29 +99,31 @@ def measure_sample(data, reserved, i):
     """(problem or None, the first five columns) of a sample whose form and pictures are good."""
     record = data.records[i]
     turns = record["conversations"]
+    problem = text_problem(record, reserved, data.template)
+    if problem:
+        return problem, 0
+    if data.tokenizer is None:
+        return None, (0, 0, len(record["image"]), len(turns), 0)
     try:
-        check_texts(record, reserved, data.template)
-        if data.tokenizer is None:
-            return None, (0, 0, len(record["image"]), len(turns), 0)
         tokens, scored, images, fitting = data.measure(i)
     except ValueError as error:
-        return str(error), (0, 0, 0, 0, 0)
+        return str(error), 0
     return None, (tokens, scored, images, fitting, len(turns) - fitting)
 
 
-def check_texts(record, reserved, template):
-    """Raises ValueError for a text that holds one of `reserved_words`, and for a system message
-    that is not the template's, before which it would not stand."""
+def text_problem(record, reserved, template):
+    """What is wrong with a sample's texts, or None: one holds some of `reserved_words`, or the
+    system message is not the template's, before which it would not stand."""
     system = record["system"]
     if system and template and system.strip() not in template.first:
-        raise ValueError(f"its system message {system!r:.60} is not that of template "
-                         f"{template.name}; take it out, or train with another --template")
+        return (f"its system message {system!r:.60} is not that of template {template.name}; take "
+                "it out, or train with another --template")
     for n, turn in enumerate(record["conversations"]):
         found = [word for word in reserved if word in turn["value"]]
         if found:
-            raise ValueError(f"turn {n} ({turn['from']}) holds {min(found)!r}, a mark of the "
-                             f"tokenizer or of template {template.name}; take it out, or train "
-                             "with another --template")
+            return (f"turn {n} ({turn['from']}) holds {min(found)!r}, a mark of the tokenizer or "
+                    f"of template {template.name}; take it out, or train with another --template")
+    return None
 
 
 def refuse(data, problems, table, skip_bad, context):
@@ -190,9 +192,7 @@ def unfit_templates(records, problems):
         if i in problems:
             continue
         for template, found in samples.items():
-            try:
-                check_texts(record, {template.STOP}, template)
-            except ValueError:
+            if text_problem(record, {template.STOP}, template):
                 found.append(i)
     return [f"--template {template.name} would refuse {len(found)} samples, which hold its "
             f"{template.STOP!r} or another system message, e.g. {records.where(found[0])}"
@@ -245,16 +245,17 @@ def show_sample(data, i, show):
     if not 0 <= i < len(data):
         raise ValueError(f"--index {i}: the file has samples 0 to {len(data) - 1}")
     where = data.records.where(i)
-    problem = data.records.problem(i, data.folder)
-    if not problem:
-        sample = data.sample(i)
-        problem, (tokens, scored, *_) = measure_sample(data, reserved_words(data), i)
+    record = data.records[i]
+    problem = data.records.problem(i, record, data.folder)
+    problem = problem or text_problem(record, reserved_words(data), data.template)
     if problem:
         raise ValueError(f"{where}: {problem}")
+    sample = data.sample(i)
+    ids, labels = sample["input_ids"], sample["labels"]
     names = [name for name, _ in sample["pictures"]]
-    print(f"{where}, template {data.template.name}, {tokens} tokens, {scored} scored, "
-          f"images {names}")
-    print(show(sample["input_ids"], sample["labels"], data.tokenizer))
+    print(f"{where}, template {data.template.name}, {len(ids)} tokens, "
+          f"{len(ids) - labels.count(IGNORE)} scored, images {names}")
+    print(show(ids, labels, data.tokenizer))
 
 
 def parse_args(argv):

@@ -116,9 +116,9 @@ class Records:
                            for name in record["image"]]
         return record
 
-    def problem(self, i, folder):
+    def problem(self, i, record, folder):
         """What is wrong with the form of sample i, or None; `folder` is that of --images."""
-        return self.problems.get(self.texts[i]) or lacks_folder(self[i]["image"], folder)
+        return self.problems.get(self.texts[i]) or lacks_folder(record["image"], folder)
 
     def source(self, i):
         """Which file sample i is from, and its index there."""

@@ -110,8 +110,8 @@ def test_records_are_found_and_named(tmp_path):
     assert records[0] == RECORD | {"image": ["7.jpg"], "system": None}
     assert [records.where(i) for i in range(3)] == [
         "chat.json[0] (id 7)", "chat.json[1] (id \\ud83d)", "chat.json[2]"]
-    assert "turn 0 is from None" in records.problem(1, "images")
-    assert "a str where an object" in records.problem(2, "images")
+    assert "turn 0 is from None" in records.problem(1, records[1], "images")
+    assert "a str where an object" in records.problem(2, records[2], "images")
     other = Records([f"{tmp_path}/chat.json=6"])
     assert records.checksum != other.checksum and len(other) == 6
     for content, says in ((b"[]", "no records in it"), (b"PAR1\0\0", "Parquet")):

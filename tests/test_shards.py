@@ -305,7 +305,7 @@ def test_a_damaged_or_packed_tar_and_a_name_that_stands_twice_are_named(tmp_path
         with pytest.raises(ValueError, match=says):
             Records([write_tar(tar, members)])
     clip = Records([write_tar(tar, [("1.json", chats), ("1.mp4", b"")])])
-    assert "'mp4' is not read" in clip.problem(0, None)
+    assert "'mp4' is not read" in clip.problem(0, clip[0], None)
 
 
 def test_a_folder_holds_shards_of_one_split(tmp_path):
