@@ -121,10 +121,9 @@ def concept_filter(phrases, most=100, least=3, seed=0):
 
 def plot_coverage(path, frequencies, least):
     """How often phrases occur, the most frequent first. frequencies: {label: counts}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
     for label, counts in frequencies.items():
         falling = np.sort(counts)[::-1]
         ax.loglog(np.arange(1, len(counts) + 1), np.maximum(falling, 0.5), label=label)

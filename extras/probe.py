@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageEnhance
 
 import sample
@@ -260,13 +261,11 @@ class AttentionConfig(ProbeConfig):
 
 def draw_attention(config):
     """Draw where the model looked at each word of its answer."""
-    import matplotlib.pyplot as plt
-
     talker, turns, pictures = open_question(config)
     answer = sample.print_answer(talker, turns, pictures)
     words = words_and_attention(talker, turns, pictures, answer, config.layers, config.heads)
     n_rows = max(1, -(-len(words) // 8))
-    figure = plt.figure(figsize=(12.8, 1.8 * n_rows), layout="constrained")
+    figure = Figure(figsize=(12.8, 1.8 * n_rows), layout="constrained")
     for number, (word, maps) in enumerate(words, 1):
         axes = figure.add_subplot(n_rows, 8, number, title=word)
         axes.imshow(overlay(pictures[0], maps[0]))
@@ -334,7 +333,6 @@ COMMANDS = {
 
 
 def main(argv=None):
-    matplotlib.use("Agg")                # draws without a screen
     return run_command(COMMANDS, argv, __doc__)
 
 

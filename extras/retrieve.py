@@ -581,11 +581,10 @@ def draw_grid(path, ranked, corpus):
 
     Look at them: what retrieval finds decides what can be learnt.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    fig, axes = plt.subplots(len(ranked), 6, figsize=(12, 2.3 * len(ranked)), squeeze=False)
+    fig = Figure(figsize=(12, 2.3 * len(ranked)))
+    axes = fig.subplots(len(ranked), 6, squeeze=False)
     for row, (name, pairs) in zip(axes, ranked.items(), strict=True):
         row[0].set_ylabel(name)
         for ax in row:
@@ -594,7 +593,6 @@ def draw_grid(path, ranked, corpus):
             ax.imshow(corpus[i].picture())
             ax.set_title(corpus[i].text[:40], fontsize=7)
     fig.savefig(path, dpi=70, bbox_inches="tight")
-    plt.close(fig)
 
 
 COMMANDS = {"index": (index_corpus, IndexConfig), "retrieve": (retrieve_pairs, RetrieveConfig)}

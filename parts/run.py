@@ -546,16 +546,14 @@ def tokens_that_fit(peaks, memory):
 
 def plot_losses(folder, ylabel):
     """loss.png from log.jsonl; where a resumed run did a step twice, the later one counts."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     log = read_lines(folder / "log.jsonl")
     training = {record["step"]: record["loss"] for record in log if "loss" in record}
     held_out = {record["step"]: record["val_loss"] for record in log if "val_loss" in record}
-    fig, ax = plt.subplots(figsize=(7, 4))
+    fig = Figure(figsize=(7, 4))
+    ax = fig.subplots()
     ax.plot(list(training), list(training.values()), lw=0.8, label="training")
     ax.plot(list(held_out), list(held_out.values()), "o-", ms=3, label="held out")
     ax.set(xlabel="step", ylabel=ylabel, title=str(folder))
     ax.legend()
     fig.savefig(folder / "loss.png", dpi=120)
-    plt.close(fig)
