@@ -23,6 +23,7 @@ from pathlib import Path
 
 from extras.published import normalise
 from parts.files import (
+    library,
     read_json,
     read_text,
     run_command,
@@ -464,12 +465,9 @@ def write_sheet(path, rows, texts):
         csv.writer(text, delimiter="\t", lineterminator="\n").writerows(sheet)
         write_text(path, text.getvalue())
         return
-    try:
-        from openpyxl import Workbook
-    except ImportError as error:
-        raise ValueError(".xlsx needs openpyxl (pip install openpyxl); or take .tsv") from error
+    openpyxl = library("openpyxl", ".xlsx, and not .tsv,", "openpyxl")
     control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-    book = Workbook()
+    book = openpyxl.Workbook()
     for row in sheet:
         book.active.append([control.sub("?", cell) for cell in row])
         for cell in book.active[book.active.max_row]:

@@ -40,6 +40,7 @@ from parts.checkpoints import kind_of, load_part
 from parts.files import (
     check_least,
     distinct_keys,
+    library,
     lock_folder,
     read_json,
     read_lines,
@@ -67,11 +68,7 @@ INDEX_FACTS = {"clip": str, "fingerprint": int, "corpus": list, "images": str, "
 
 
 def import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise ValueError("retrieval needs FAISS: pip install faiss-cpu") from error
-    return faiss
+    return library("faiss", "retrieval", "faiss-cpu")
 
 
 def read_facts(path, kinds, command):

@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from parts.files import library
+
 # each `model_type` whose layers `Fast` writes out
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 MIN_PACKED = 2 ** 18     # weights of a product; oneDNN takes longer than torch for smaller ones
@@ -326,8 +328,5 @@ def check_language_model(f_phi):
 
 def quantise(f_phi):
     """Hold f_phi's layers and head in 8 bits, with one scale a row; products stay as precise."""
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ValueError(f"int8 needs torchao: pip install torchao ({error})") from error
-    quantize_(f_phi, Int8WeightOnlyConfig())
+    torchao = library("torchao.quantization", "int8", "torchao")
+    torchao.quantize_(f_phi, torchao.Int8WeightOnlyConfig())

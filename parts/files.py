@@ -6,6 +6,7 @@ import argparse
 import codecs
 import dataclasses
 import fcntl
+import importlib
 import inspect
 import json
 import math
@@ -210,6 +211,14 @@ def read_lines(path, repair=False, kind=dict):
             with open(path, "ab") as f:
                 f.write(b"\n")
     return records
+
+
+def library(module, what, package):
+    """A module that only `what` needs. Raises ValueError that says how it is installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{what} needs {package}: pip install {package} ({error})") from error
 
 
 def brief_instructions():

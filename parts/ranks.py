@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 from parts import lora
+from parts.files import library
 
 RECOMPUTED = {"none": 0, "all": 1, "every_2": 2}     # of how many decoder layers one runs again
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -363,17 +364,15 @@ def use_liger(model, device):
     """
     if device.type != "cuda":
         raise ValueError(f"--kernels liger: they are CUDA's, not {device.type}'s; leave it out")
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
-    except ImportError as error:
-        raise ValueError(f"--kernels liger: pip install liger-kernel ({error})") from error
+    liger, patches = (library(f"liger_kernel.transformers{part}", "--kernels liger", "liger-kernel")
+                      for part in ("", ".monkey_patch"))
+    kinds = patches.MODEL_TYPE_TO_APPLY_LIGER_FN
     kind = model.f_phi.config.model_type
-    if kind not in KINDS:
+    if kind not in kinds:
         raise ValueError(f"--kernels liger: it has none for a language model of type {kind}, but "
-                         f"for {', '.join(KINDS)}; leave it out")
-    KINDS[kind](model=model.f_phi, fused_linear_cross_entropy=False)
-    model.forward = fused_forward(model, LigerFusedLinearCrossEntropyLoss(reduction="sum"))
+                         f"for {', '.join(kinds)}; leave it out")
+    kinds[kind](model=model.f_phi, fused_linear_cross_entropy=False)
+    model.forward = fused_forward(model, liger.LigerFusedLinearCrossEntropyLoss(reduction="sum"))
 
 
 def fused_forward(model, linear_cross_entropy):

@@ -12,7 +12,6 @@ and index, so the number of the step is all that is needed to find the place in 
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -34,7 +33,15 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from parts.files import lock_folder, read_lines, read_value, typed, typed_fields, write_json
+from parts.files import (
+    library,
+    lock_folder,
+    read_lines,
+    read_value,
+    typed,
+    typed_fields,
+    write_json,
+)
 from parts.ranks import local_shard, restarts
 
 # flags that change nothing of what a run computes
@@ -387,21 +394,18 @@ class Run:
 
 def open_tracker(name, config):
     """A run of --track's library, with log(numbers, step) and finish(). Raises ValueError."""
-    try:
-        if name == "tensorboard":
-            return TensorBoard(config.out)
-        library = importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"--track {name}: {error}; pip install {name}") from error
-    return library.init(project="minllava", name=config.out, config=dataclasses.asdict(config))
+    if name == "tensorboard":
+        return TensorBoard(config.out)
+    tracker = library(name, "--track", name)
+    return tracker.init(project="minllava", name=config.out, config=dataclasses.asdict(config))
 
 
 class TensorBoard:
     """TensorBoard's event file, with the functions that the other trackers have."""
 
     def __init__(self, folder):
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(folder)
+        tensorboard = library("torch.utils.tensorboard", "--track", "tensorboard")
+        self.writer = tensorboard.SummaryWriter(folder)
         self.finish = self.writer.close
 
     def log(self, numbers, step):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parts.files import IMAGE, distinct_keys, errors_of_json, read_spans, typed
+from parts.files import IMAGE, distinct_keys, errors_of_json, library, read_spans, typed
 
 SPLITS = ("train", "test", "val", "dev")     # how the hub's files begin: test-00000-of-00003
 PICTURES_IN_TAR = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -113,12 +113,9 @@ def open_parquet(path):
 
 @functools.lru_cache(maxsize=64)
 def parquet_file(path, modified):
+    parquet = library("pyarrow.parquet", f"{path}, which is Parquet,", "pyarrow")
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path} is Parquet, which pyarrow reads: pip install pyarrow") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        file = parquet.ParquetFile(path, memory_map=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a complete Parquet file: {error}") from error
     names = file.schema_arrow.names
