@@ -29,6 +29,7 @@ from extras.academic_layouts import read_academic
 from parts.files import IMAGE, read_json, run_command, run_main, typed, write_array, write_json
 from parts.pictures import image_path, image_size
 from parts.records import record_problem
+from parts.scienceqa import lettered
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 FORMAT_PROMPTS = {
@@ -137,9 +138,7 @@ def ask_question(item, config):
     asked = []
     for rotation in range(len(choices) if item.get("rotate", True) else 1):
         options = choices[rotation:] + choices[:rotation]
-        lines = [text]
-        for letter, option in zip(string.ascii_uppercase, options, strict=False):
-            lines.append(f"{letter}. {typed(option, str, 'a choice')}")
+        lines = [text, *lettered(typed(option, str, "a choice") for option in options)]
         letter = string.ascii_uppercase[options.index(answer)]
         asked.append(QA(way, rotation, "\n".join(lines), letter))
     return asked

@@ -232,7 +232,12 @@ def our_steps(config, machine, model, checkpoint_activations="none"):
 def their_model(config, weights, machine):
     """transformers' model from our checkpoint, in fp32 what trains, the rest as it computes."""
     model = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32)
-    model.requires_grad_(config.stage == 2)
+    return set_their_stage(model, config.stage, machine)
+
+
+def set_their_stage(model, stage, machine):
+    """Freeze transformers' model as train.py does, on its device."""
+    model.requires_grad_(stage == 2)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     for p in model.parameters():

@@ -35,7 +35,7 @@ from parts.files import (
     write_text,
 )
 from parts.pictures import PICTURE_EXTENSIONS
-from parts.scienceqa import BY_LETTER, LETTERS
+from parts.scienceqa import BY_LETTER, LETTERS, lettered
 from parts.scoring import (
     examples,
     id_of,
@@ -482,15 +482,10 @@ def mmbench_data(config):
     """MMBench's sheet as questions, and its pictures as files, one for all rotations."""
     rows = read_mmbench(read_labels(config.labels, "*.tsv"))
     pictures = {str(index): row["image"] for index, row in rows.items()}
-    Path(config.images).mkdir(parents=True, exist_ok=True)
     questions = []
     for index, row in rows.items():
-        name = f"{index % ROTATION}.jpg"
         picture = pictures.get(row["image"], row["image"])       # a cell may name another row
-        try:
-            Path(config.images, name).write_bytes(base64.b64decode(picture))
-        except ValueError as error:
-            raise ValueError(f"--labels: the picture of row {index}: {error}") from error
+        name = save_picture(picture, str(index % ROTATION), config)
         options = options_of(row)
         lines = [row["question"]]
         if (row.get("hint") or "nan").lower() not in ("nan", "none"):
@@ -644,9 +639,7 @@ def mmmu_data(config):
     for name, row in rows.items():
         lines = [typed_fields(row, f"--labels: {name}", question=str)["question"]]
         if row["question_type"] == CHOICE:
-            for letter, option in zip(CAPITALS, row["options"], strict=False):
-                lines.append(f"({letter}) {option}")
-            lines += ["", BY_LETTER]
+            lines += [*lettered(row["options"], "({}) {}"), "", BY_LETTER]
         else:
             lines.append(BY_WORD)
         image = save_picture(row.get("image_1"), name, config)
@@ -719,9 +712,7 @@ def mathvista_data(config):
         lines = [text]
         if problem["question_type"] == "multi_choice":
             choices = typed_fields(problem, f"--labels: {name}", choices=list)["choices"]
-            for i, choice in enumerate(choices):
-                lines.append(f"{chr(ord('A') + i)}. {choice}")
-            lines.append(BY_LETTER)
+            lines += [*lettered(choices), BY_LETTER]
         else:
             lines.append(BY_WORD)
         image = save_picture(problem.get("decoded_image") or problem.get("image"), name, config)

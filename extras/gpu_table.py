@@ -90,12 +90,7 @@ def theirs_of(model, machine, stage=2):
     config.image_token_index = model.image_id
     with torch.device(machine.device):
         theirs = LlavaForConditionalGeneration(config)
-    theirs.requires_grad_(stage == 2)
-    theirs.model.vision_tower.requires_grad_(False)
-    theirs.model.multi_modal_projector.requires_grad_(True)
-    for p in theirs.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else machine.dtype)
-    return theirs
+    return bench.set_their_stage(theirs, stage, machine)
 
 
 def flops_of(model, way, batches):

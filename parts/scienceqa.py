@@ -6,6 +6,7 @@ ScienceQA's files: problems as its authors publish them, as turns to train on, a
     pid_splits.json    {"train": [id, ...], "val": ..., "test": ...}
 """
 import re
+import string
 from pathlib import Path
 
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
@@ -149,10 +150,8 @@ def science_turn(problem, form):
     if form not in FORMATS:
         raise ValueError(f"--format {form}: one of {', '.join(FORMATS)} is needed")
     hint = problem["hint"].strip() or "N/A"
-    options = []
-    for letter, choice in zip(LETTERS, problem["choices"], strict=False):
-        options.append(f"({letter}) {choice}")
-    question = f"Question: {problem['question']}\nContext: {hint}\nOptions: {' '.join(options)}"
+    options = " ".join(lettered(problem["choices"], "({}) {}"))
+    question = f"Question: {problem['question']}\nContext: {hint}\nOptions: {options}"
     question = halve_blanks(question).replace("Question: ", "")
     return question, science_answer(problem, form.removeprefix("QCM-"))
 
@@ -188,9 +187,13 @@ def letter_question(problem):
     lines = [problem["question"]]
     if problem["hint"].strip():
         lines.insert(0, f"Context: {problem['hint'].strip()}")
-    for letter, choice in zip(LETTERS, problem["choices"], strict=False):
-        lines.append(f"{letter}. {choice}")
+    lines += lettered(problem["choices"])
     return halve_blanks("\n".join(lines)) + "\n" + BY_LETTER
+
+
+def lettered(choices, form="{}. {}"):
+    """Choices with their letters: ["A. red", "B. blue"]."""
+    return [form.format(*pair) for pair in zip(string.ascii_uppercase, choices, strict=False)]
 
 
 def science_records(turns, problems, with_images, image_first):

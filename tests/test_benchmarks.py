@@ -148,7 +148,7 @@ def test_mmbench_data_writes_questions_and_one_picture_for_all_rotations(tmp_pat
     write_mmbench(tmp_path)
     questions = questions_of(tmp_path, "mmbench", "dev.tsv")
     assert questions[2] == {
-        "question_id": 1_000_007, "image": "7.jpg",
+        "question_id": 1_000_007, "image": "7.png",
         "text": "Which?\nA. cat\nB. dog\n"
                 "Answer with the option's letter from the given choices directly."}
     assert {path.read_bytes() for path in (tmp_path / "images").iterdir()} == {b"a picture"}
