@@ -10,9 +10,7 @@ More of judges: MM-Vet, one judge beside another, both orders of the answers, an
 MM-Vet has 218 questions, graded from 0 to 1 (Diss. Sec. 4.4). OURS is all else: the paper's judge
 is gone, so a new one should first be held against its reviews.
 """
-import base64
 import html
-import io
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,13 +325,11 @@ class Page(Review):
 
 def picture_tag(folder, name):
     """A picture, made small, as an <img> that holds all its bytes."""
-    from parts.pictures import image_path, load_image  # only here: scoring reads no pictures
-    jpeg = io.BytesIO()
-    small = load_image(image_path(folder, name))
+    from parts import pictures  # only here: scoring reads none
+    small = pictures.load_image(pictures.image_path(folder, name))
     small.thumbnail((400, 400))
-    small.save(jpeg, "JPEG", quality=80)
-    data = base64.b64encode(jpeg.getvalue()).decode()
-    return f'<img width="200" alt="{html.escape(name)}" src="data:image/jpeg;base64,{data}">'
+    data = pictures.data_url(small, "JPEG")
+    return f'<img width="200" alt="{html.escape(name)}" src="{data}">'
 
 
 def write_page(config):

@@ -75,6 +75,13 @@ def reference_of(reply):
     return text
 
 
+def reference_row(question, text, config):
+    """The line of reference.jsonl that answers a line of questions.jsonl."""
+    i = question["question_id"]
+    return {"question_id": i, "category": question["category"], "prompt": question["text"],
+            "text": text, "metadata": {}, "answer_id": f"reference-{i}", "model_id": config.model}
+
+
 # --------------------------------------------------------------------------------------------------
 # make: captions and boxes -> questions and reference answers
 
@@ -135,11 +142,10 @@ def write_bench(found, tried, out, config):
     questions, references = [], []
     for context, rows in found.items():
         for (kind, question), text in rows:
-            i = len(questions)
-            row = {"question_id": i, "category": CATEGORY[kind]}
-            questions.append({**row, "image": context.image, "text": question})
-            references.append({**row, "prompt": question, "text": text, "metadata": {},
-                               "answer_id": f"reference-{i}", "model_id": config.model})
+            row = {"question_id": len(questions), "category": CATEGORY[kind],
+                   "image": context.image, "text": question}
+            questions.append(row)
+            references.append(reference_row(row, text, config))
     files.write_lines(out / "questions.jsonl", questions)
     files.write_lines(out / "reference.jsonl", references)
     files.write_lines(out / "context.jsonl", [context_record(context) for context in found])
@@ -238,11 +244,8 @@ def write_references(config):
     if client.is_preview([request_of(name, 0) for name in questions], config):
         return
     texts = ask_for_references(request_of, list(questions), config)
-    files.write_lines(config.out, [
-        {"question_id": question["question_id"], "category": question["category"],
-         "prompt": question["text"], "text": texts[name], "metadata": {},
-         "answer_id": f"reference-{name}", "model_id": config.model}
-        for name, question in questions.items()])
+    files.write_lines(config.out, [reference_row(question, texts[name], config)
+                                   for name, question in questions.items()])
     print(f"{len(texts)} reference answers: {config.out}")
 
 

@@ -16,9 +16,8 @@ import requests
 
 import sample
 from data import render
-from extras.probe import data_url
 from parts.files import read_value, run_command, run_main, write_json
-from parts.pictures import image_path, load_image
+from parts.pictures import data_url, image_path, load_image
 from parts.questions import read_questions
 from parts.records import image_names
 

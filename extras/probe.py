@@ -10,8 +10,6 @@ Attention is where information may have come from, no proof that it was used: so
 draw attention at every word. COURSE: compare layers (--layers 0, --layers -1) and heads, and the
 same word in two questions.
 """
-import base64
-import io
 from dataclasses import dataclass
 
 import matplotlib
@@ -242,13 +240,6 @@ def overlay(picture, heat):
     strength = heat[..., None]
     dimmed = np.asarray(picture) * 0.35 * (1 - strength)
     return Image.fromarray(np.uint8(dimmed + colours * (0.35 + 0.65 * strength)))
-
-
-def data_url(picture, form="PNG"):
-    """A picture (PIL) as an address that holds it."""
-    file = io.BytesIO()
-    picture.save(file, form)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from extras.retrieve import (
 )
 from parts.files import check_least, run_command, run_main, write_json
 from parts.ranks import Machine, choose_device
+from parts.scoring import layout
 from train import lr_at
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
@@ -110,12 +111,10 @@ def load_model(name, config):
 
 def show_table(table, config):
     """Print {model: {column: share}} in percent, and write it to --out."""
-    columns = table[config.models[0]]
-    width = max(map(len, ["percent", *table]))
-    cell = 2 + max(map(len, columns))
-    print(f"{'percent':<{width}}" + "".join(f"{column:>{cell}}" for column in columns))
+    rows = [["percent", *table[config.models[0]]]]
     for name, row in table.items():
-        print(f"{name:<{width}}" + "".join(f"{100 * share:>{cell}.1f}" for share in row.values()))
+        rows.append([name, *(f"{100 * share:.1f}" for share in row.values())])
+    print(layout(rows))
     if config.out:
         write_json(config.out, table)
 

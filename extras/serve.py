@@ -55,6 +55,7 @@ from parts.pictures import (
     EXIF_ORIENTATION,
     FORMATS,
     UNREADABLE,
+    data_url,
     load_image,
     opened,
     upright_rgb,
@@ -172,7 +173,7 @@ def pictures_to_moderate(question):
     pictures = question.pictures()
     for picture in pictures:
         picture.thumbnail((MODERATED, MODERATED))
-    return [probe.data_url(picture, "JPEG") for picture in pictures]
+    return [data_url(picture, "JPEG") for picture in pictures]
 
 
 # -----------------------------------------------------------------------------
@@ -509,7 +510,7 @@ class Server:
                                            question.answer)
         for word, maps in words:
             seen = [probe.overlay(*pair) for pair in zip(small, maps, strict=True)]
-            yield {"word": word, "pictures": [probe.data_url(one, "JPEG") for one in seen]}
+            yield {"word": word, "pictures": [data_url(one, "JPEG") for one in seen]}
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@ One picture on disk: where it is, how it is read, and what may be wrong with it.
 Every part of the project reads pictures through `load_image`, so that a picture which passed the
 check looks the same to training, sampling, serving and retrieval.
 """
+import base64
 import functools
 import io
 import os
@@ -110,6 +111,13 @@ def open_image(source):
     except requests.RequestException as error:
         raise ValueError(f"image {source}: {error}") from error
     return load_image(io.BytesIO(reply.content), source)
+
+
+def data_url(picture, form="PNG"):
+    """A picture (PIL) as an address that holds it."""
+    file = io.BytesIO()
+    picture.save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @functools.lru_cache(2 ** 20)

@@ -71,6 +71,8 @@ class Run:
         self.signals = []
         self.stopping = False
         self.step = None
+        self.stack = contextlib.ExitStack()      # the folder's lock, the tracker
+        self.tracker = None
         self.background = ThreadPoolExecutor(1)
         self.unwritten = None            # a state that is being written there
         if writes and self.log_file.exists() and not self.resumes:
@@ -78,10 +80,12 @@ class Run:
                              "or another --out")
 
     def __enter__(self):
-        self.lock = lock_folder(self.out) if self.writes else contextlib.nullcontext()
-        self.lock.__enter__()
         name = getattr(self.config, "track", None)
-        self.tracker = open_tracker(name, self.config) if name and self.writes else None
+        if self.writes:
+            self.stack.enter_context(lock_folder(self.out))
+        if self.writes and name:
+            self.tracker = open_tracker(name, self.config)
+            self.stack.callback(self.tracker.finish)
         machine = self.machine
         machine.print0(f"{machine.world_size} x {machine.device.type}, computing in "
                        f"{machine.dtype} ({machine.reason})\n")
@@ -91,9 +95,7 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.background.shutdown()       # a state that is being written is still written
-        self.lock.__exit__(kind, error, trace)
-        if self.tracker:
-            self.tracker.finish()
+        self.stack.close()
         if error is None:
             self.machine.finish()
         elif self.step is not None and not isinstance(error, ValueError):

@@ -28,7 +28,7 @@ from PIL import Image
 from test_sample import save_checkpoint
 
 import sample
-from extras.probe import data_url
+from parts.pictures import data_url
 
 N_GOOD, N_BAD = 30, 20
 COUNTS = Counter()       # what became of all that was sent

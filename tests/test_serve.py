@@ -33,9 +33,8 @@ from test_sample import save_checkpoint
 
 import sample
 from extras import serve
-from extras.probe import data_url
 from model import LLaVA
-from parts.pictures import load_image
+from parts.pictures import data_url, load_image
 
 CHROMIUM = (shutil.which("chromium") or shutil.which("chromium-browser")
             or shutil.which("google-chrome"))
