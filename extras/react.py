@@ -50,6 +50,7 @@ ROWS = {
     # and all that lies outside of both towers' layers would be as many. It is not settled.
     "gated_both": (["vision_model", "text_model"], r"\.gated\."),
 }
+WARMUP = 0.075           # 5,000 of 66,600 steps, linear; then cosine to 0
 
 
 def customise(clip, row, k=6):
@@ -143,7 +144,6 @@ class ReactConfig:
     max_steps: int = None               # stop earlier; the schedule ends there, too
     lr: float = 5e-4                    # peak; 5e-5 where CLIP's own weights train
     weight_decay: float = 0.1           # not for biases, norms, gates and logit_scale
-    warmup_ratio: float = 0.075         # 5,000 of 66,600 steps, linear; then cosine to 0
     global_batch_size: int = 4096       # pairs a step over all ranks, each compared with each
     checkpoint_activations: bool = False        # run the layers again in the backward pass
     seed: int = 42
@@ -231,8 +231,6 @@ def react_optimizer(theta, config, machine):
     rest = [p for p in theta.values() if p.ndim < 2]
     groups = [{"params": matrices, "peak": config.lr, "weight_decay": config.weight_decay},
               {"params": rest, "peak": config.lr, "weight_decay": 0.0}]
-    if not matrices:
-        groups = groups[1:]
     return Optimizer(groups, machine, betas=(0.9, 0.98), eps=1e-6)
 
 
@@ -281,7 +279,7 @@ def customise_and_train(config, machine, run):
     first = run.resume()
     parallel = machine.wrap(clip)
     for step, [batch] in run.steps(steps, first, total, render):
-        optimizer.set_lr(lr_at(step, total, config.warmup_ratio))
+        optimizer.set_lr(lr_at(step, total, WARMUP))
         optimizer.zero_grad()
         with machine.forward(parallel):
             u, v, tau = parallel(**machine.to_device(batch, ("X_v", "input_ids")))

@@ -190,15 +190,12 @@ def simulate(config, settings, build_model=build):
 
 
 def print_step(config):
-    """What one rank's step needs, and how long it would take."""
+    """What one rank's step needs."""
     settings = settings_of(config)
     config = replace(config, length=config.length or settings.max_length)
     peak, flops, tokens = simulate(config, settings)
     print(f"SIMULATED {config}: {tokens} tokens, {peak / 1e9:.1f} GB at the peak, "
           f"{flops / 1e12:.0f} TFLOP")
-    for card, (speed, least, most) in CARDS.items():
-        print(f"{card}: {flops / speed / most:.2f} to {flops / speed / least:.2f} s at an MFU of "
-              f"{most:.0%} to {least:.0%}")
 
 
 def print_hours(config):

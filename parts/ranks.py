@@ -239,10 +239,10 @@ class Optimizer:
     is_lost    and no lower scale can help
     """
 
-    def __init__(self, groups, machine, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(self, groups, machine, betas=(0.9, 0.999), eps=1e-8):
         is_cuda = machine.device.type == "cuda"
         # a CPU would gain 1% of a step from the fused kernel
-        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay,
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0,
                                        fused=is_cuda)
         is_fp16 = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)

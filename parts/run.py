@@ -280,7 +280,7 @@ class Run:
         self.render = render
         self.is_checked = first > 0
         for number in SIGNALS:
-            signal.signal(number, self.remember_signal)
+            signal.signal(number, lambda number, _: self.signals.append(number))
         if first:
             self.machine.print0(f"resuming at step {first}")
         loader = DataLoader(dataset, batch_size=None, sampler=range(first, total),
@@ -299,9 +299,6 @@ class Run:
         what one that was never stopped does."""
         parts = self.config.seed, self.step, self.machine.rank
         torch.manual_seed(int(np.random.default_rng(parts).integers(2 ** 63)))
-
-    def remember_signal(self, number, _):
-        self.signals.append(number)
 
     def is_due(self, every):
         """Whether what is done every so many steps, at the end, and before a stop, is due now."""

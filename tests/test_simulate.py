@@ -97,7 +97,7 @@ def test_the_recipes_shapes_are_those_of_their_language_models(capsys):
     simulate.main("step --recipe llava-7b --stage 1 --ranks 1 --length 300 --micro_batch_tokens 1 "
                   "--micro_batches 1".split())
     shown = capsys.readouterr().out
-    assert shown.startswith("SIMULATED") and "A100: " in shown
+    assert shown.startswith("SIMULATED")
     gigabytes = float(shown.split(" GB")[0].split()[-1])
     assert 13.5 + 0.6 < gigabytes < 17, "7B and CLIP in bf16, and a sample"
 
