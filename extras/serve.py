@@ -52,13 +52,13 @@ from extras.http_limits import Connection, hear, is_reached_at
 from parts import files
 from parts.client import api_key
 from parts.pictures import (
-    EXIF_ORIENTATION,
     FORMATS,
     UNREADABLE,
     data_url,
     load_image,
     opened,
     upright_rgb,
+    upright_size,
 )
 
 PAGE = Path(__file__).with_name("serve.html")
@@ -158,11 +158,10 @@ def pixels_of(name, file):
 def read_small(name, file):
     """What has the size of a picture, which was read to its end, but as small as it allows."""
     with opened(io.BytesIO(file), name) as image:
-        width, height = image.size
-        lies = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        size = upright_size(image)
         image.draft(image.mode, (1, 1))
         upright_rgb(image)
-    return SimpleNamespace(size=(height, width) if lies else (width, height))
+    return SimpleNamespace(size=size)
 
 
 def pictures_to_moderate(question):

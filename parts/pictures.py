@@ -127,9 +127,13 @@ def image_size(path):
     Raises as `opened` does.
     """
     with opened(path) as image:
-        if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:     # it is stored lying on its side
-            return image.size[::-1]
-        return image.size
+        return upright_size(image)
+
+
+def upright_size(image):
+    """The size of an open picture that may be stored lying on its side."""
+    is_lying = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if is_lying else image.size
 
 
 def image_problem(folder, name):
