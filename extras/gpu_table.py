@@ -60,14 +60,11 @@ def plan_rows(config, memory):
     rows = []
     for size in config.sizes:
         ways = [way for way in WAYS if way != "full" or size != "7b" or memory >= FULL_7B]
-        for way in ways:
-            for compiled in (False, True)[:1 + config.compile]:
-                rows.append({"job": "train", "size": size, "way": way, "compiled": compiled})
-        for n in (1, config.answers):
-            for compiled in (False, True)[:1 + config.compile]:
-                rows.append({"job": "answer", "size": size, "at_once": n, "compiled": compiled})
-    # eager and compiled of one kind stand beside each other; the large model's come first
-    return [{"job": "pictures"}, *sorted(rows, key=lambda row: row["size"] != "7b")]
+        rows += [{"job": "train", "size": size, "way": way} for way in ways]
+        rows += [{"job": "answer", "size": size, "at_once": n} for n in (1, config.answers)]
+    rows.sort(key=lambda row: row["size"] != "7b")       # the large model's come first
+    modes = (False, True)[:1 + config.compile]           # and both modes of a row together
+    return [{"job": "pictures"}, *(row | {"compiled": mode} for row in rows for mode in modes)]
 
 
 # -----------------------------------------------------------------------------
