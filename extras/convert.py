@@ -68,6 +68,8 @@ class Config:
     template: str = "auto"       # auto: from config.json and the tokenizer
     shard: str = "2GB"           # size of a written file; about as much memory is needed
 
+    CHOICES = {"template": ["auto", *TEMPLATES]}
+
 
 # -----------------------------------------------------------------------------
 # Names: ours, which are llava-hf's, and the original's
@@ -608,8 +610,7 @@ def convert_to_engine(args):
 
 
 def main(argv=None):
-    choices = {"template": ["auto", *TEMPLATES]}
-    args = Config(**typed_flags(Config, argv, __doc__.strip().splitlines()[0], choices))
+    args = Config(**typed_flags(Config, argv, __doc__.strip().splitlines()[0]))
     if os.path.exists(args.out):
         raise ValueError(f"--out {args.out} exists; name a new folder")
     again = args.as_mlp or args.head_dim is not None

@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -51,8 +50,6 @@ class Table:
     compile: bool = True                # every row with --compile, too
     device: str = "auto"                # cuda, mps or cpu
     dtype: str = "auto"                 # bf16, fp16 or fp32
-
-    CHOICES: ClassVar = {"device": ["auto", "cuda", "mps", "cpu"]}
 
 
 def plan_rows(config, memory):

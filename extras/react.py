@@ -153,8 +153,7 @@ class ReactConfig:
     device: str = "auto"                # cuda, mps or cpu
     dtype: str = "auto"                 # bf16, fp16 or fp32 compute; weights are kept in fp32
 
-    CHOICES: ClassVar[dict] = {"train": list(ROWS), "dtype": ["auto", *DTYPES],
-                               "device": ["auto", "cuda", "mps", "cpu"]}
+    CHOICES: ClassVar[dict] = {"train": list(ROWS), "dtype": ["auto", *DTYPES]}
 
 
 def random_part(picture, size, rng):

@@ -12,7 +12,6 @@ LIST.json names the data sets to classify (extras/elevater.py): one, as ImageNet
 """
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,8 +42,6 @@ class ComparisonConfig:
     models: list[str]                   # CLIPs to compare, the base first
     out: str = None                     # JSON file for the table
     device: str = "auto"                # cuda, mps or cpu
-
-    CHOICES: ClassVar[dict] = {"device": ["auto", "cuda", "mps", "cpu"]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -300,14 +300,14 @@ def lock_folder(folder):
 # What is typed
 
 
-def typed_flags(config_class, argv, description, choices=None):
+def typed_flags(config_class, argv, description):
     """What was typed on a command line, as a dict; its flags are the fields of a dataclass.
 
     A field without default is a required flag, a bool is --flag / --no-flag, list[str] takes one or
-    more words. The comment behind a field is its help. `choices` says {field: [allowed, ...]}; the
-    class may have it as its attribute CHOICES, and fields that are no flags in NOT_FLAGS.
+    more words. The comment behind a field is its help. The class may say what is allowed, CHOICES
+    {field: [value, ...]}, and which fields are no flags, NOT_FLAGS.
     """
-    choices = choices or getattr(config_class, "CHOICES", {})
+    choices = getattr(config_class, "CHOICES", {})
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     notes = comments_of(config_class)

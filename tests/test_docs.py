@@ -255,7 +255,7 @@ def parse(module, argv):
     elif not hasattr(module, "Config"):
         assert all(word.isdigit() for word in argv), "a seed at most"
     else:
-        typed_flags(module.Config, argv, module.__doc__, getattr(module, "CHOICES", None))
+        typed_flags(module.Config, argv, module.__doc__)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SCRIPTS])
