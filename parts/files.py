@@ -322,10 +322,9 @@ def typed_flags(config_class, argv, description):
         options = {"help": note, "required": required}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif field.type == list[str]:
-            options |= {"nargs": "+", "choices": choices.get(field.name)}
         else:
-            options |= {"type": field.type, "choices": choices.get(field.name)}
+            kind = {"nargs": "+"} if field.type == list[str] else {"type": field.type}
+            options |= kind | {"choices": choices.get(field.name)}
         parser.add_argument(f"--{field.name}", **options)
     return vars(parser.parse_args(argv))
 
