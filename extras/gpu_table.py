@@ -192,8 +192,7 @@ def run_row(job):
         bench.bench_pictures(bench.Config(repeats=3))
     else:
         result = {"train": train_row, "answer": answer_row}[row["job"]](config, row)
-        print(json.dumps({key: value if isinstance(value, str) else float(value)
-                          for key, value in result.items()}))
+        print(json.dumps(result))
 
 
 # -----------------------------------------------------------------------------
