@@ -288,7 +288,8 @@ def train(config, origin, machine, run):
 
     # the banner: what a reader should see before step 0
     machine.print0(*config_table(config, origin), *theta_table(model, theta), *report)
-    machine.print0(f"batch: {config.global_batch_size} over {machine.world_size} ranks; "
+    machine.print0(f"{len(train_on)} samples train, {len(held_out)} are held out",
+                   f"batch: {config.global_batch_size} over {machine.world_size} ranks; "
                    f"{plan.per_epoch} steps an epoch, {total} in all\n")
     machine.print0(render_first(collate([data.sample(int(train_on[0]))], view)))
 

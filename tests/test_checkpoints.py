@@ -38,6 +38,7 @@ from parts.templates import TEMPLATES, missing_tokens
 from parts.views import ASPECTS, set_view, view_from, view_of
 
 FAMILIES = [(family, tied) for family in ("llama", "mistral", "qwen2") for tied in (False, True)]
+MEMBERS = [("linear", "crop"), ("mlp2x_gelu", "pad"), ("mlp2x_gelu", "anyres_hf")]
 SIZES = [(56, 28), (28, 28), (100, 40), (31, 90), (200, 199), (28, 84), (5, 7)]
 TURNS = ["<image>\nWhat is this?", "A <thing>, sir.", " Why?  ", "So & so."]
 
@@ -107,6 +108,28 @@ def saved(tmp_path):
 
 # -----------------------------------------------------------------------------
 # The most important of all: transformers computes what we compute
+
+
+@pytest.mark.parametrize("projector, aspect", MEMBERS)
+def test_transformers_computes_what_we_compute(projector, aspect, tmp_path):
+    """Sec. 4.1, Diss. Sec. 4.3, 4.7: our folder there, with pixels of its own processor: logits,
+    loss and gradients to 1e-5."""
+    ours = see(tiny_llava(projector=projector), aspect)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    batch, mask, labels = training_batch(ours)
+    out = theirs(input_ids=batch["input_ids"], attention_mask=mask, labels=labels,
+                 **pixels_of(tmp_path, PICTURES))
+    scored = labels[:, 1:] != IGNORE
+    want = out.logits[:, :-1][scored]
+    torch.testing.assert_close(answer_logits(ours, **batch)[0], want, atol=1e-5, rtol=1e-5)
+    loss, count = ours(**batch)
+    torch.testing.assert_close(loss / count, out.loss, atol=1e-5, rtol=1e-5)
+    (loss / count).backward()
+    out.loss.backward()
+    mine = ours.W if projector == "linear" else ours.W[0]
+    grad = theirs.model.multi_modal_projector.linear_1.weight.grad
+    torch.testing.assert_close(mine.weight.grad, grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -327,6 +327,14 @@ def test_a_picture_comes_from_an_http_address(checkpoint, picture, capsys, monke
     server.shutdown()
 
 
+def test_a_stage_1_checkpoint_is_asked_what_was_typed(picture, tmp_path, capsys):
+    """"No instruction tuning" (Table 4) is that model's answer to the same questions."""
+    folder = save_checkpoint(tiny_llava(), tmp_path / "stage1", "llava_v0", stage=1)
+    sample.main(["--model", str(folder), "--image", picture, "--question", "Why?", "--show_prompt",
+                 "--max_new_tokens", "2"])
+    assert "Why?" in capsys.readouterr().out, "the question was replaced"
+
+
 def test_the_plain_template_says_that_it_asks_nothing(picture, tmp_path, capsys):
     """LLaVA-1.5's stage 1 reads pictures alone: no answer of it is an answer to a question."""
     folder = str(save_checkpoint(tiny_llava(), tmp_path / "stage1", "plain", stage=1))

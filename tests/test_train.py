@@ -794,7 +794,7 @@ def test_a_run_shows_logs_and_plots_what_it_does(flags, tmp_path, capsys):
     place = 0
     for pattern in (r"^lr +0\.001 +command line$", r"^seed +42 +default$", r"^  g .* 0 +float32$",
                     r"^  W +1,584 +1,584 +float32$", r"17 samples.*, 0 bad",
-                    r"^batch: 4 over 1 ranks; 3 steps",
+                    r"samples train, .* held out", r"^batch: 4 over 1 ranks; 3 steps",
                     r"^A chat between a curious human .*###Human: ", r"###Assistant:« It is .*###»",
                     r"^step +0/6 \| loss +\d"):
         found = re.compile(pattern, re.MULTILINE).search(shown, place)
