@@ -13,7 +13,8 @@ export LABS=${*:-pope judge labels image unfrozen lora react}
 changed() {    # changed NAME COMMAND...: run it in a copy of the project with the change NAME of docs/course.md
     local copy; copy=$(mktemp -d)
     cp -r ./*.py parts extras toy prompts docs "$copy"
-    sed -n "/^$1: /,/^\`\`\`/p" docs/course.md | sed '$d' | git -C "$copy" apply -
+    sed -n "/^$1: /,/^\`\`\`/p" docs/course.md | sed '$d' | git -C "$copy" apply - \
+        || { rm -rf "$copy"; echo "the change $1 of docs/course.md does not apply to this code"; exit 1; }
     ( cd "$copy"; "${@:2}" )
     rm -rf "$copy"
 }

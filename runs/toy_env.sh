@@ -48,6 +48,7 @@ held_out() {   # held_out NAME: Table 8's
 }
 each_seed() {  # each_seed FUNCTION LOG SEED...: as many seeds at once as there are cores; logs: OUT/seedN-LOG.log
     export -f $(compgen -A function)
+    echo "to follow it: tail -f $OUT/seed$3-$2.log"
     printf '%s\n' "${@:3}" | xargs -P "${JOBS:-$(python -c "import os; print(os.cpu_count())")}" -I SEED \
         bash -c "bash -c '$1 SEED' >> $OUT/seedSEED-$2.log 2>&1 && echo 'seed SEED is done' || { tail -3 $OUT/seedSEED-$2.log; exit 1; }"
 }
