@@ -64,7 +64,7 @@ class Parts:
     out: str                             # the parts go to OUT/clip and OUT/llm
     seed: int = 0
     clip_steps: int = 3000
-    llm_steps: int = 2400
+    llm_steps: int = 4500
 
 
 def read_checked(file, images):
