@@ -39,7 +39,7 @@ PAPER = dict(                                            # rates, epochs and bat
                 epochs=1, lr=2e-3, global_batch_size=128),
     # OFFICIAL: the later "full schedule" script trains with batch 128; the paper says 32
     stage2=dict(data=["data/LLaVA-Instruct-150K/llava_instruct_150k.json"], epochs=3, lr=2e-5,
-                images="data/coco/train2017", global_batch_size=32))       # the 158K, by its name
+                images="data/coco/train2017", global_batch_size=32))     # 158K, though named 150k
 SCIENCEQA = dict(PAPER, image_position="first", stage2=dict(         # OURS: as sample.py asks
     PAPER["stage2"], data=["out/scienceqa/train.json"], epochs=12,
     images="data/scienceqa/images/train"))
