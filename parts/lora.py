@@ -14,12 +14,13 @@ OURS: written out, not taken from `peft`, which wraps f_phi, so that every name 
 changes; the arithmetic is two lines. The folders of parts/checkpoints.py are PEFT's own, and the
 tests hold both against each other.
 """
-import importlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from parts.files import library
 
 
 class LoRA(nn.Linear):
@@ -72,11 +73,7 @@ class LoRA(nn.Linear):
 
 def bitsandbytes():
     """The library that W_0 in 4 bits needs. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ValueError(f"--dtype nf4 needs bitsandbytes: pip install bitsandbytes ({error})"
-                         ) from error
+    return library("bitsandbytes", "--dtype nf4", "bitsandbytes")
 
 
 def adapters(module):
