@@ -29,7 +29,7 @@ from parts import check, checkpoints
 from parts.files import IGNORE, IMAGE, run_main
 from parts.pictures import image_path, image_size, load_image
 from parts.records import Records
-from parts.templates import TEMPLATES, Template, check_template, template_for
+from parts.templates import TEMPLATES, Template, check_template, template_for, template_of
 from parts.tiles import NEWLINE
 from parts.views import View, view_from, view_of
 
@@ -113,10 +113,10 @@ def encode(segments, tokenizer, image_tokens):
 
 
 def tokenize(text, tokenizer, new_text):
-    """The ids of a piece of text. Sentencepiece puts a space before the start of every text.
+    """The ids of a piece of text. Some tokenizers put a space before every text.
 
-    After <s> and after an image it belongs there. Elsewhere a decoy <image> takes the place of the
-    start, and its id is dropped.
+    After <s> and after an image it belongs there. Elsewhere "<image>" + text is tokenised, so that
+    the text is not at the start, and the first id is dropped.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()               # a tokenizer file may carry limits of its own
@@ -234,8 +234,8 @@ class Conversations:
 def plan_epoch(lengths, global_batch_size, seed, epoch, window=50):
     """The order of one epoch: global batches (arrays of indices); only the last one is short.
 
-    OURS: samples of all types are shuffled, sorted by length within windows of 50 batches, and the
-    batches are shuffled, so that little is padded. A run can resume: these arguments say all.
+    Types come mixed, "uniformly sampled" (Sec. 4.2). OURS: within windows of 50 batches samples are
+    sorted by length, so that little is padded; the short batch has the longest of its window.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))                 # (samples,)
@@ -322,7 +322,7 @@ def collate(samples, view, side="right"):
             X_v.append(view.X_v(picture))                                     # (squares, 3, S, S)
         index = view.index(*picture.size)                                     # (its tokens,)
         visual_index.append(torch.where(index == NEWLINE, NEWLINE, index + first_row[name]))
-    if not pictures:                      # text alone: one blank square, which nothing names
+    if not pictures:      # a blank square, which nothing names: W has a gradient, of 0, everywhere
         X_v.append(torch.zeros(1, 3, view.size, view.size))
         visual_index.append(torch.zeros(0, dtype=torch.long))
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
@@ -354,13 +354,13 @@ def show(ids, labels, tokenizer):
 def open_data(args):
     """The data set of a command line; without --model or --llm one that is not tokenised."""
     tokenizer = None
-    template = TEMPLATES.get(args.template)
     view = view_of(args.aspect)
+    template = TEMPLATES.get(args.template)
     if args.model:
         config, meta = checkpoints.load_settings(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         view = view_from(meta, config.vision_config)
-        template = template or TEMPLATES.get(meta.get("template"))
+        template = template_of(args.template or meta.get("template"), args.model)
     elif args.llm:
         tokenizer = checkpoints.load_tokenizer(args.llm)
         template = template or template_for(AutoConfig.from_pretrained(args.llm), tokenizer)

@@ -71,7 +71,7 @@ class Answer:
     questions: str                       # JSON lines of question_id, image, text
     answers: str                         # JSON lines to write; an unfinished file is resumed
     images: str = "."                    # folder of the questions' images
-    temperature: float = 0.0             # greedy, as published; LLaVA-Bench's first answers had 0.2
+    temperature: float = 0.0             # LLaVA-1.5's; for Table 5's three runs take 0.2, --seed N
     seed: int = 0
     max_new_tokens: int = 1024           # for a word or a letter, 16 will do
     batch_size: int = 16                 # questions answered at once
@@ -305,13 +305,13 @@ def methods_of(ours, second, verdicts):
         methods["complement"] = [ensemble(ours, second)]
         methods["upper_bound"] = [ours, second]
     if verdicts:
-        methods["judge"] = [ensemble(ours, verdicts)]
+        differ = {pid: verdicts.get(pid) for pid in ours if ours[pid] != second[pid]}
+        methods["judge"] = [ensemble(ours, differ)]
     return methods
 
 
 def scienceqa_scores(problems, methods):
-    """{method: {column: (right, n), or None}}; with a hint and a picture it is in TXT and in IMG.
-    """
+    """{method: {column: (right, n), or None}}; one with a hint and a picture is in TXT and IMG."""
     scores = {method: {} for method in methods}
     for column in COLUMNS:
         part = {pid: problem for pid, problem in problems.items()
@@ -360,8 +360,8 @@ def scienceqa_data(config):
     if not (config.out or config.questions):
         raise ValueError("--out FILE to train on, or --questions FILE to answer")
     turns = {pid: scienceqa.science_turn(problems[pid], config.format) for pid in problems}
-    front = config.format == "letter"    # OFFICIAL; our recipes and sample.py put it first anyway
-    records, questions = scienceqa.science_records(turns, problems, config.images, front)
+    image_first = config.format == "letter"      # OFFICIAL; else behind the question
+    records, questions = scienceqa.science_records(turns, problems, config.images, image_first)
     if config.out:
         write_json(config.out, records)
     if config.questions:

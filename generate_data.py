@@ -8,9 +8,9 @@ Where the data comes from: a text-only teacher writes instruction-following data
     annotations -> Context -> system message, examples, context -> reply -> turns -> record
 
 The teacher never sees a picture: captions and boxes are all that it knows of one (Table 1, top).
-The paper has the context, the three types of response and a few examples of each. The number of
-examples and the form of the messages follow the authors' released prompts. The wording in prompts/,
-the parser and the checks are ours. CC3M is filtered to 595K pairs by extras/concept_filter.py.
+The paper has the context, the three types of response and a few examples of each. How many, and
+the form of the messages, are those of the released prompts; the wording in prompts/, the parser and
+the checks are ours. extras/concept_filter.py filters CC3M to 595K pairs.
 """
 import random
 import re
@@ -165,16 +165,24 @@ class Reject(Exception):
     """Why a reply is no record; the reason is what it is counted under."""
 
 
-# At the head of a line: "Question:", "**Answer:**", "1. Q:", "### Question 2:"
-LABEL = re.compile(r"^[^\w\n]*(?:\d+\s*[.)]\W*)?(question|answer|q|a)\s*\d*\W{0,3}[:：]",
-                   re.I | re.M)
-TITLE = re.compile(r"^\W*(detailed )?description\W*:", re.I)     # some put it above theirs
+# At the head of a line: "Question:", "**Answer:**", "### Question 2:"; or by letters, "1. Q:", "A:"
+LABELS = [re.compile(rf"^[^\w\n]*(?:\d+\s*[.)]\W*)?{name}\W{{0,3}}[:：]\**", re.I | re.M)
+          for name in (r"(question|answer)\s*\d*", r"(q|a)\d*")]
+TITLE = re.compile(r"^\W*((detailed )?description|answer)\W*:\**", re.I)    # above a description
 RULE = re.compile(r"^\s*[=\-*_#]{3,}\s*$", re.M)                 # a line like ===, --- or ***
 
 
-def tidy(part):
-    """A part of a reply without the rules and the markdown around it."""
-    return RULE.sub("", part).strip().strip("*#").strip()
+def labelled(text):
+    """[question, answer, question, ...], by their labels. Raises Reject unless they take turns."""
+    for pattern in LABELS:                          # letters, where no word is a label
+        _, *pieces = pattern.split(text)            # before the first label there is chatter
+        labels = [label[0].lower() for label in pieces[::2]]
+        if "q" in labels:                           # else a line "A:" belongs to a description
+            parts = [part.strip() for part in pieces[1::2]]
+            if labels != ["q", "a"] * (len(labels) // 2) or "" in parts:
+                raise Reject("question and answer do not take turns")
+            return parts
+    return []
 
 
 def parse(kind, text):
@@ -182,19 +190,11 @@ def parse(kind, text):
 
     The form asked for is "Question:\\n...\\n===\\nAnswer:\\n..."; "Q:" and markdown are read, too.
     """
-    _, *pieces = LABEL.split(text)                  # before the first label there is chatter
-    labels = [label[0].lower() for label in pieces[::2]]
-    parts = [tidy(part) for part in pieces[1::2]]
+    text = RULE.sub("", text)
+    parts = labelled(text)
     if kind == "detail_description":
-        answer = parts[labels.index("a")] if "a" in labels else tidy(TITLE.sub("", text))
-        return [(None, answer)] if answer else []
-    turns, question = [], ""                        # question: one that has no answer yet
-    for label, part in zip(labels, parts, strict=True):
-        if label == "q":
-            question = part
-        elif question and part:
-            turns.append((question, part))
-            question = ""
+        parts = [None, parts[1] if parts else TITLE.sub("", text).strip()]
+    turns = [pair for pair in zip(parts[::2], parts[1::2], strict=True) if pair[1]]
     return turns[:1] if kind == "complex_reasoning" else turns      # one is asked for
 
 
@@ -215,7 +215,7 @@ def read_turns(kind, reply):
 
 
 def make_record(context, request, reply, questions, seed):
-    """A reply -> a sample. OFFICIAL: a description's question is not sent, but drawn here."""
+    """A reply -> a sample. OFFICIAL: a description's question is drawn here; Sec. 3 sends it."""
     rng = random.Random(f"{seed} {request.id}")     # its own: no other reply changes this record
     turns = [(question or rng.choice(questions), answer)
              for question, answer in read_turns(request.kind, reply)]
@@ -343,7 +343,7 @@ def expanded_pairs(config):
             raise ValueError(f"{config.pairs}: image {image!r}, caption {caption!r}; the name of a "
                              "picture that is downloaded, and words are needed")
         turns = to_turns([(rng.choice(questions), caption)], rng)
-        yield {"id": Path(image).stem, "image": image, "conversations": turns}
+        yield {"id": Path(image).with_suffix("").as_posix(), "image": image, "conversations": turns}
 
 
 def expand(config):

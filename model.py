@@ -1,6 +1,6 @@
 """
-LLaVA, all of it in one file: the model of *Visual Instruction Tuning* (arXiv 2304.08485v2),
-Sec. 4.1.
+LLaVA, but for the layers of g and f_phi: the model of *Visual Instruction Tuning* (arXiv
+2304.08485v2), Sec. 4.1.
 
     X_v --g--> Z_v --W--> H_v --,
                                  >-- f_phi --> X_a          Fig. 1
@@ -19,7 +19,7 @@ Letters in shape comments:
     N visual tokens of one square   D_v width of g   D width of f_phi
 
 Tags in all files: OFFICIAL is what the released code does, OURS our choice where the paper says
-nothing, COURSE a place to experiment; Diss. is Liu's dissertation around the paper (2024).
+nothing or cannot be followed, COURSE a place to experiment; Diss. is Liu's dissertation (2024).
 """
 import torch
 import torch.nn as nn
@@ -37,6 +37,7 @@ class LLaVA(nn.Module):
 
     def __init__(self, g, f_phi, tokenizer, feature_layer=-2, projector="linear", meta=None):
         super().__init__()
+        checkpoints.check_parts(projector, feature_layer, g.config)
         self.g = g
         self.f_phi = f_phi
         self.tokenizer = tokenizer
@@ -88,8 +89,7 @@ class LLaVA(nn.Module):
         visual_index (placeholders of the batch,) says which row of H_v, flattened, each one gets.
         In the paper's LLaVA the k-th gets the k-th: 0, 1, 2, ... Tiles leave out padding and end
         their rows by -1, the newline; a picture that several samples show is encoded once, and its
-        rows are named several times. A batch of text alone brings one blank square that nothing
-        names: W then has a gradient, of 0, on every rank, as DistributedDataParallel expects.
+        rows are named several times.
         """
         H_q = self.f_phi.get_input_embeddings()(input_ids)                # (B, T, D)  of all words
         H_v = self.encode_images(X_v).flatten(0, 1)                       # (K N, D)
@@ -103,10 +103,10 @@ class LLaVA(nn.Module):
         return H_q.flatten(0, 1).index_copy(0, places, H_v).view_as(H_q)  # (B, T, D)
 
     def answer_states(self, input_ids, answer_index, X_v, visual_index):
-        """The hidden states that predict answer tokens, (A, D), and these tokens, (A,).
+        """The states that predict answer tokens, one place before them, (A, D), and these, (A,).
 
         answer_index (A,) says where they stand, the rows laid end to end. Samples are padded on
-        the right, where causal attention never looks: no mask keeps GPUs from their flash kernels.
+        the right, where causal attention never looks; without a mask it can use flash kernels.
         """
         H = self.splice(input_ids, X_v, visual_index)                     # (B, T, D)
         h = self.f_phi.base_model(inputs_embeds=H, use_cache=False).last_hidden_state
@@ -149,7 +149,7 @@ class LLaVA(nn.Module):
         for unused in [*self.g.encoder.layers[self.n_used_layers:], self.g.post_layernorm]:
             unused.requires_grad_(False)
         self.W.requires_grad_(True)
-        self.f_phi.requires_grad_(stage == 2)             # COURSE: put True: why freeze it?
+        self.f_phi.requires_grad_(stage == 2)             # COURSE: True: why freeze it in stage 1?
         if self.newline is not None:
             self.newline.requires_grad_(stage == 2)       # OFFICIAL: with the language model
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -213,7 +213,7 @@ class LLaVA(nn.Module):
 
     @torch.no_grad()
     def score(self, input_ids, answer_index, X_v, visual_index):
-        """log p(X_a | X_v, X_instruct) of each row's answer, (B,), by which answers are ranked."""
+        """log p(X_a | X_v, X_instruct) of each row's answer, (B,): extras/probe.py ranks by it."""
         h, targets = self.answer_states(input_ids, answer_index, X_v, visual_index)
         log_p = -self.answer_nll(h, targets)                              # (A,)
         checkpoints.check_finite({"log p": log_p}, "these answers have no score")

@@ -20,7 +20,7 @@ from parts.engine import Engine, content_name
 from parts.pictures import open_image
 from parts.questions import AnswerFile
 from parts.ranks import DTYPES, choose_device, choose_dtype
-from parts.templates import TEMPLATES
+from parts.templates import TEMPLATES, template_of
 from parts.views import view_from
 
 
@@ -43,6 +43,13 @@ class Config:
     CHOICES = {"template": list(TEMPLATES), "device": ["auto", "cuda", "mps", "cpu"],
                "dtype": ["auto", *DTYPES, "int8"]}
 
+    def __post_init__(self):
+        files.check_least(self, temperature=0, max_new_tokens=1, batch_size=1)
+        if bool(self.questions) != bool(self.answers):
+            raise ValueError("--questions FILE and --answers FILE go together; one is missing")
+        if self.questions and (self.image or self.question):
+            raise ValueError("--questions FILE is asked alone, without --image and --question")
+
 
 class Talker:
     """A checkpoint, its template and how it is sampled: turns and pictures in, answers out."""
@@ -55,13 +62,12 @@ class Talker:
         self.model = LLaVA.from_pretrained(config.model, dtype).to(device)
         self.engine = Engine(self.model, compile, int8)
         self.view = view_from(self.model.meta, self.model.g.config)      # a picture's squares
-        self.template = TEMPLATES.get(config.template or self.model.meta.get("template"))
-        if self.template is None:        # never guessed from the folder's name
-            raise ValueError(f"{config.model}: choose a --template, {' | '.join(TEMPLATES)}")
+        named = config.template or self.model.meta.get("template")
+        self.template = template_of(named, config.model)
         self.sampling = {"temperature": config.temperature, "stop": [self.template.STOP],
                          "max_new_tokens": config.max_new_tokens,
                          "generator": torch.Generator(device).manual_seed(config.seed)}
-        if self.template.name == "plain":        # said on stderr, so that the answer stays alone
+        if self.template.name == "plain":        # on stderr, so that the answer stays alone
             print("notice: template plain shows pictures alone, no question", file=sys.stderr)
 
     def prompt(self, turns, pictures):
@@ -104,11 +110,10 @@ def print_answer(talker, turns, pictures):
     return answer
 
 
-def chat(talker, image):
+def chat(talker, attached):
     """Questions from the terminal. OURS: /image puts a picture in any turn, not only the first."""
     print("/image PATH adds a picture to the next question, /reset starts over, /quit leaves")
-    turns, pictures = [], []             # the conversation so far
-    attached = [open_image(image)] if image else []  # pictures of the next question
+    turns, pictures = [], []             # the conversation so far; `attached`: the next question's
     while True:
         line = input("human: ").strip()
         command, _, path = line.partition(" ")
@@ -132,32 +137,27 @@ def chat(talker, image):
 
 
 def answer_file(talker, config):
-    """Answer every record of --questions into --answers; started again, it resumes."""
+    """Answers --questions into --answers; started again, it resumes."""
     if talker.template.name == "plain":
         raise ValueError(f"{config.model}: its template, plain, has no place for a question")
     file = AnswerFile(config.questions, config.images, config.answers, config.model)
     for batch in file.batches(config.batch_size):    # each question has its opened "pictures"
-        conversations = []
-        for question in batch:
-            turn = human_turn(question["text"], len(question["pictures"]))
-            conversations.append(([turn], question["pictures"]))
-        file.write(batch, talker.answers(conversations))
+        turns = [[human_turn(question["text"], len(question["pictures"]))] for question in batch]
+        pictures = [question["pictures"] for question in batch]
+        file.write(batch, talker.answers(zip(turns, pictures, strict=True)))
     file.finish()                        # puts the answers in the questions' order
 
 
 def main(argv=None):
     config = Config(**files.typed_flags(Config, argv, "Ask a LLaVA checkpoint."))
-    files.check_least(config, temperature=0, max_new_tokens=1, batch_size=1)
-    if bool(config.questions) != bool(config.answers):
-        raise ValueError("--questions FILE and --answers FILE go together; one of them is missing")
+    pictures = [open_image(config.image)] if config.image else []
     talker = Talker(config)
     if config.questions:
         answer_file(talker, config)
     elif config.question is None:
         with suppress(EOFError):         # of input(): Ctrl-D, or the end of a file
-            chat(talker, config.image)
+            chat(talker, pictures)
     else:
-        pictures = [open_image(config.image)] if config.image else []
         print_answer(talker, [human_turn(config.question, len(pictures))], pictures)
 
 

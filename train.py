@@ -4,8 +4,8 @@ How it is trained (Sec. 4.2): one loop for both stages.
     torchrun --nproc_per_node=8 train.py --stage 1                      # W alone, on captions
     torchrun --nproc_per_node=8 train.py --stage 2 --init out/stage1    # W and f_phi, instructions
 
-The defaults run the paper. A flag that is typed wins over the recipe, the recipe over the default;
-what the machine needs is in parts/ranks.py (devices, processes) and parts/run.py (folder, states).
+The defaults are the paper's recipe at 7B. A flag that is typed wins over the recipe, the recipe
+over the default. parts/ranks.py has devices and processes, parts/run.py the folder and its states.
 """
 import dataclasses
 import functools
@@ -40,9 +40,9 @@ PAPER = dict(                                            # rates, epochs and bat
     # OFFICIAL: the later "full schedule" script trains with batch 128; the paper says 32
     stage2=dict(data=["data/LLaVA-Instruct-150K/llava_instruct_150k.json"], epochs=3, lr=2e-5,
                 images="data/coco/train2017", global_batch_size=32))     # 158K, though named 150k
-SCIENCEQA = dict(PAPER, image_position="first", stage2=dict(         # OURS: as sample.py asks
+SCIENCEQA = dict(PAPER, stage2=dict(
     PAPER["stage2"], data=["out/scienceqa/train.json"], epochs=12,
-    images="data/scienceqa/images/train"))
+    images="data/scienceqa/images/train", image_position="first"))       # OURS: as sample.py asks
 V1_5 = dict(                                             # Diss. Sec. 4.3
     vision=CLIP_336, projector="mlp2x_gelu", template="vicuna_v1", image_position="first",
     stage1=dict(data=["data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"], template="plain",
@@ -108,7 +108,7 @@ class Config:
     skip_bad: bool = False              # leave bad samples out and count them, rather than stop
     epochs: int = 1
     max_steps: int = None               # stop earlier; the schedule ends there, too
-    lr: float = 2e-3                    # peak rate of AdamW, without weight decay
+    lr: float = 2e-3                    # AdamW's peak rate; each recipe has its own in each stage
     lora_rank: int = 0                  # COURSE: adapters train instead of f_phi; parts/lora.py
     global_batch_size: int = 128        # samples a step over all ranks, whatever the machine
     micro_batch_tokens: int = 8192      # of a forward pass on one rank; more is accumulated
@@ -226,8 +226,8 @@ def update(model, batches, machine, optimizer, n_answer):
     """One step on a global batch. Returns its loss per answer token, Eq. (3), and the norm of the
     gradient.
 
-    Each loss is divided by n_answer, the answer tokens of the batch on all ranks, and so known
-    before the first. DistributedDataParallel averages over the ranks, hence the factor world_size.
+    Each loss is divided by n_answer, the answer tokens of the global batch, counted before any
+    forward pass. DistributedDataParallel averages over the ranks, hence the factor world_size.
     """
     optimizer.zero_grad()
     total = 0.0

@@ -302,6 +302,15 @@ def load_settings(folder):
     return config, meta
 
 
+def check_parts(projector, feature_layer, vision_config):
+    """Raises ValueError for a projector, or a layer of g, that there is not."""
+    first = -vision_config.num_hidden_layers - 1
+    if projector not in PROJECTORS or not first <= feature_layer <= -1:
+        raise ValueError(f"projector {projector!r}, feature_layer {feature_layer}: there are "
+                         f"{list(PROJECTORS)}, and of this tower the layers {first} (what the "
+                         "first one takes) to -1 (after the last)")
+
+
 def check_supported(config):
     """Raises ValueError for settings of a LlavaConfig that would be another model than ours."""
     n_layers = config.vision_config.num_hidden_layers

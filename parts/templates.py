@@ -116,6 +116,14 @@ def check_template(template, tokenizer):
                          f"--template {' | '.join(fitting)} would fit")
 
 
+def template_of(name, folder):
+    """The template of --template, or else of a checkpoint folder; it is never guessed from the
+    folder's name. Raises ValueError if neither says one."""
+    if name not in TEMPLATES:
+        raise ValueError(f"{folder}: choose a --template, {' | '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
 def choose_template(name, model):
     """The template of --template for a model.LLaVA. "auto" is what its checkpoint was trained with,
     or, where that knows no questions ("plain") or is not known, what its language model knows.

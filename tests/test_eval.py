@@ -120,7 +120,8 @@ def test_scienceqa_counts_by_subject_context_and_grade_and_ensembles(tmp_path):
     ours = answers_file(tmp_path / "a.jsonl", "ABCAAA")          # truth: A B C A B C
     second = answers_file(tmp_path / "b.jsonl", "ABCABB")
     verdicts = tmp_path / "v.jsonl"
-    write_lines(verdicts, [{"question_id": "5", "text": "The answer is C."}])
+    write_lines(verdicts, [{"question_id": "5", "text": "The answer is C."},     # 0: no difference
+                           {"question_id": "0", "text": "The answer is B."}])
     run(eval_py, "score", "scienceqa", "--labels", tmp_path, "--answers", ours,
         "--second", second, "--requery", verdicts, "--json", tmp_path / "s.json")
     scores = json.loads((tmp_path / "s.json").read_text())

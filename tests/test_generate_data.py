@@ -174,18 +174,25 @@ def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
 
 @pytest.mark.parametrize("kind, text, turns", [
     ("conversation", "Question:\nWhy?\n===\nAnswer:\nSo.\n===\n", [("Why?", "So.")]),
-    ("conversation", "**Question 1:** Why?\n**Answer 1:** So.\n\n2. Q: Who?\nA: I.",
-     [("Why?", "So."), ("Who?", "I.")]),
+    ("conversation", "Sure!\n**Question 1:** Why?\n**Answer 1:** So.\n### Question 2: Who?\n"
+     "Answer: **I**", [("Why?", "So."), ("Who?", "**I**")]),
+    ("conversation", "1. Q: Why?\nA: The bus\nA 3:15 leaves.",
+     [("Why?", "The bus\nA 3:15 leaves.")]),
+    ("conversation", "Question: Which?\nAnswer: There are\nA: red\nB: blue",
+     [("Which?", "There are\nA: red\nB: blue")]),
     ("complex_reasoning", "Question: Why?\nAnswer: So.\nQuestion: Who?\nAnswer: I.",
      [("Why?", "So.")]),
-    ("conversation", "Question: Why?\nAnswer: So.\nQuestion: And then", [("Why?", "So.")]),
     ("conversation", "What a nice picture.", []), ("complex_reasoning", "What a nice picture.", []),
     ("detail_description", " A bus.\n", [(None, "A bus.")]),
     ("detail_description", "**Detailed description:** A bus.\n---", [(None, "A bus.")]),
+    ("detail_description", "Answer: **A** bus in C#", [(None, "**A** bus in C#")]),
+    ("detail_description", "The board reads\nA: Monday\nB: Tuesday.",
+     [(None, "The board reads\nA: Monday\nB: Tuesday.")]),
     ("detail_description", "Question:\nWhat?\n===\nAnswer:\nA bus.", [(None, "A bus.")])])
 def test_what_models_write_is_understood(kind, text, turns):
-    """The form asked for, markdown, short labels, a last question without its answer. A description
-    is the text itself: its question comes from our list, whatever heading a model writes."""
+    """The form asked for, markdown, and letters, which are labels only where no word is one: else
+    an answer that lists "A: red" would end before it. A description is the text itself: its
+    question comes from our list, whatever heading a model writes."""
     assert generate_data.parse(kind, text) == turns
 
 
@@ -207,6 +214,8 @@ def about(answer):
     ("A bus.", 5, "finish_reason 5"),
     ("<think>Question: What?\nAnswer: A bus.", "stop", "no question"),
     ("I'm sorry, I cannot help with that.", "stop", "refuses"),
+    (about("A bus.") + "\nQuestion: And then?", "stop", "take turns"),
+    (about("A bus.\nAnswer: Or a tram."), "stop", "take turns"), (about(""), "stop", "take turns"),
     ("Certainly!", "stop", "no question and answer")])
 def test_what_is_no_answer_about_the_picture_is_rejected_with_its_reason(text, finish, reason):
     """As if the assistant saw it; a half sentence would teach the model to stop in the middle."""

@@ -112,6 +112,13 @@ def visual_features(model, X_v):
     return seen[0]
 
 
+@pytest.mark.parametrize("more", [{"feature_layer": 2}, {"feature_layer": -5}, {"projector": "W"}])
+def test_a_layer_or_a_projector_that_there_is_not_is_named(more):
+    """Layers count from the end: 23 would be taken for the last of 24 without a word."""
+    with pytest.raises(ValueError, match="there are .*linear.*layers -4 .* to -1"):
+        tiny_llava(**more)
+
+
 @pytest.mark.parametrize("feature_layer, layers", [(-2, 2), (-1, 3)])
 def test_Z_v_is_the_grid_of_the_chosen_CLIP_layer_without_CLS(feature_layer, layers):
     """Sec. 4.1 "before and after the last Transformer layer", Table 8. Oracle: CLIP's layers called

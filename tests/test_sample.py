@@ -11,6 +11,7 @@ import threading
 import pytest
 from conftest import byte_tokenizer, run_script, scripted_llm, start_script, tiny_clip, tiny_llava
 
+import data
 import sample
 from data import Conversations, collate, sample_of
 from model import LLaVA
@@ -136,6 +137,7 @@ def test_what_cannot_be_asked_is_a_plain_error(checkpoint, parts, picture, tmp_p
     for argv, error in (
             (["--image", "gone.png", "--question", "?"], "gone.png"),
             (["--questions", "q.jsonl"], "--answers"),
+            (["--questions", "q.jsonl", "--answers", "a.jsonl", "--question", "?"], "alone"),
             (["--temperature", "-1"], "--temperature"),
             (["--image", picture, "--question", "<image>\nWhy?"], "2 <image> tags for 1 picture"),
             (["--question", "x" * 600], "context is 512")):
@@ -150,8 +152,9 @@ def test_a_checkpoint_without_a_template_must_be_told_one(tmp_path, capsys):
     """Folders of others do not name their template; guessing from their name is no way."""
     folder = tmp_path / "llava-v1-7b"
     tiny_llava().save_pretrained(folder)
-    with pytest.raises(ValueError, match="--template.*vicuna_v1"):
-        sample.main(["--model", str(folder), "--question", "?"])
+    for main, argv in ((sample.main, ["--question", "?"]), (data.main, ["check", "chat.json"])):
+        with pytest.raises(ValueError, match="--template.*vicuna_v1"):
+            main([*argv, "--model", str(folder)])
     shown = printed(capsys, "--model", folder, "--question", "Why?", "--template", "vicuna_v1",
                     "--show_prompt", "--max_new_tokens", 2)
     assert "USER: Why? ASSISTANT:" in shown
