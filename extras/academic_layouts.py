@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.files import PROMPTS, errors_of_json, read_json, read_value, typed
+from parts.files import PROMPTS, errors_of_file, read_json, read_value, typed
 
 # OFFICIAL: the question of TextCaps in the released mixture, perhaps with what an OCR engine read.
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -112,7 +112,7 @@ def long_caption(record, kind):
 
 def text_of_a_page(record, kind):
     """SynthDoG: the text of a page stands in JSON within the JSON."""
-    with errors_of_json("ground_truth"):
+    with errors_of_file("ground_truth"):
         truth = json.loads(record["ground_truth"])
     return [{"question": READ_PAGE, "answer": truth["gt_parse"]["text_sequence"], "way": "page"}]
 

@@ -42,25 +42,15 @@ NAMES_OF_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark.
 
-    Raises FileNotFoundError, and ValueError that says what a file is that holds no such text.
+    Raises OSError, and ValueError that says what a file is that holds no such text.
     """
     check_text_file(path)
-    return decode_text(Path(path).read_bytes(), path)
-
-
-def decode_text(content, path):
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text: {error}") from error
+    with errors_of_file(path):
+        return Path(path).read_bytes().decode("utf-8-sig")
 
 
 def check_text_file(path):
-    """Raises FileNotFoundError, and ValueError for what is a folder or begins as no text does."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: this is a folder; name a file in it")
+    """Raises OSError for what cannot be read, and ValueError for what begins as no text does."""
     with open(path, "rb") as f:
         head = f.read(8)
     for start, kind in NOT_TEXT.items():
@@ -69,24 +59,16 @@ def check_text_file(path):
 
 
 @contextmanager
-def errors_of_json(path, lines=0):
-    """Turn what is wrong with JSON into a ValueError that names the file, and line and column.
-
-    lines   how many of the file's are before the JSON
-    """
+def errors_of_file(path):
+    """Name the file in errors about its content, all of which become ValueErrors."""
     try:
         yield
-    except json.JSONDecodeError as error:
-        place = f"line {lines + error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: bad JSON at {place}: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: JSON that is nested too deeply") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_json(path):
-    """Yield the records of a JSON array, or of JSON lines, one at a time.
+    """Yield the records of a JSON array or object, or of JSON lines, one at a time.
 
     Raises like `read_text`, and ValueError that names line and column of bad JSON.
     """
@@ -95,46 +77,62 @@ def read_json(path):
 
 
 def read_spans(path):
-    """Yield (record, the byte where it begins, its bytes) of a JSON array, or of JSON lines.
+    """Yield (record, the byte where it begins, its bytes) of a JSON array or object, or of lines.
 
     Lines are read one by one, so that a file may be larger than the memory; an array is read whole.
     Raises like `read_json`.
     """
     check_text_file(path)
-    decode = json.JSONDecoder(object_pairs_hook=distinct_keys).decode
     with open(path, "rb") as f:
         if f.read(3) != codecs.BOM_UTF8:
             f.seek(0)
         start = f.tell()
-        in_array = f.read(1000).lstrip().startswith(b"[")
+        head = f.read(1000).lstrip()
         f.seek(start)
-        lines = 0
-        for line in () if in_array else f:
+        if head.startswith(b"["):
+            with errors_of_file(path):
+                yield from read_array(f.read().decode(), start)
+            return
+        # an object over several lines is one record
+        lines = [f.read()] if re.match(rb"{\s*\n", head) else f
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    record = decode(line.decode())
-                except (ValueError, RecursionError):
-                    break                # it goes on in the next line, or is wrong
+                with errors_of_file(f"{path}: line {number}"):
+                    record = decode_json(line)
                 yield record, start, len(line)
             start += len(line)
-            lines += 1
-        f.seek(start)
-        text = decode_text(f.read(), path)
-    done = 0
-    with errors_of_json(path, lines):
-        for record, at, end in split_json(text, in_array):
-            start += len(text[done:at].encode())
-            size = len(text[at:end].encode())
-            yield record, start, size
-            start += size
-            done = end
+
+
+def read_array(text, start):
+    """Yield the spans of a JSON array, whose text begins at the byte `start` of its file."""
+    decode = json.JSONDecoder(object_pairs_hook=distinct_keys).raw_decode
+    separator = re.compile(r"\s*,\s*|\s*(?=\])")
+    done = 0                                      # characters, of which the bytes are in `start`
+    at = re.match(r"\s*\[\s*", text).end()
+    while text[at:at + 1] != "]":
+        value, end = decode(text, at)
+        start += len(text[done:at].encode())
+        size = len(text[at:end].encode())
+        yield value, start, size
+        start += size
+        done = end
+        gap = separator.match(text, end)
+        if not gap:
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+        at = gap.end()
+    if text[at + 1:].strip():
+        raise json.JSONDecodeError("Expecting nothing behind the array", text, at + 1)
+
+
+def decode_json(text):
+    return json.loads(text, object_pairs_hook=distinct_keys)
 
 
 def read_value(path, kind=dict):
     """The only JSON value of a file, of one type. Raises like `read_json`."""
     text = read_text(path)
-    with errors_of_json(path):
-        value = json.loads(text, object_pairs_hook=distinct_keys)
+    with errors_of_file(path):
+        value = decode_json(text)
     return typed(value, kind, path)
 
 
@@ -165,25 +163,6 @@ def distinct_keys(pairs):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice in {value!r:.80}")
     return value
-
-
-def split_json(text, in_array):
-    """Yield (value, its start, its end) of a JSON array's text, or of the values that blanks
-    separate, as in JSON lines."""
-    decode = json.JSONDecoder(object_pairs_hook=distinct_keys).raw_decode
-    separator = re.compile(r"\s*,\s*|\s*(?=\])" if in_array else r"\s*")
-    end = "]" if in_array else ""                 # "" is what a slice behind the text gives
-    at = re.match(r"\s*\[\s*" if in_array else r"\s*", text).end()
-    while text[at:at + 1] != end:
-        start = at
-        value, at = decode(text, at)
-        yield value, start, at
-        gap = separator.match(text, at)
-        if not gap:
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        at = gap.end()
-    if text[at + 1:].strip():
-        raise json.JSONDecodeError("Expecting nothing behind the array", text, at + 1)
 
 
 def read_lines(path, repair=False, kind=dict):
@@ -283,8 +262,6 @@ def write_array(path, records):
 def lock_folder(folder):
     """Make a folder and keep it for this process. Raises ValueError while another one has it."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: this is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:

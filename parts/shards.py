@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parts.files import IMAGE, distinct_keys, errors_of_json, library, read_spans, typed
+from parts.files import IMAGE, decode_json, errors_of_file, library, read_spans, typed
 
 SPLITS = ("train", "test", "val", "dev")     # how the hub's files begin: test-00000-of-00003
 PICTURES_IN_TAR = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -237,8 +237,8 @@ def sample_in_tar(path, f, key, members):
     record = {}
     if "json" in members:
         where = f"{path}: {key}.json"
-        with errors_of_json(where):
-            record = json.loads(content("json"), object_pairs_hook=distinct_keys)
+        with errors_of_file(where):
+            record = decode_json(content("json"))
         typed(record, dict, where)
     if "txt" in members and not {"conversations", "messages"} & record.keys():
         caption = content("txt").decode(errors="replace")

@@ -301,7 +301,7 @@ def test_a_damaged_or_packed_tar_and_a_name_that_stands_twice_are_named(tmp_path
         with pytest.raises(ValueError, match=f"x.tar: .*{says}"):
             Records([tar])
     for members, says in (([("1.json", b"{}")] * 2, "1.json is in it twice"),
-                          ([("1.json", b"{")], "x.tar: 1.json: bad JSON at line 1")):
+                          ([("1.json", b"{")], "x.tar: 1.json: .*line 1")):
         with pytest.raises(ValueError, match=says):
             Records([write_tar(tar, members)])
     clip = Records([write_tar(tar, [("1.json", chats), ("1.mp4", b"")])])

@@ -587,7 +587,7 @@ def test_a_used_folder_other_flags_and_other_data_are_refused(flags, chats, tmp_
     with pytest.raises(ValueError, match="the data are not those"):
         train.main([*argv, "--resume"])
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file: this is a file"):
+    with pytest.raises(FileExistsError):
         train.main(flags(tmp_path / "file", *STAGE[1]))
 
 
@@ -607,7 +607,7 @@ def damage(state, how):
 @pytest.mark.parametrize("how, says", [
     ("no __0_0.distcp", "is damaged: __0_0.distcp"), ("no .metadata", "is damaged: .metadata"),
     ("zeroed __0_0.distcp", "is damaged: __0_0.distcp"),
-    ("no state.json", "state.json: no such file"), ("zeroed state.json", "state.json"),
+    ("no state.json", "state.json"), ("zeroed state.json", "state.json"),
     ("wrong state.json", "state.json: step: '8' where a whole number belongs"),
     ("wrong ../../log.jsonl", "log.jsonl: line 1: step: '8' where a whole number belongs")])
 def test_a_damaged_state_is_named(how, says, flags, straight, tmp_path):
