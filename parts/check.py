@@ -11,13 +11,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from parts.files import IGNORE, IMAGE
-from parts.pictures import absence, image_path, image_problem
-from parts.shards import Place
+from parts.pictures import check_image
 from parts.templates import TEMPLATES
 from parts.views import ASPECTS
 
 # Columns of the table that `inspect_data` returns, a row for each sample.
-TOKENS, SCORED, IMAGES, TURNS, DROPPED, MISSING, RENAMED = range(7)
+TOKENS, SCORED, IMAGES, TURNS, DROPPED, MISSING = range(6)
 
 
 def map_items(function, items, workers, title):
@@ -36,7 +35,7 @@ def inspect_data(data, workers=0):
     """Check every sample of a data.Conversations and decode every picture once.
 
     Returns ({index: problem}, table): a row (TOKENS, SCORED, ...) for each sample. Where `data` has
-    no tokenizer, tokens are 0; where a sample is bad, all is 0 but MISSING and RENAMED.
+    no tokenizer, tokens are 0; where a sample is bad, all is 0 but MISSING.
     """
     problems = {}
     names = {}                           # as an ordered set
@@ -50,13 +49,12 @@ def inspect_data(data, workers=0):
     names = list(names)
     look_up = functools.partial(inspect_picture, data.folder)
     pictures = dict(zip(names, map_items(look_up, names, workers, "pictures"), strict=True))
-    table = np.zeros((len(data), 7), np.int32)
+    table = np.zeros((len(data), 6), np.int32)
     good = [i for i in range(len(data)) if i not in problems]
     for i in good:
         for name in data.records[i]["image"]:
-            problem, column = pictures[name]
-            if column:
-                table[i, column] += 1
+            problem, is_missing = pictures[name]
+            table[i, MISSING] += is_missing
             if problem:
                 problems.setdefault(i, problem)
 
@@ -71,15 +69,12 @@ def inspect_data(data, workers=0):
 
 
 def inspect_picture(folder, name):
-    """(problem or None, the column that counts such a picture or None)"""
-    problem = image_problem(folder, name)
-    if isinstance(name, Place):
-        return problem, None
-    if problem == absence(folder, name):
-        return problem, MISSING
-    if not problem and image_path(folder, name) != os.path.join(folder, name):
-        return None, RENAMED
-    return problem, None
+    """(problem or None, is it missing?)"""
+    try:
+        check_image(folder, name)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error), isinstance(error, FileNotFoundError)
+    return None, False
 
 
 def reserved_words(data):
@@ -169,15 +164,9 @@ def report(data, problems, table, stats=False):
         start += count
         good = [i for i in samples if i not in problems]
         drawn = "" if count == total else f" drawn from {total}"
-        line = (f"{file}: {count} samples{drawn}, {count - len(good)} bad, "
-                f"{table[samples, MISSING].sum()} images missing, "
-                f"{(table[good, IMAGES] == 0).sum()} text only")
-        renamed = [i for i in samples if table[i, RENAMED]]
-        if renamed:
-            name, found = first_renamed(data, renamed[0])
-            line += (f"; {table[samples, RENAMED].sum()} found under another name, e.g. {name} as "
-                     f"{found}")
-        lines.append(line)
+        lines.append(f"{file}: {count} samples{drawn}, {count - len(good)} bad, "
+                     f"{table[samples, MISSING].sum()} images missing, "
+                     f"{(table[good, IMAGES] == 0).sum()} text only")
         if stats and good:
             lines += measures(data, table[good])
     if data.template is None:
@@ -199,21 +188,12 @@ def unfit_templates(records, problems):
             for template, found in samples.items() if found]
 
 
-def first_renamed(data, i):
-    """A sample's first picture that is there under another name, and that name."""
-    for name in data.records[i]["image"]:
-        path = image_path(data.folder, name)
-        if path != os.path.join(data.folder, name):
-            return name, os.path.relpath(path, data.folder)
-
-
 def measures(data, rows):
     """The turns, images and lengths of some samples, and what is trimmed of them, as lines."""
     tokens, scored, images, turns, dropped = rows[:, :MISSING].T
     lines = [
         f"  answers per sample    {quantiles(turns / 2)}",
-        f"  images                {images.sum()} in {(images > 0).sum()} samples, "
-        f"{(images == 0).sum()} text only"]
+        f"  images                {images.sum()} in {(images > 0).sum()} samples"]
     if data.tokenizer:
         share = scored.sum() / tokens.sum()
         lines += [

@@ -136,25 +136,18 @@ def upright_size(image):
     return image.size[::-1] if is_lying else image.size
 
 
-def image_problem(folder, name):
-    """What is wrong with a picture, or None. It is decoded to its end, as small as possible."""
+def check_image(folder, name):
+    """Decode a picture to its end, as small as possible.
+
+    Raises FileNotFoundError with what is there instead, and else as `opened` does.
+    """
     try:
         with opened(image_path(folder, name), f"image {name!r}") as image:
             image.draft(image.mode, (1, 1))
             upright_rgb(image)
     except FileNotFoundError:
-        return absence(folder, name)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def absence(folder, name):
-    """What `image_problem` says of a picture that is not there."""
-    path = os.path.join(folder, name)
-    if os.path.islink(path):
-        return f"image {name!r} is a link to {os.readlink(path)}, which is not there"
-    return f"image {name!r} is not in {folder}{what_is_there(folder, name)}"
+        raise FileNotFoundError(f"image {name!r} is not in {folder}"
+                                f"{what_is_there(folder, name)}") from None
 
 
 def what_is_there(folder, name):

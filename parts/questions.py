@@ -14,7 +14,7 @@ from functools import cache
 from tqdm import tqdm
 
 from parts.files import read_json, read_lines, typed_fields, write_lines
-from parts.pictures import image_path, image_problem, load_image
+from parts.pictures import check_image, image_path, load_image
 from parts.records import image_names
 from parts.scoring import id_of
 
@@ -25,19 +25,16 @@ def read_questions(path, folder):
     Raises ValueError with file, index, id and what is wrong, before any question is asked.
     """
     questions = list(read_json(path))
-    problem_of = cache(image_problem)    # many questions can show one picture
+    check = cache(check_image)           # many questions can show one picture
     for i, question in enumerate(questions):
         where = f"{path}[{i}]"
         where = f"{where} (id {id_of(question, 'question_id', where)})"
         typed_fields(question, where, text=str)
         try:
-            names = image_names(question)
-        except ValueError as error:
+            for name in image_names(question):
+                check(folder, name)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
-        for name in names:
-            problem = problem_of(folder, name)
-            if problem:
-                raise ValueError(f"{where}: {problem}")
     if not questions:
         raise ValueError(f"{path}: no question is in it")
     return questions
