@@ -18,8 +18,6 @@ from parts.files import IMAGE, decode_json, errors_of_file, library, read_spans,
 
 SPLITS = ("train", "test", "val", "dev")     # how the hub's files begin: test-00000-of-00003
 PICTURES_IN_TAR = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-# bytes; a picture is read with its row group, so each would take half a second and more
-LARGEST_GROUP = 2 ** 30
 
 
 class Place(NamedTuple):
@@ -106,13 +104,9 @@ def data_urls(value):
 # Parquet
 
 
+@functools.lru_cache(maxsize=64)
 def open_parquet(path):
     """(ParquetFile, its column of pictures or None), memory-mapped. Raises ValueError."""
-    return parquet_file(path, os.stat(path).st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def parquet_file(path, modified):
     parquet = library("pyarrow.parquet", f"{path}, which is Parquet,", "pyarrow")
     try:
         file = parquet.ParquetFile(path, memory_map=True)
@@ -132,16 +126,11 @@ def read_parquet(path):
     """The rows of a Parquet file; the bytes of pictures are passed over where a path tells them."""
     file, pictures = open_parquet(path)
     leaves = [file.schema.column(i) for i in range(len(file.schema))]
-    raw = [leaf.path for leaf in leaves
-           if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
-    unread = {path.partition(".")[0] for path in raw} - {pictures}
-    if unread:
-        raise ValueError(f"{path}: column {min(unread)!r} holds bytes, and those of pictures are "
-                         "read from image or images alone; rename it, or leave it out")
+    raw = [leaf.path for leaf in leaves if leaf.path.partition(".")[0] == pictures
+           and leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
     columns = [leaf.path for leaf in leaves if leaf.path not in raw]
     if raw and not any(column.startswith(f"{pictures}.") for column in columns):
         columns += raw
-    check_groups(file, raw, path)
     row = 0
     for batch in file.iter_batches(256, columns=columns, use_threads=False):
         for record in batch.to_pylist():
@@ -151,18 +140,6 @@ def read_parquet(path):
                 record[pictures] = [Place(path, row, n=n) for n in range(count)]
             yield record, None
             row += 1
-
-
-def check_groups(file, raw, path):
-    """Raises ValueError where a group of rows is so large that each picture in it is slow."""
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema in raw)
-        if size > LARGEST_GROUP:
-            raise ValueError(f"{path}: row group {number} holds {size / 1e9:.1f} GB of pictures, "
-                             f"and each is read with all of them; {LARGEST_GROUP / 1e9:.1f} GB are "
-                             "allowed: take row_group_size=100 of pyarrow's write_table")
 
 
 def picture_in_row(place):

@@ -15,7 +15,7 @@ import train
 from data import Conversations, collate
 from parts.check import inspect_data
 from parts.records import Records
-from parts.shards import LARGEST_GROUP, Place, shards_of
+from parts.shards import Place, shards_of
 from parts.templates import TEMPLATES
 from parts.views import view_of
 
@@ -263,30 +263,20 @@ def test_a_broken_picture_inside_is_named_by_file_and_row(parts, tmp_path):
 
 
 def test_a_parquet_file_without_the_columns_says_which_it_has(tmp_path):
-    """Whoever saved it sees what is missing; bytes that nobody reads are named, too."""
+    """Whoever saved it sees what is missing; media that nobody reads are named, too."""
     for row, says in (({"question": "a", "answer": "b"},
                        "no column conversations or messages; its columns are question, answer"),
-                      ({"conversations": TURNS, "video": b"1"}, "column 'video' holds bytes"),
                       ({"conversations": TURNS, "image": "1.jpg", "images": ["1.jpg"]},
                        "pictures are in image or in images, not in both")):
         path = write_parquet([row], tmp_path / "x.parquet")
         with pytest.raises(ValueError, match=f"x.parquet: {says}"):
             Records([path])
+    video = {"conversations": TURNS, "video": b"1"}
+    clip = Records([write_parquet([video], tmp_path / "y.parquet")])
+    assert "'video' is not read" in clip.problem(0, clip[0], None)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="x.parquet: not a complete Parquet file"):
         Records([path])
-
-
-def test_a_row_group_that_makes_each_picture_slow_is_refused(tmp_path, monkeypatch):
-    """A picture is read with its row group; what is allowed, and how to write it, is said."""
-    assert LARGEST_GROUP == 2 ** 30
-    monkeypatch.setattr("parts.shards.LARGEST_GROUP", 8000)
-    rng = np.random.default_rng(0)
-    rows = [{"conversations": TURNS, "image": {"bytes": rng.bytes(1000), "path": "a"}}] * 9
-    rows = [row | {"image": {"bytes": rng.bytes(1000), "path": "a"}} for row in rows]
-    assert len(Records([write_parquet(rows, tmp_path / "a.parquet", row_group_size=3)])) == 9
-    with pytest.raises(ValueError, match="row group 0 holds .* row_group_size=100"):
-        Records([write_parquet(rows, tmp_path / "b.parquet")])
 
 
 def test_a_damaged_or_packed_tar_and_a_name_that_stands_twice_are_named(tmp_path):
