@@ -308,8 +308,6 @@ def train(config, origin, machine, run):
     # a full disk is found out before training
     run.rehearse(save, functools.partial(LLaVA.from_pretrained, dtype=None))
     first = run.resume()
-    if run.lacks_validation(first, total):       # a kill came between state and validation
-        validate(run, first, model, data, held_out, lengths)
     parallel = machine.wrap(model)       # gradients are averaged over the ranks
 
     for step, batches in run.steps(plan, first, total, render_first):
@@ -319,11 +317,11 @@ def train(config, origin, machine, run):
 
         run.check_step(loss, norm)       # finite; frozen is frozen, and the rest has moved
         run.log_step(loss, norm, answer_tokens=n_answer)
-        if run.is_due(config.save_every):
-            run.save_state()
-            if run.stopping:             # by Ctrl-C or a scheduler, when is_due is true, too
-                return run.goodbye()
+        if run.is_due():                 # the state comes last, so that a kill loses no record
             validate(run, step + 1, model, data, held_out, lengths)
+            run.save_state()
+        if run.stopping:                 # by Ctrl-C or a scheduler
+            return run.goodbye()
 
     model.meta["steps"] = total
     run.finish(save)

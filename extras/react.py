@@ -289,10 +289,10 @@ def customise_and_train(config, machine, run):
         with torch.no_grad():
             clip.logit_scale.clamp_(0, math.log(100))    # OFFICIAL: after each step
         run.log_step(loss, norm, f"tau {tau:6.2f} | ", tau=tau)
-        if run.is_due(config.save_every):
+        if run.is_due():
             run.save_state()
-            if run.stopping:
-                return run.goodbye()
+        if run.stopping:
+            return run.goodbye()
 
     run.finish(save, "loss")
     return 0

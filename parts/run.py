@@ -38,7 +38,6 @@ from parts.files import (
     lock_folder,
     read_lines,
     read_value,
-    typed,
     typed_fields,
     write_json,
 )
@@ -53,9 +52,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp's, of
 
 
 class Run:
-    """One run: `with Run(config, machine) as run`; its config has out, resume, workers and keep.
+    """One run: `with Run(config, machine) as run`; its config has out, resume, workers, keep and
+    save_every.
 
-    stopping    the loop is to save its state and end: a signal has come, to any rank
+    stopping    the loop is to end by `goodbye`: a signal has come, to any rank
 
     Raises ValueError if the folder holds a run already that `resume` does not go on with, or if
     another process writes there. A restart by torchrun resumes. A dry run has `writes` False.
@@ -72,7 +72,7 @@ class Run:
         self.stopping = False
         self.step = None
         self.stack = contextlib.ExitStack()      # the folder's lock, the tracker
-        self.tracker = None
+        self.track = None                # log(numbers, step) of --track
         self.background = ThreadPoolExecutor(1)
         self.unwritten = None            # a state that is being written there
         if writes and self.log_file.exists() and not self.resumes:
@@ -84,8 +84,8 @@ class Run:
         if self.writes:
             self.stack.enter_context(lock_folder(self.out))
         if self.writes and name:
-            self.tracker = open_tracker(name, self.config)
-            self.stack.callback(self.tracker.finish)
+            self.track, finish = open_tracker(name, self.config)
+            self.stack.callback(finish)
         machine = self.machine
         machine.print0(f"{machine.world_size} x {machine.device.type}, computing in "
                        f"{machine.dtype} ({machine.reason})\n")
@@ -213,11 +213,8 @@ class Run:
 
         Raises ValueError for a state of other flags, data or weights, or that is damaged.
         """
-        if self.writes:                  # a kill may have torn the log's last line
-            for number, record in enumerate(read_lines(self.log_file, repair=True), 1):
-                where = f"{self.log_file}: line {number}"
-                typed(record.get("step"), int, f"{where}: step")
-                typed(record.get("loss", record.get("val_loss")), float, f"{where}: loss")
+        if self.writes:
+            read_lines(self.log_file, repair=True)       # a kill may have torn its last line
         folder = self.out / "train_state"
         states = saved_states(folder)
         if not states or not self.resumes:
@@ -300,18 +297,10 @@ class Run:
         parts = self.config.seed, self.step, self.machine.rank
         torch.manual_seed(int(np.random.default_rng(parts).integers(2 ** 63)))
 
-    def is_due(self, every):
-        """Whether what is done every so many steps, at the end, and before a stop, is due now."""
+    def is_due(self):
+        """Whether what is done every `save_every` steps, and at the end, is due now."""
         done = self.step + 1
-        return done % every == 0 or done == self.total or self.stopping
-
-    def lacks_validation(self, step, total):
-        """Whether a validation was due after so many steps, and a kill came before its record."""
-        if step == 0 or (step % self.config.save_every and step < total):
-            return False
-        log = read_lines(self.log_file)
-        steps = [record.get("step") for record in log if "val_loss" in record]
-        return self.machine.gather(step not in steps)[0]
+        return done % self.config.save_every == 0 or done == self.total
 
     def check_step(self, loss, grad_norm):
         """Stop, and name the samples of every rank, if this step's loss is 0 or not finite, or its
@@ -334,9 +323,9 @@ class Run:
         if self.writes:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(record, allow_nan=False) + "\n")
-        if self.tracker:
+        if self.track:
             numbers = {key: n for key, n in record.items() if type(n) in (int, float)}
-            self.tracker.log(numbers, step=numbers.pop("step"))
+            self.track(numbers, step=numbers.pop("step"))
 
     def log_step(self, loss, grad_norm, shown="", **more):
         """Log this step, with `more`, and print a line of one in fifty, with `shown` in it. Every
@@ -364,7 +353,10 @@ class Run:
             f"eta {timedelta(seconds=round(to_go))}")
 
     def goodbye(self):
-        """After a signal: say how to go on. Returns the exit code, 128 and the signal's number."""
+        """After a signal: save a state, and say how to go on. Returns the exit code, 128 and the
+        signal's number."""
+        if not self.is_due():            # else it is saved
+            self.save_state()
         self.finish_state()
         self.machine.print0(f"stopped after step {self.step}; the same command with --resume goes "
                             "on from here")
@@ -392,24 +384,17 @@ class Run:
 
 
 def open_tracker(name, config):
-    """A run of --track's library, with log(numbers, step) and finish(). Raises ValueError."""
+    """log(numbers, step=n) and finish() of --track's library. Raises ValueError without it."""
     if name == "tensorboard":
-        return TensorBoard(config.out)
+        writer = library("torch.utils.tensorboard", "--track", name).SummaryWriter(config.out)
+
+        def log(numbers, step):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+        return log, writer.close
     tracker = library(name, "--track", name)
-    return tracker.init(project="minllava", name=config.out, config=dataclasses.asdict(config))
-
-
-class TensorBoard:
-    """TensorBoard's event file, with the functions that the other trackers have."""
-
-    def __init__(self, folder):
-        tensorboard = library("torch.utils.tensorboard", "--track", "tensorboard")
-        self.writer = tensorboard.SummaryWriter(folder)
-        self.finish = self.writer.close
-
-    def log(self, numbers, step):
-        for key, value in numbers.items():
-            self.writer.add_scalar(key, value, step)
+    run = tracker.init(project="minllava", name=config.out, config=dataclasses.asdict(config))
+    return run.log, run.finish
 
 
 # -----------------------------------------------------------------------------
