@@ -335,7 +335,7 @@ DAMAGES = {
     "is not of this corpus any more": lambda f: change_facts(f / "index.json", sizes={__file__: 1}),
     "done: '64' where a whole number belongs": lambda f: change_facts(f / "index.json", done="64"),
     "sizes: 7 where an object belongs": lambda f: change_facts(f / "index.json", sizes=7),
-    "index.json: JSON that is nested": lambda f: (f / "index.json").write_text("[" * 99_999),
+    "index.json: maximum recursion": lambda f: (f / "index.json").write_text("[" * 99_999),
     "index.json: this is UTF-16": lambda f: (f / "index.json").write_text("{}", "utf-16"),
     "pairs.jsonl or a file beside it is damaged": lambda f: (f / "pairs.jsonl").write_text("[1]"),
     "image.faiss: ": lambda f: (f / "image.faiss").write_text("none"),
