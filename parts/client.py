@@ -9,7 +9,6 @@ answered is read by parts/replies.py.
 import functools
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -19,7 +18,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import NamedTuple
@@ -38,10 +36,7 @@ from parts.replies import Replies, content_of, joined_text, unfinished
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
 MOST_BYTES = 2 ** 24           # of a reply; what is longer is no answer to anything we ask
-LOST = (exceptions.ConnectionError, exceptions.ChunkedEncodingError,
-        exceptions.ContentDecodingError, exceptions.InvalidHeader)
-BUSY = re.compile(r"overload|rate.?limit|unavailable|timed? ?out|try again|busy", re.I)
-THREAD = threading.local()     # each thread has its own pool of connections, and its own deadline
+THREAD = threading.local()     # what each thread asks has its own deadline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +189,9 @@ class TimedAdapter(HTTPAdapter):
         return pool
 
 
-def thread_session():
-    """The session of this thread, whose connections stay open from one request to the next."""
-    if not hasattr(THREAD, "session"):
-        THREAD.session = requests.Session()
-        THREAD.session.mount("http://", TimedAdapter())
-        THREAD.session.mount("https://", TimedAdapter())
-    return THREAD.session
+SESSION = requests.Session()   # its connections stay open from one request to the next
+for scheme in ("http://", "https://"):
+    SESSION.mount(scheme, TimedAdapter(pool_maxsize=1000))
 
 
 def api_key():
@@ -228,50 +219,47 @@ def ask(base_url, body, timeout=120):
     THREAD.deadline = None                                # until there is a connection
     start = time.monotonic()
     try:
-        with thread_session().post(url, json=body, headers=headers, timeout=(10, timeout),
-                                   stream=True, allow_redirects=False) as response:
+        with SESSION.post(url, json=body, headers=headers, timeout=(10, timeout), stream=True,
+                          allow_redirects=False) as response:
             value = read_body(response, key)
-    except LOST as error:
-        if time.monotonic() - start > timeout:
-            raise TryAgain("timeout") from error
-        cause = getattr(error.args[0], "reason", None)    # if there was no connection at all
-        told = f"{url}: {str(cause).rpartition(': ')[2]}" if cause else "connection lost"
-        raise TryAgain(told) from error
-    except exceptions.ReadTimeout as error:
-        raise TryAgain("timeout") from error
-    except (exceptions.RequestException, UnicodeError) as error:   # no address, a wrong scheme, ...
-        raise ValueError(f"{url}: {error}") from error
+        has_error = isinstance(value, dict) and value.get("error") and not value.get("choices")
+        if response.status_code == 200 and not has_error:
+            return read_completion(value)
+    except (exceptions.RequestException, TryAgain) as error:
+        if isinstance(error, ValueError):                 # an address that is none
+            raise
+        is_late = time.monotonic() - start > timeout
+        reason = "timeout" if is_late else masked(str(error), key)
+        raise TryAgain(reason) from error
     finally:
         if THREAD.deadline:
             THREAD.deadline.cancel()
-    if not isinstance(value, dict) and time.monotonic() - start > timeout:
-        raise TryAgain("timeout")                         # what was cut off by it is no JSON
-    has_error = isinstance(value, dict) and value.get("error") and not value.get("choices")
-    if response.status_code == 200 and not has_error:
-        return read_completion(value)
     return read_refusal(response, value, f"{url}, model {body.get('model')!r}")
 
 
-def read_body(response, key):
-    """The JSON value of a response, or its text if it is none; the key is masked in it.
+def masked(text, key):
+    """A text without the key. A word, or a few letters, is no key, but what a server without keys
+    is given: it stays, for answers may have it."""
+    if len(key) >= 8 and not key.isalpha():
+        text = text.replace(key, "OPENAI_API_KEY")
+    return text
 
-    Raises TryAgain if it is too long. A word, or a few letters, is no key, but what a server
-    without keys is given: it stays, for answers may have it.
+
+def read_body(response, key):
+    """The JSON value of a response, or its text if it is none. Raises TryAgain if it is too long.
+
+    JSON is written anew, so that a key has one spelling in it, and is masked.
     """
     content = bytearray()
     for part in response.iter_content(2 ** 16):
         content += part
         if len(content) > MOST_BYTES:
             raise TryAgain(f"a reply of more than {MOST_BYTES:,} bytes")
-    text = content.decode("utf-8-sig", "replace") or response.headers.get("Location", "")
-    with suppress(ValueError, RecursionError):            # written anew, a key has one spelling
-        text = json.dumps(json.loads(text, parse_int=lambda digits: int(digits[:20])))
-    if len(key) >= 8 and not key.isalpha():
-        text = text.replace(json.dumps(key)[1:-1], "OPENAI_API_KEY")
+    text = content.decode("utf-8-sig", "replace")
     try:
-        return json.loads(text)
+        return json.loads(masked(json.dumps(json.loads(text)), key))
     except (ValueError, RecursionError):
-        return text
+        return masked(text, key)
 
 
 def read_completion(reply):
@@ -301,14 +289,13 @@ def read_refusal(response, value, where):
     code = response.status_code
     if code == 200 and isinstance(signs[0], int):         # some tell the code in the body only
         code = signs[0]
-    may_pass = code in (408, 409, 429) or code >= 500 or (code == 200 and BUSY.search(words))
+    may_pass = code in (408, 409, 429) or code >= 500
     if not may_pass or "insufficient_quota" in signs:
         raise ValueError(f"{where}: HTTP {code}: {words}")
     retry = Retry()
-    retry.retry_after_max = math.inf                      # --max_wait is ours
+    retry.retry_after_max = 10 ** 9                       # --max_wait is ours
     try:
-        # seconds or a date; None without this header
-        after = min(retry.get_retry_after(response) or 0, 10 ** 9) or None
+        after = retry.get_retry_after(response)           # None without this header
     except (InvalidHeader, ValueError, OverflowError):
         after = None
     raise TryAgain(words if response.status_code == 200 else f"HTTP {code}", after)
@@ -340,7 +327,7 @@ class Client:
         """Ask for all of `missing`; returns {request's key: reason} of those without a reply.
 
         Whatever ends it early (ValueError, a full disk, Ctrl-C), requests on their way are waited
-        for and their replies kept; Ctrl-C meanwhile ends the process at once, without them.
+        for and their replies kept.
         """
         with ThreadPoolExecutor(self.endpoint.workers) as pool, self.bar:
             try:
@@ -348,13 +335,8 @@ class Client:
                 outcomes = [(futures[future], future.result()) for future in as_completed(futures)]
             except BaseException as error:
                 self.stopping.set()
-                try:
-                    self.note(f"{str(error) or 'stopping'}: waiting for replies under way; "
-                              "Ctrl-C ends at once, without them")
-                    pool.shutdown(cancel_futures=True)
-                except KeyboardInterrupt:
-                    self.note("ended at once: the replies under way are not kept")
-                    os._exit(130)                         # any other way out waits for the threads
+                self.note(f"{str(error) or 'stopping'}: waiting for replies under way")
+                pool.shutdown(cancel_futures=True)
                 raise
         return {request.key: reason for request, reason in outcomes if reason}
 
@@ -362,7 +344,9 @@ class Client:
         """Ask until there is a reply, and keep it; else returns the reason of the last failure."""
         endpoint = self.endpoint
         reason = "stopped"
-        for attempt in range(1, endpoint.attempts + 1):
+        pause = 0
+        for attempt in range(endpoint.attempts):
+            self.stopping.wait(pause)
             self.wait_turn()
             if self.stopping.is_set():
                 break
@@ -376,9 +360,8 @@ class Client:
                 if error.after and error.after > endpoint.max_wait:
                     raise ValueError(f"{reason}: the server asks for a wait of {error.after:.0f} "
                                      f"seconds; --max_wait {endpoint.max_wait:g}") from error
-                if attempt < endpoint.attempts:           # twice as long each time, jittered
-                    back_off = min(60, 0.25 * 2 ** min(attempt, 8)) * random.uniform(0.5, 1)
-                    self.stopping.wait(back_off if error.after is None else error.after)
+                # twice as long each time, jittered
+                pause = error.after or 0.5 * 2 ** min(attempt, 7) * random.uniform(0.5, 1)
             else:
                 self.keep(request, reply)
                 return None
