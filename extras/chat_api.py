@@ -14,7 +14,6 @@ NUMBERS = {              # that a request may name, and their ranges
     "max_tokens": (1, 2 ** 31),
     "max_completion_tokens": (1, 2 ** 31),
     "seed": (-2 ** 63, 2 ** 63 - 1),
-    "n": (1, 1),
 }
 OTHERS = {               # the type of whatever else it may name
     "stream": bool,
@@ -23,24 +22,16 @@ OTHERS = {               # the type of whatever else it may name
     "messages": list,
     "model": str,
     "user": str,
+    "answer": str,       # of /attention alone: what the model said
 }
 NOTHING = (None, False, 0, "", [], {})   # what asks for nothing, under any name
 NEUTRAL = {              # what asks for nothing, under names of this API and of what others add
+    "n": (1,),
     "top_k": (-1, 0),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "reasoning_effort": ("none",),
-    "best_of": (1,),
     "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "typical_p": (1,),
-    "do_sample": (True,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
 }
 MAX_STOPS = 16           # of a request, each
 MAX_STOP = 256           # characters long: they are looked for at every token
@@ -49,36 +40,25 @@ MAX_STOP = 256           # characters long: they are looked for at every token
 class Refusal(Exception):
     """What a client is told instead of an answer: a status, and an error in the API's form."""
 
-    def __init__(self, message, param=None, code=None, status=400):
+    def __init__(self, message, code=None, status=400):
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
-        if code == "queue_full":
+        if status == 429:
             kind = "rate_limit_error"
-        self.json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.json = {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def object_of(data):
     """The JSON object that a request's bytes hold."""
     try:
         value = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise Refusal(f"the request is not JSON: {error}") from error
+        json.dumps(value, ensure_ascii=False).encode()   # not with half a surrogate pair
     except (ValueError, RecursionError) as error:
-        raise Refusal("the request is not UTF-8, is nested too deeply, or holds a number of "
-                      "thousands of digits") from error
+        raise Refusal(f"the request is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refusal("the request is not a JSON object")
     return value
-
-
-def answer_of(body):
-    """The answer that a request for attention holds, and the chat API does not know."""
-    answer = body.pop("answer", None)
-    if not isinstance(answer, str) or not answer.strip():
-        raise Refusal("answer is not the text of an answer", "answer")
-    check_text(answer, "answer")
-    return answer
 
 
 def brief(value):
@@ -88,20 +68,12 @@ def brief(value):
     return f"{value!r:.80}"
 
 
-def check_text(text, where):
-    """Raises Refusal for half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Refusal(f"{where} holds half a surrogate pair, which is no text", where) from error
-
-
 def check_names(sent, known, where):
     """Raises Refusal for a name that is not known, unless its value asks for nothing."""
     for name, value in sent.items():
         if name not in known and value is not None and value not in NEUTRAL.get(name, NOTHING):
             raise Refusal(f"{where}{brief(name)} is not supported, here with {brief(value)}; taken "
-                          f"are {', '.join(sorted(known))}", name[:80])
+                          f"are {', '.join(sorted(known))}")
 
 
 def conversation_of(messages):
@@ -111,17 +83,15 @@ def conversation_of(messages):
     """
     if not isinstance(messages, list) or len(messages) % 2 == 0:
         raise Refusal("messages is no list that begins and ends with one of the user, and "
-                      "alternates user, assistant", "messages")
+                      "alternates user, assistant")
     turns = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, dict) else None
         expected = ("user", "assistant")[i % 2]
-        if role in ("system", "developer"):
-            raise Refusal(f"{where}: the system message of this model is part of its template; "
-                          "leave yours out", where)
         if role != expected:
-            raise Refusal(f"{where} is from {brief(role)} where {expected!r} belongs", where)
+            raise Refusal(f"{where} is from {brief(role)} where {expected!r} belongs; the system "
+                          "message of this model is part of its template")
         check_names(message, {"role", "content", "name"}, f"{where}: ")
         turns.append(parts_of(message.get("content"), role, where))
     return turns
@@ -135,13 +105,12 @@ def parts_of(content, role, where):
     for part in content if isinstance(content, list) else [None]:
         match part:
             case {"type": "text", "text": str(text)}:
-                check_text(text, where)
                 texts.append(text)
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
                 urls.append(url)
             case _:
                 raise Refusal(f"{where}.content is neither text nor a list of text parts and, from "
-                              "a user, image_url parts", where)
+                              "a user, image_url parts")
     return "\n".join(texts), urls
 
 
@@ -150,16 +119,12 @@ def check_options(body):
     check_names(body, NUMBERS.keys() | OTHERS, "")
     for name, kind in OTHERS.items():
         if not isinstance(body.get(name), kind | None):
-            raise Refusal(f"{name} {brief(body[name])} is not of the API's type", name)
+            raise Refusal(f"{name} {brief(body[name])} is not of the API's type")
     for name, (low, high) in NUMBERS.items():
         value = body.get(name)
         kinds = {int, type(low)}         # but no bool, which is an int to isinstance
         if value is not None and (type(value) not in kinds or not low <= value <= high):
-            raise Refusal(f"{name} {brief(value)}: it is a number from {low} to {high}", name)
-    options = body.get("stream_options") or {}
-    check_names(options, {"include_usage"}, "stream_options: ")
-    if not isinstance(options.get("include_usage"), bool | None):
-        raise Refusal("stream_options: include_usage is neither true nor false", "stream_options")
+            raise Refusal(f"{name} {brief(value)}: it is a number from {low} to {high}")
 
 
 def sampling_of(body):
@@ -168,13 +133,9 @@ def sampling_of(body):
     stop = body.get("stop") or []
     if isinstance(stop, str):
         stop = [stop]
-    if len(stop) > MAX_STOPS:
-        raise Refusal(f"stop has {len(stop)} texts; at most {MAX_STOPS} are taken", "stop")
-    for text in stop:
-        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP:
-            raise Refusal(f"stop {brief(text)}: a text, or some, of 1 to {MAX_STOP} characters",
-                          "stop")
-        check_text(text, "stop")
+    fits = all(isinstance(text, str) and 0 < len(text) <= MAX_STOP for text in stop)
+    if len(stop) > MAX_STOPS or not fits:
+        raise Refusal(f"stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters are taken")
     sampling = {
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),

@@ -6,8 +6,7 @@ The deadlines are all of `seconds`, the server's --timeout: an idle connection, 
 request, a body (and more for one that is large), and taking what was sent.
 """
 import ipaddress
-import json
-import re
+from urllib.parse import urlsplit
 
 import anyio
 import h11
@@ -54,20 +53,11 @@ class Connection(H11Protocol):
         super().resume_writing()
         self.take_deadline.cancel()
 
-    def send_400_response(self, msg):
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):     # not within another reply
-            error = json.dumps(Refusal("this is not HTTP/1.1").json)
-            head = ("HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-                    "Connection: close\r\n\r\n")
-            self.transport.write((head + error).encode())
-        self.transport.close()
-
 
 async def hear(request, most, seconds):
-    """A request's body, and how many bytes came; beyond `most` they are heard, but not kept.
+    """A request's body. Raises Refusal if it has more than `most` bytes or comes too slowly.
 
     Who is refused while they still send hears nothing of it: up to four times as many are heard.
-    Raises Refusal if they come too slowly.
     """
     data = bytearray()
     size = 0
@@ -83,7 +73,10 @@ async def hear(request, most, seconds):
     except TimeoutError as error:
         raise Refusal(f"the body of the request came too slowly, {size} bytes: {seconds} seconds "
                       f"are waited, and one more for each {SLOWEST} bytes", status=408) from error
-    return data, size
+    if size > most:
+        raise Refusal(f"the request has {size / 1e6:.1f} MB; at most {most / 1e6:g} are taken",
+                      status=413)
+    return data
 
 
 def is_reached_at(host, names):
@@ -92,9 +85,9 @@ def is_reached_at(host, names):
     Another name may be that of a foreign page, whose owner let it point to this machine afterwards
     (DNS rebinding): to a visitor's browser, the server would be part of that page.
     """
-    match = re.fullmatch(r"(?:\[([^]]+)\]|([^]:[]+))(?::\d+)?", host)
-    name = (match[1] or match[2]).lower() if match else ""
+    name = ""
     try:
+        name = urlsplit(f"//{host}").hostname or ""      # without its port
         ipaddress.ip_address(name)
     except ValueError:
         return name in names

@@ -13,18 +13,18 @@ refused at once; one runs the model, for one request at a time, as they came.
 import asyncio
 import copy
 import io
-import json
 import logging
 import socket
 import sys
+import threading
 import time
 import traceback
 import uuid
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -36,10 +36,9 @@ from PIL import Image, ImageOps
 try:
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
     sys.exit(f"error: extras.serve needs them: pip install starlette uvicorn ({error})")
@@ -51,19 +50,9 @@ from extras.chat_api import Refusal
 from extras.http_limits import Connection, hear, is_reached_at
 from parts import files
 from parts.client import api_key
-from parts.pictures import (
-    FORMATS,
-    UNREADABLE,
-    data_url,
-    load_image,
-    opened,
-    upright_rgb,
-    upright_size,
-)
+from parts.pictures import data_url, load_image, opened, upright_rgb, upright_size
 
 PAGE = Path(__file__).with_name("serve.html")
-# libtiff prints whatever is wrong with a file, so that strangers would fill the server's output
-SERVED = [name for name in FORMATS if name != "TIFF"]
 MODERATED = 2048         # pixels of a side, at most: endpoints have limits; OpenAI's is 20 MB
 
 
@@ -98,11 +87,9 @@ class Config:
 
 
 def refusal_of(error):
-    """What to tell a client: only a Refusal's words, and Starlette's, were written for it."""
+    """What to tell a client: only a Refusal's words were written for it."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, HTTPException):
-        return Refusal(error.detail, status=error.status_code)
     return Refusal("the server failed; its own output says why", status=500)
 
 
@@ -110,16 +97,19 @@ async def send_refusal(request, error):
     refusal = refusal_of(error)
     # of a body that was not heard to its end, the rest is not waited for
     headers = {"Connection": "close"} if refusal.status in (408, 413) else {}
-    return Response(json.dumps(refusal.json), refusal.status, headers, "application/json")
+    return JSONResponse(refusal.json, refusal.status, headers)
 
 
-async def while_heard(request, pieces):
-    """The pieces of an answer, until the client has gone away."""
+async def collect(request, pieces):
+    """The pieces of an answer, a list. Raises ClientDisconnect when the client has gone away."""
+    found = []
     async with aclosing(pieces):
         async for piece in pieces:
-            yield piece
             if await request.is_disconnected():
                 raise ClientDisconnect
+            if not isinstance(piece, int):               # that would be a place in the line
+                found.append(piece)
+    return found
 
 
 @contextmanager
@@ -137,7 +127,7 @@ class ChatRequest(NamedTuple):
     files: list            # the bytes of each picture: as small as they were sent, while they wait
     ids: list              # of the prompt
     sampling: dict         # what Talker.stream takes
-    answer: str            # that the model gave; None but in /attention
+    answer: str            # that the model gave, or none; of /attention
     stream: bool
     with_usage: bool       # of a stream: say how many tokens it was
 
@@ -148,11 +138,10 @@ class ChatRequest(NamedTuple):
 
 def pixels_of(name, file):
     """How many pixels a picture has, by its head."""
-    try:
-        with Image.open(io.BytesIO(file), formats=SERVED) as head:
-            return head.width * head.height
-    except UNREADABLE as error:
-        raise Refusal(f"{name}: not a readable picture in any of {', '.join(SERVED)}") from error
+    with refusing(), opened(io.BytesIO(file), name) as head:
+        if head.format == "TIFF":        # libtiff prints whatever is wrong with a file
+            raise ValueError("TIFF is not taken: strangers would fill the server's output")
+        return head.width * head.height
 
 
 def read_small(name, file):
@@ -184,46 +173,42 @@ class Line:
 
     def __init__(self):
         self.thread = ThreadPoolExecutor(1)
-        self.tickets = []
+        self.jobs = []                   # the first is under way
 
     async def run(self, pieces):
         """What a generator yields, run in the model's thread when its turn has come.
 
-        Until then yields its place, an int, at least once a second. Who stops listening leaves the
-        line; who listens slowly holds up nobody.
+        While there is nothing, yields its place in the line, an int, once a second. Who stops
+        listening leaves the line; who listens slowly holds up nobody.
         """
         heard = asyncio.Queue()
-        turn = asyncio.create_task(self.take_turn(pieces, heard.put_nowait))
-        turn.add_done_callback(lambda _: heard.put_nowait(None))
+        put = partial(asyncio.get_running_loop().call_soon_threadsafe, heard.put_nowait)
+        gone = threading.Event()
+        job = self.thread.submit(run_job, pieces, put, gone)
+        job.add_done_callback(lambda _: put(None))
+        self.jobs.append(job)
         try:
-            while True:
-                piece = await heard.get()
-                if piece is None:
-                    break
+            piece = self.jobs.index(job)
+            while piece is not None:
                 yield piece
-            await turn                   # raises what went wrong in it
+                try:
+                    piece = await asyncio.wait_for(heard.get(), 1)
+                except asyncio.TimeoutError:
+                    piece = self.jobs.index(job)
+            job.result()                 # raises what went wrong in it
         finally:
-            turn.cancel()
+            gone.set()
+            job.cancel()
+            self.jobs.remove(job)
 
-    async def take_turn(self, pieces, put):
-        ticket = asyncio.Event()
-        self.tickets.append(ticket)
-        try:
-            while self.tickets[0] is not ticket:
-                put(self.tickets.index(ticket))
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ticket.wait(), 1)
-                ticket.clear()
-            while True:
-                piece = await asyncio.wrap_future(self.thread.submit(next, pieces, None))
-                if piece is None:
-                    return
-                put(piece)
-        finally:
-            self.thread.submit(pieces.close)     # behind a step that may still be under way
-            self.tickets.remove(ticket)
-            for other in self.tickets:
-                other.set()
+
+def run_job(pieces, put, gone):
+    """Put what a generator yields, until nobody listens any more."""
+    with closing(pieces):
+        for piece in pieces:
+            if gone.is_set():
+                return
+            put(piece)
 
 
 class Server:
@@ -240,8 +225,7 @@ class Server:
         self.tokenizer = copy.deepcopy(self.talker.model.tokenizer)
         self.reader = ThreadPoolExecutor(1)
         self.line = Line()
-        self.under_way = Counter()       # requests, by client
-        self.queue = set()               # the tasks of those whose body was heard
+        self.queue = {}                  # {task of a request whose body was heard: its client}
         self.failures = set()            # where the server failed, each told once
         names = ("localhost", config.host, socket.gethostname(), *config.allow_host)
         self.names = {name.lower() for name in names}
@@ -250,27 +234,24 @@ class Server:
                   Route("/v1/chat/completions", self.completions, methods=["POST"]),
                   Route("/prompt", self.prompt, methods=["POST"]),
                   Route("/attention", self.attention, methods=["POST"])]
-        kinds = (Refusal, HTTPException, ClientDisconnect, Exception)
+        kinds = (Refusal, ClientDisconnect, Exception)
         self.app = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, send_refusal))
 
     async def __call__(self, scope, receive, send):
         """Every request comes in here."""
         request = Request(scope)
-        client = request.client.host
         host = request.headers.get("host", "")
         app = self.app
         if not is_reached_at(host, self.names):
             app = await send_refusal(request, Refusal(
                 f"Host {host!r:.80} is no address or name of this server; --allow_host adds one",
                 status=421))
-        self.under_way[client] += 1
         try:
             await app(scope, receive, send)
         except Exception as error:       # who sent the request was told by `send_refusal`
             self.report(error)
         finally:
-            self.under_way -= Counter([client])          # which forgets a client at zero
-            self.queue.discard(asyncio.current_task())
+            self.queue.pop(asyncio.current_task(), None)
 
     def report(self, error):
         """Print where the server failed, without the error's words: they may hold anybody's."""
@@ -279,38 +260,33 @@ class Server:
             self.failures.add(trace)
             print(f"the server failed, {type(error).__name__}:\n{trace}", file=sys.stderr)
 
-    async def read(self, request, with_answer=False):
+    async def read(self, request):
         """What a request asks, as a ChatRequest, if there is room for it."""
         config = self.config
-        most = config.max_mb * 10 ** 6
         client = request.client.host
-        crowded = self.under_way[client] > config.max_per_client
-        data, size = await hear(request, most, config.timeout)
-        if crowded:
+        data = await hear(request, config.max_mb * 10 ** 6, config.timeout)
+        if list(self.queue.values()).count(client) >= config.max_per_client:
             raise Refusal(f"{config.max_per_client} requests from {client} are under way; wait "
-                          "until one is answered", code="queue_full", status=429)
-        if size > most:
-            raise Refusal(f"the request has {size / 1e6:.1f} MB; at most {config.max_mb} are taken",
-                          status=413)
+                          "until one is answered", "queue_full", 429)
         if len(self.queue) >= config.max_queue:
             raise Refusal(f"the queue is full: {config.max_queue} requests are waiting; try again "
-                          "in a moment", code="queue_full", status=429)
-        self.queue.add(asyncio.current_task())
+                          "in a moment", "queue_full", 429)
+        self.queue[asyncio.current_task()] = client
         if not request.headers.get("content-type", "").startswith("application/json"):
             # pages of others cannot send this from a visitor's browser
             raise Refusal("the request is not of Content-Type application/json", status=415)
-        return await asyncio.wrap_future(self.reader.submit(self.check, data, with_answer))
+        return await asyncio.wrap_future(self.reader.submit(self.check, data))
 
-    def check(self, data, with_answer):
+    def check(self, data):
         """Everything that could stop an answer is found here, in the reader's thread."""
         body = chat_api.object_of(data)
         if body.get("model") not in (None, self.name):
             raise Refusal(f"there is no model {chat_api.brief(body['model'])} here, but "
-                          f"{self.name!r}", "model", "model_not_found", 404)
-        answer = chat_api.answer_of(body) if with_answer else None
+                          f"{self.name!r}", "model_not_found", 404)
         sampling = chat_api.sampling_of(body)
         conversation = chat_api.conversation_of(body.get("messages"))
-        self.check_length([*conversation, (answer or "", [])])
+        answer = body.get("answer") or ""
+        self.check_length([*conversation, (answer, [])])
         talker = self.talker
         turns, contents = [], {}
         for i, (text, urls) in enumerate(conversation):
@@ -334,11 +310,11 @@ class Server:
 
     def check_question(self, text, where):
         if not text.strip():
-            raise Refusal("the question is empty; it needs words", where)
+            raise Refusal(f"{where}: the question is empty; it needs words")
         most = self.config.max_question
         if len(text) > most:
-            raise Refusal(f"the question has {len(text)} characters; at most {most} are taken",
-                          where, "string_above_max_length")
+            raise Refusal(f"{where}: the question has {len(text)} characters; at most {most} are "
+                          "taken")
 
     def ids_of(self, turns, contents, answer):
         """The prompt's ids, with those of a given answer; contents are {name: file of a picture}.
@@ -348,7 +324,7 @@ class Server:
         pixels = sum(pixels_of(name, file) for name, file in contents.items())
         if pixels > self.config.max_megapixels * 10 ** 6:
             raise Refusal(f"the pictures have {pixels / 1e6:.0f} megapixels; at most "
-                          f"{self.config.max_megapixels} are taken", "messages")
+                          f"{self.config.max_megapixels} are taken")
         if answer:
             turns = [*turns, {"from": "gpt", "value": answer}]
         view = self.talker.view
@@ -359,7 +335,7 @@ class Server:
         if n >= self.context:
             raise Refusal(f"the prompt is {n} tokens ({view.cost}); the model's context is "
                           f"{self.context}: start a new conversation, or ask briefly",
-                          "messages", "context_length_exceeded")
+                          "context_length_exceeded")
         return read["input_ids"]
 
     def check_length(self, conversation):
@@ -369,7 +345,7 @@ class Server:
         if n_parts > self.context or n_characters > 32 * self.context:
             raise Refusal(f"a conversation of {n_parts} texts and pictures, {n_characters} "
                           f"characters, does not fit in a context of {self.context} tokens",
-                          "messages", "context_length_exceeded")
+                          "context_length_exceeded")
 
     async def moderate_question(self, question):
         """The two filters of App. A: the text of a conversation, then each of its pictures.
@@ -391,20 +367,16 @@ class Server:
             reply = await asyncio.to_thread(
                 requests.post, self.config.moderation.rstrip("/") + "/moderations", timeout=30,
                 json={"input": content}, headers={"Authorization": f"Bearer {key}"} if key else {})
-            if not reply.ok:
-                raise Refusal(f"{what} could not be moderated: the endpoint answered "
-                              f"{reply.status_code}", status=502)
+            reply.raise_for_status()
             result = reply.json()["results"][0]
             flagged = files.typed(result["flagged"], bool, "flagged")
             reasons = [name for name, applies in result.get("categories", {}).items() if applies]
-        except Refusal:
-            raise
         except Exception as error:       # whatever it is, nothing goes further
             raise Refusal(f"{what} could not be moderated ({type(error).__name__})",
                           status=502) from error
         if flagged:
             raise Refusal(f"{what} was flagged by moderation ({', '.join(reasons)})",
-                          code="content_filter")
+                          "content_filter")
 
     def generate(self, question):
         """The answer's pieces (str), then how it ended: (finish_reason, usage)."""
@@ -426,14 +398,15 @@ class Server:
             async for piece in pieces:
                 if isinstance(piece, int) or not self.config.moderation:
                     yield piece
-                    continue
-                if isinstance(piece, str):
+                elif isinstance(piece, str):
                     text += piece
-                yield ""
+                    yield ""
+                else:
+                    end = piece
         if self.config.moderation:
             await self.moderate("the answer", text)
             yield text
-            yield piece                  # the last one: how it ended
+            yield end
 
     async def completions(self, request):
         """OpenAI's chat API: https://platform.openai.com/docs/api-reference/chat"""
@@ -446,9 +419,8 @@ class Server:
             events = self.events(question, head)
             return StreamingResponse(events, media_type="text/event-stream", headers={
                 "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        pieces = [piece async for piece in while_heard(request, self.answer(question))]
-        text = "".join(piece for piece in pieces if isinstance(piece, str))
-        return JSONResponse(chat_api.completion(head, text, *pieces[-1]))
+        *texts, end = await collect(request, self.answer(question))
+        return JSONResponse(chat_api.completion(head, "".join(texts), *end))
 
     async def events(self, question, head):
         """The answer as server-sent events.
@@ -460,7 +432,7 @@ class Server:
             async with aclosing(self.answer(question)) as pieces:
                 async for piece in pieces:
                     match piece:
-                        case int(place):
+                        case int(place) if place > 0:
                             yield f": {place} before you\n\n"
                         case str(text):
                             yield chat_api.chunk(head, {"content": text})
@@ -476,8 +448,7 @@ class Server:
         yield "data: [DONE]\n\n"
 
     async def models(self, request):
-        model = {"id": self.name, "object": "model", "owned_by": "minllava", "created": 0,
-                 "max_model_len": self.context}
+        model = {"id": self.name, "object": "model", "owned_by": "minllava", "created": 0}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def page(self, request):
@@ -498,9 +469,10 @@ class Server:
 
     async def attention(self, request):
         """Where the model looked: at each word of `answer`, the pictures under its weights."""
-        question = await self.read(request, with_answer=True)
-        pieces = while_heard(request, self.line.run(self.looks(question)))
-        return JSONResponse([piece async for piece in pieces if not isinstance(piece, int)])
+        question = await self.read(request)
+        if not question.answer.strip():
+            raise Refusal("answer is not the text of an answer")
+        return JSONResponse(await collect(request, self.line.run(self.looks(question))))
 
     def looks(self, question):
         pictures = question.pictures()
@@ -521,11 +493,7 @@ def main(argv=None):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")      # Pillow's, about damaged pictures
     Image.MAX_IMAGE_PIXELS = None        # `ids_of` has the limit, for all of a request's
-    try:
-        door = socket.create_server((config.host, config.port))
-    except OSError as error:
-        raise ValueError(f"--host {config.host} --port {config.port}: {error.strerror or error}; "
-                         "take another port") from error
+    door = socket.create_server((config.host, config.port))
     app = Server(config)
     if config.allow_origin:
         app = CORSMiddleware(app, config.allow_origin, ["GET", "POST"], ["*"])
