@@ -36,6 +36,7 @@ from parts.replies import Replies, content_of, joined_text, unfinished
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
 MOST_BYTES = 2 ** 24           # of a reply; what is longer is no answer to anything we ask
+NO_ADDRESS = (exceptions.InvalidURL, exceptions.MissingSchema, exceptions.InvalidSchema)
 THREAD = threading.local()     # what each thread asks has its own deadline
 
 
@@ -226,7 +227,7 @@ def ask(base_url, body, timeout=120):
         if response.status_code == 200 and not has_error:
             return read_completion(value)
     except (exceptions.RequestException, TryAgain) as error:
-        if isinstance(error, ValueError):                 # an address that is none
+        if isinstance(error, NO_ADDRESS):
             raise
         is_late = time.monotonic() - start > timeout
         reason = "timeout" if is_late else masked(str(error), key)
@@ -324,21 +325,24 @@ class Client:
         self.noted = set()
 
     def run(self, missing):
-        """Ask for all of `missing`; returns {request's key: reason} of those without a reply.
+        """Ask for all of `missing`. Raises ValueError if one still has no reply.
 
         Whatever ends it early (ValueError, a full disk, Ctrl-C), requests on their way are waited
         for and their replies kept.
         """
         with ThreadPoolExecutor(self.endpoint.workers) as pool, self.bar:
             try:
-                futures = {pool.submit(self.fetch, request): request for request in missing}
-                outcomes = [(futures[future], future.result()) for future in as_completed(futures)]
+                futures = [pool.submit(self.fetch, request) for request in missing]
+                reasons = [future.result() for future in as_completed(futures)]
             except BaseException as error:
                 self.stopping.set()
                 self.note(f"{str(error) or 'stopping'}: waiting for replies under way")
                 pool.shutdown(cancel_futures=True)
                 raise
-        return {request.key: reason for request, reason in outcomes if reason}
+        failures = Counter(reason for reason in reasons if reason)
+        if failures:
+            raise ValueError(f"{failures.total()} of {self.total} requests have no reply yet "
+                             f"({', '.join(sorted(failures))[:500]})")
 
     def fetch(self, request):
         """Ask until there is a reply, and keep it; else returns the reason of the last failure."""
@@ -417,11 +421,7 @@ def ask_missing(asked, raw, endpoint):
     with open(raw, "ab", buffering=0) as f:
         client = Client(endpoint, f, done, len(asked))
         try:
-            failed = client.run(missing)
-            if failed:                                    # {key: reason}
-                reasons = ", ".join(sorted(set(failed.values())))
-                raise ValueError(f"{len(failed)} of {len(asked)} requests have no reply yet "
-                                 f"({reasons[:500]})")
+            client.run(missing)
         except (ValueError, OSError, KeyboardInterrupt) as error:
             what = str(error) or "stopped"
             raise type(error)(f"{what}; {client.place()}; {AGAIN}") from error

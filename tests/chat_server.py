@@ -21,8 +21,7 @@ SETTINGS = {"seconds": 0.0, "faults": {}, "log": None, "key": None, "text": None
             "finish": "stop", "seed": 0, "reply": None, "header": {}}
 SETTINGS |= json.loads(sys.argv[1])
 FAULTS = SETTINGS["faults"]
-TEXTS = {"unparsable": "Certainly! What a nice picture.", "empty": " ",
-         "refuses": "I'm sorry, I cannot help with that."}
+TEXTS = {"empty": " ", "refuses": "I'm sorry, I cannot help with that."}
 RNG = random.Random(SETTINGS["seed"])
 LOCK = threading.Lock()
 LOG = open(SETTINGS["log"], "a", buffering=1) if SETTINGS["log"] else None
@@ -60,8 +59,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(SETTINGS["seconds"])
         if fault == "garbage":
             return self.reply(200, "<html>we will be back soon</html>")
-        if fault == "shape":
-            return self.reply(200, json.dumps({"choices": []}))
         text = TEXTS.get(fault) or self.answer(last_message, last)
         completion = json.dumps({
             "model": asked["model"],

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from parts.files import run_main, typed_flags, write_lines  # noqa: E402
 
-LIES = {"429": 0.02, "500": 0.06, "503": 0.04, "reset": 0.05, "half": 0.04, "garbage": 0.03,
-        "shape": 0.02, "empty": 0.02, "drip": 0.01, "drip_header": 0.01}
+LIES = {"429": 0.02, "500": 0.06, "503": 0.04, "reset": 0.05, "half": 0.04, "garbage": 0.05,
+        "empty": 0.02, "drip": 0.01, "drip_header": 0.01}
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,6 @@ def test_extra_fields_join_the_request_and_null_removes_one():
             client.request_body(Asker(extra=extra), [])
 
 
-@pytest.mark.parametrize("flag, value", [
-    ("attempts", 0), ("rpm", float("inf")), ("temperature", float("nan"))])
-def test_a_flag_that_cannot_be_meant_is_named(flag, value):
-    """Before the first request, not at the first reply."""
-    with pytest.raises(ValueError, match=f"--{flag} {value}"):
-        Asker(**{flag: value})
-
-
 THOUGHT = "<think>\nQuestion: maybe ask the colour?\nAnswer: brown.\n</think>\n\nA bus."
 
 
@@ -144,7 +136,8 @@ def test_what_is_paid_returns_even_if_it_is_no_answer(serve, reply, finish, text
     ([200, "x", client.MOST_BYTES + 1], "a reply of more than 16,777,216 bytes", 2)])
 def test_the_servers_words_are_shown_and_what_cannot_get_better_is_asked_once(
         serve, tmp_path, reply, says, asked):
-    """An error behind a 200 is one, and prose that mentions a filter is no filter's verdict."""
+    """An error behind a 200 is one, and prose that mentions a filter is no filter's verdict. What
+    may get better is asked a bounded number of times."""
     url, log = serve(reply=reply)
     with pytest.raises(ValueError, match=says):
         client.ask_everything(make_requests(1), tmp_path / "raw", Asker(base_url=url, attempts=2))
@@ -190,15 +183,6 @@ def test_a_budget_holds(serve, tmp_path):
     client.ask_everything(make_requests(9), tmp_path / "raw.jsonl", endpoint)
     times = sorted(row["time"] for row in lines(log))
     assert times[-1] - times[0] > 0.35, f"9 requests in {times[-1] - times[0]:.2f} s"
-
-
-def test_a_failing_server_is_asked_a_bounded_number_of_times(serve, tmp_path):
-    """And what failed is told, with the reason, for the same command to go on."""
-    url, log = serve(faults={"500": 1.0})
-    endpoint = Asker(base_url=url, attempts=2)
-    with pytest.raises(ValueError, match="4 of 4 requests have no reply.*HTTP 500.*same"):
-        client.ask_everything(make_requests(4), tmp_path / "raw.jsonl", endpoint)
-    assert len(lines(log)) == 8
 
 
 def test_a_permanent_error_stops_the_run_and_keeps_what_is_under_way(serve, tmp_path):

@@ -57,7 +57,7 @@ def coco_files(folder, caption_rows=(), box_rows=(), image_id=7, mark=""):
     return str(folder / "c.json"), str(folder / "i.json")
 
 
-@pytest.mark.parametrize("image_id", [7, "7", 7.0, "0007"])
+@pytest.mark.parametrize("image_id", [7, "0007"])
 def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path, capsys, image_id):
     """COCO's own boxes are x, y, width, height in pixels; other tools write ids as text, and marks.
 
@@ -79,24 +79,14 @@ def test_coco_files_and_json_lines_give_the_same_contexts(tmp_path, capsys, imag
 
 @pytest.mark.parametrize("captions, boxes, image_id, says", [
     ([{"image_id": 7, "caption": 5}], [], 7, r"c.json: annotations\[2\]: caption: 5"),
-    ([{"image_id": None, "caption": "x"}], [], 7, r"c.json: annotations\[2\]: image_id is None"),
     ([], [], 8, "c.json: none of its captions is of one of its 1 images"),
     ([{"image_id": 7, "caption": "x"}], [], 8, "i.json: none of its boxes"),
     ([], [{"image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4]}], 7, "no category"),
-    ([], [{"image_id": 7, "category_id": 6, "bbox": [1, 2, 3]}], 7, "four numbers"),
     ([], [{"image_id": 7, "category_id": 6, "bbox": None}], 7, r"i.json: annotations\[1\]: bbox")])
 def test_what_is_wrong_in_cocos_files_is_named(tmp_path, captions, boxes, image_id, says):
     """Its file and its place there; files that have nothing to do with each other are refused."""
     with pytest.raises(ValueError, match=says):
         generate_data.read_contexts(*coco_files(tmp_path, captions, boxes, image_id))
-
-
-def test_a_key_that_stands_twice_in_cocos_file_is_an_error(tmp_path):
-    """The reader would keep the last of two captions, and nobody would know of the first."""
-    (tmp_path / "c.json").write_text('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
-                                     '[{"image_id": 1, "caption": "a", "caption": "b"}]}')
-    with pytest.raises(ValueError, match="c.json.*'caption' stands twice"):
-        generate_data.read_contexts(str(tmp_path / "c.json"))
 
 
 @pytest.mark.parametrize("bbox", [[300, 25, 20, 20], [50, 25, -20, 20], [10, 10, 2000, 20]])
@@ -117,8 +107,7 @@ def test_a_box_over_the_edge_is_cut_off_and_one_outside_is_named(tmp_path, capsy
 
 @pytest.mark.parametrize("record, says", [
     ({**SHOP, "instances": [{"category": "bus", "bbox": [10, 20, 30, 40]}]}, "fractions"),
-    ({**SHOP, "captions": []}, "no captions"), ({**SHOP, "captions": [None, " "]}, "no captions"),
-    ({**SHOP, "captions": [5]}, "captions: 5"), ({**SHOP, "image": None}, "image"),
+    ({**SHOP, "captions": [None, " "]}, "no captions"), ({**SHOP, "captions": [5]}, "captions: 5"),
     ({"id": 1, "captions": ["x"]}, "image"), ("text", "needed are id, image, captions")])
 def test_a_bad_context_is_named(tmp_path, record, says):
     """What cannot be read must never become a paid request."""
@@ -161,10 +150,7 @@ def test_every_picture_gets_one_type_by_mix_and_so_many_by_numbers():
 @pytest.mark.parametrize("flags, says", [
     ("--numbers conversation=2000", "there are 9 pictures"), ("--mix talk=3", "talk=3: TYPE=N"),
     ("--numbers conversation=1.5", "whole number"), ("--mix conversation=0", "not 0 for all"),
-    ("--mix conversation=1 conversation=2", "each TYPE once"), ("--limit 0", "--limit 0"),
-    ("--price_in -1", "--price_in -1"), ("--extra [1]", "JSON object"),
-    ("--numbers conversation=1 --mix conversation=1", "--numbers and --mix"),
-    ("--prompts nowhere", "nowhere")])
+    ("--limit 0", "--limit 0"), ("--prompts nowhere", "nowhere")])
 def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
     """Before anything is sent."""
     contexts = write_contexts(tmp_path / "c.jsonl", 9)
@@ -203,15 +189,12 @@ def about(answer):
 @pytest.mark.parametrize("text, finish, reason", [
     (about("According to the description, a bus."), "stop", "speaks of its context"),
     (about("A bus at [0.1, 0.25, 0.5, 1.0]."), "stop", "speaks of its context"),
-    (about("Its bounding box is large."), "stop", "speaks of its context"),
     (about("As an AI language model, no."), "stop", "refuses"),
     (about("See <image>."), "stop", "STOP or special token"),
     (about("A bus.\n\n### Colours\nRed."), "stop", "STOP or special token"),
-    (about("A </s> bus."), "stop", "STOP or special"),
     (about("A <|im_end|> bus."), "stop", "STOP or special"),
     ("A bus.", "length", "cut off"), ("", "content_filter", "finish_reason content_filter"),
-    ("A bus.", "max_tokens", "max_tokens"), ("A bus.", "MAX_TOKENS", "MAX_TOKENS"),
-    ("A bus.", 5, "finish_reason 5"),
+    ("A bus.", "MAX_TOKENS", "MAX_TOKENS"), ("A bus.", 5, "finish_reason 5"),
     ("<think>Question: What?\nAnswer: A bus.", "stop", "no question"),
     ("I'm sorry, I cannot help with that.", "stop", "refuses"),
     (about("A bus.") + "\nQuestion: And then?", "stop", "take turns"),
@@ -223,10 +206,9 @@ def test_what_is_no_answer_about_the_picture_is_rejected_with_its_reason(text, f
         generate_data.read_turns("conversation", reply_of(text, finish))
 
 
-@pytest.mark.parametrize("answer", [
-    "A bus.", "The cardboard boxes stand in a bus, as the text on its side says."])
-def test_no_answer_is_rejected_for_a_word_alone(answer):
+def test_no_answer_is_rejected_for_a_word_alone():
     """An end of turn behind it is no part of it."""
+    answer = "The cardboard boxes stand in a bus, as the text on its side says."
     reply = reply_of(about(answer + "<|im_end|>"))
     assert generate_data.read_turns("conversation", reply) == [("What?", answer)]
 
@@ -293,18 +275,6 @@ def test_a_changed_filter_costs_nothing(tmp_path, serve, monkeypatch):
     with pytest.raises(ValueError, match="5 of 5 requests have no reply yet"):
         instruct(tmp_path, contexts, *nowhere, "--temperature", 0.5, "--attempts", 1)
     assert (tmp_path / "out" / "instruct.json").read_bytes() == made, "another run's file is lost"
-
-
-def test_an_interrupted_run_writes_what_is_paid(tmp_path, serve):
-    """Records of all replies so far, then the error."""
-    url, _ = serve(faults={"404": 0.2}, seed=3)
-    with pytest.raises(ValueError, match="HTTP 404"):
-        instruct(tmp_path, write_contexts(tmp_path / "c.jsonl", 40), "--base_url", url,
-                 "--mix", "conversation=1")
-    made = list(read_json(tmp_path / "out" / "instruct.json"))
-    assert len(made) == len(lines(tmp_path / "out" / "raw.jsonl")) > 0
-    counts = json.loads((tmp_path / "out" / "metadata.json").read_text())["counts"]
-    assert counts["replies"] == counts["conversation, records"] == len(made)
 
 
 def test_show_and_estimate_send_nothing(tmp_path, capsys):
