@@ -13,6 +13,7 @@ refused at once; one runs the model, for one request at a time, as they came.
 import asyncio
 import copy
 import io
+import json
 import logging
 import socket
 import sys
@@ -38,7 +39,7 @@ try:
     from starlette.applications import Starlette
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
+    from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
     sys.exit(f"error: extras.serve needs them: pip install starlette uvicorn ({error})")
@@ -229,8 +230,7 @@ class Server:
         self.failures = set()            # where the server failed, each told once
         names = ("localhost", config.host, socket.gethostname(), *config.allow_host)
         self.names = {name.lower() for name in names}
-        routes = [Route("/", self.page), Route("/settings", self.settings),
-                  Route("/v1/models", self.models),
+        routes = [Route("/", self.page), Route("/v1/models", self.models),
                   Route("/v1/chat/completions", self.completions, methods=["POST"]),
                   Route("/prompt", self.prompt, methods=["POST"]),
                   Route("/attention", self.attention, methods=["POST"])]
@@ -294,7 +294,9 @@ class Server:
             if i % 2 == 1:
                 turns.append({"from": "gpt", "value": text})
                 continue
-            self.check_question(text, where)
+            if not text.strip() or len(text) > self.config.max_question:
+                raise Refusal(f"{where}: the question has {len(text)} characters; 1 to "
+                              f"{self.config.max_question} are taken, of which one is no blank")
             for n, url in enumerate(urls, 1):
                 name = f"{where}, picture {n}"
                 contents[name] = chat_api.picture_bytes(url, name)
@@ -307,14 +309,6 @@ class Server:
         options = body.get("stream_options") or {}
         return ChatRequest(turns, list(contents.values()), ids, named, answer,
                            bool(body.get("stream")), bool(options.get("include_usage")))
-
-    def check_question(self, text, where):
-        if not text.strip():
-            raise Refusal(f"{where}: the question is empty; it needs words")
-        most = self.config.max_question
-        if len(text) > most:
-            raise Refusal(f"{where}: the question has {len(text)} characters; at most {most} are "
-                          "taken")
 
     def ids_of(self, turns, contents, answer):
         """The prompt's ids, with those of a given answer; contents are {name: file of a picture}.
@@ -452,14 +446,12 @@ class Server:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def page(self, request):
-        return FileResponse(PAGE, headers={
+        names = ("temperature", "top_p", "max_new_tokens", "max_mb", "max_question")
+        settings = {name: getattr(self.config, name) for name in names} | {"model": self.name}
+        page = PAGE.read_text(encoding="utf-8").replace("SETTINGS", json.dumps(settings))
+        return HTMLResponse(page, headers={
             "Cache-Control": "no-store", "Content-Security-Policy":
             "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"})
-
-    async def settings(self, request):
-        names = ("temperature", "top_p", "max_new_tokens", "max_mb", "max_question")
-        shown = {name: getattr(self.config, name) for name in names}
-        return JSONResponse(shown | {"model": self.name})
 
     async def prompt(self, request):
         """The exact prompt of a request: its text, and its ids."""
