@@ -26,15 +26,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
 
+from model import LLaVA
 from parts import checkpoints
 from parts.checkpoints import (
     LINEAR_1,
@@ -151,28 +154,30 @@ def write_table(table, folder, shard):
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def resized(weight, rows):
-    """A weight with this many rows: cut, or grown by the mean, as by `grow_vocabulary`."""
+def computed(function, *weights):
+    """A weight that is a function of others."""
     def read():
-        value = weight.read()
-        mean = value.float().mean(0).to(value.dtype)
-        return torch.cat([value[:rows], mean.expand(max(0, rows - len(value)), -1)])
-    return Weight(weight.meta.new_empty(rows, weight.meta.shape[1]), read)
+        return function(*[weight.read() for weight in weights])
+    return Weight(function(*[weight.meta for weight in weights]), read)
+
+
+def resized(value, rows):
+    """A tensor with this many rows: cut, or grown by the mean, as by `grow_vocabulary`."""
+    mean = value.float().mean(0).to(value.dtype)
+    return torch.cat([value[:rows], mean.expand(max(0, rows - len(value)), -1)])
 
 
 def resize_vocabulary(table, rows):
     """The table with so many rows, one a token, in embedding and head."""
-    return table | {name: resized(table[name], rows) for name in table.keys() & {EMBEDDING, HEAD}}
+    resize = partial(resized, rows=rows)
+    return table | {n: computed(resize, table[n]) for n in table.keys() & {EMBEDDING, HEAD}}
 
 
 def added(delta, base):
     """delta + base; the delta may have rows of added tokens behind the base's."""
-    def read():
-        value = delta.read().clone()
-        old = base.read()
-        value[:len(old)] += old.to(value.dtype)
-        return value
-    return Weight(delta.meta, read)
+    value = delta.clone()
+    value[:len(base)] += base.to(value.dtype)
+    return value
 
 
 def add_delta(delta, base, where):
@@ -184,32 +189,28 @@ def add_delta(delta, base, where):
             shapes[name] = weight.meta[:rows]
     check_weights(shapes, shapes_of(base), f"{where}: delta on --llm",
                   "pass the LLaMA that the delta is for")
-    return delta | {name: added(delta[name], old) for name, old in base.items()}
+    return delta | {name: computed(added, delta[name], old) for name, old in base.items()}
 
 
-def merged(weight, A, B, scale):
+def merged(W, A, B, scale):
     """W + scale B A, computed in fp32, in W's own format."""
-    def read():
-        W = weight.read()
-        return (W.float() + scale * (B.float() @ A.float())).to(W.dtype)
-    return Weight(weight.meta, read)
+    return (W.float() + scale * (B.float() @ A.float())).to(W.dtype)
 
 
 def add_lora(table, folder):
     """The table with the LoRA adapter of a folder merged."""
     path = folder / "adapter_config.json"
     lora = read_value(path)
-    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
-                "layer_replication", "bias"):
+    for key in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern",
+                "alpha_pattern", "layer_replication", "bias"):
         if lora.get(key) not in (None, False, {}, [], "none"):
             raise ValueError(f"{path}: {key} is {lora[key]!r}; only plain LoRA can be merged")
     r = typed(lora.get("r"), int, f"{path}: r")
     alpha = typed(lora.get("lora_alpha"), float, f"{path}: lora_alpha")
     if r < 1:
         raise ValueError(f"{path}: r is {r}; a rank of 1 or more is needed")
-    scale = alpha / (math.sqrt(r) if lora.get("use_rslora") else r)
     path = next(folder.glob("adapter_model.*"), folder / "adapter_model.safetensors")
-    found = {PEFT_PREFIX.sub("", key): value for key, value in load_tensors(path).items()}
+    found = {PEFT_PREFIX.sub("", key): weight for key, weight in table_of([path]).items()}
     layers = {key.split(".lora_")[0] for key in found}
     layers &= {name.removesuffix(".weight") for name in table}
     wanted = {}
@@ -217,13 +218,13 @@ def add_lora(table, folder):
         rows, columns = table[f"{layer}.weight"].meta.shape
         wanted[f"{layer}.lora_A.weight"] = torch.empty(r, columns, device="meta")
         wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, r, device="meta")
-    check_weights(found, wanted, f"{path}: rank {r}, on --llm",
+    check_weights(shapes_of(found), wanted, f"{path}: rank {r}, on --llm",
                   "pass the language model that it was trained on")
-    new = {}
+    merge = partial(merged, scale=alpha / r)
     for layer in layers:
         A, B = found[f"{layer}.lora_A.weight"], found[f"{layer}.lora_B.weight"]
-        new[f"{layer}.weight"] = merged(table[f"{layer}.weight"], A, B, scale)
-    return table | new
+        table[f"{layer}.weight"] = computed(merge, table[f"{layer}.weight"], A, B)
+    return table
 
 
 # -----------------------------------------------------------------------------
@@ -231,8 +232,6 @@ def add_lora(table, folder):
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
-SETTINGS_FILES = ["chat_template.jinja", "generation_config.json", "preprocessor_config.json",
-                  "processor_config.json"]
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin", "mm_projector.bin", "adapter_model.*",
                 "non_lora_trainables.bin"]
 
@@ -276,14 +275,13 @@ def find_source(args, folder):
     if not files and not rest.is_file():
         raise FileNotFoundError(f"{folder}: no LLaVA folder; it has neither model*.safetensors or "
                                 f"pytorch_model*.bin nor {rest.name}")
-    if is_lora:
+    part = "a whole model"
+    if args.delta:
+        part = "a delta"
+    elif is_lora:
         part = "a LoRA adapter"
     elif not files:
         part = "a projector"
-    else:
-        part = "a delta" if args.delta else "a whole model"
-    if args.delta and part != "a delta":
-        raise ValueError(f"{folder} is {part}: leave out --delta")
     if part == "a whole model":
         if args.llm:
             raise ValueError(f"{folder} is {part}: leave out --llm, or say --delta if it is one")
@@ -345,9 +343,6 @@ def original_view(raw, vision_config, folder):
                          f"of multiples of {size}, the pixels of the vision tower, are needed")
     pairs = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]   # (width, height)
     tiling = NEXT._replace(pinpoints=pairs, tile=size, patch=vision_config.patch_size)
-    if raw["minllava"].get("aspect") == "anyres_hf":     # of a model that was ours
-        tiling = tiling._replace(pinpoints=[pair[::-1] for pair in pairs], rule="hf")
-        return {"aspect": "anyres_hf", "tiling": tiling._asdict()}
     return {"aspect": "anyres", "tiling": tiling._asdict()}
 
 
@@ -466,8 +461,6 @@ def convert_to_original(args):
         raise ValueError(f"{folder}: config.json does not say what it was made of: pass --vision, "
                          "the CLIP that the original will name, and --llm, for its tokenizer")
     mlp = config.projector_hidden_act == "gelu"
-    if mlp and "aspect" not in ours and not meta["tiling"]:
-        meta["aspect"] = "pad"                           # llava-hf's 1.5 crops; the original pads
     table = hf_keys(table_of(weight_files(folder)))
     check_weights(shapes_of(table), weights_of_config(config), folder, "pass a whole folder")
     if not mlp:
@@ -523,90 +516,79 @@ def original_config(config, meta, ours, rows):
     return original
 
 
-def two_layers(weight, bias):
-    """linear_1 and linear_2 of LLaVA-1.5 that compute W z + b, as far as rounding allows.
+# -----------------------------------------------------------------------------
+# Other forms of a model of ours that compute the same
 
-    gelu(x) - gelu(-x) = x, of either gelu: linear_1 gives z and -z, and linear_2 is [W, -W]. Raises
-    ValueError where z and -z, 2 D_v numbers, do not fit in its D.
+
+def two_layers(W):
+    """Two layers as LLaVA-1.5 has them that compute W z + b, as far as rounding allows.
+
+    gelu(x) - gelu(-x) = x, of either gelu: the first gives z and -z, and the second is [W, -W].
+    Raises ValueError where z and -z, 2 D_v numbers, do not fit in its D.
     """
-    D, D_v = weight.shape
+    D, D_v = W.weight.shape
     if 2 * D_v > D:
         raise ValueError(f"W is {D_v} -> {D}; as two layers it would need D >= 2 D_v, which a 7B "
                          "model behind CLIP ViT-L has")
-    identity = torch.eye(D_v, dtype=weight.dtype)
-    padding = weight.new_zeros(D - 2 * D_v, D_v)
-    return {LINEAR_1 + "weight": torch.cat([identity, -identity, padding]),
-            LINEAR_1 + "bias": torch.zeros_like(bias),
-            LINEAR_2 + "weight": torch.cat([weight, -weight, weight.new_zeros(D, D - 2 * D_v)], 1),
-            LINEAR_2 + "bias": bias}
+    first = nn.Linear(D_v, D)
+    first.weight[:] = torch.cat([torch.eye(D_v), -torch.eye(D_v), torch.zeros(D - 2 * D_v, D_v)])
+    first.bias.zero_()
+    second = nn.Linear(D, D)
+    second.weight[:] = torch.cat([W.weight, -W.weight, torch.zeros(D, D - 2 * D_v)], 1)
+    second.bias[:] = W.bias
+    return nn.Sequential(first, nn.GELU(), second)
 
 
-def spread(weight, times, axis=0, scale=1.0):
-    """A weight with `times` rows (axis 0), or columns, for each of its own: it, and then zeros."""
-    shape = list(weight.meta.shape)
+def spread(value, times, axis=0):
+    """A tensor with `times` rows (axis 0), or columns, for each of its own: it, and then zeros."""
+    shape = list(value.shape)
     shape[axis] *= times
-
-    def read():
-        value = weight.read()
-        wide = value.new_zeros(shape)
-        wide.movedim(axis, 0)[::times] = (value * scale).movedim(axis, 0)
-        return wide
-    return Weight(weight.meta.new_empty(shape), read)
+    wide = value.new_zeros(shape)
+    wide.movedim(axis, 0)[::times] = value.movedim(axis, 0)
+    return wide
 
 
-def wide_heads(table, times):
-    """The table with heads d' = `times` d wide that compute what those of width d do.
+def widen_heads(f_phi, head_dim):
+    """Give f_phi heads of width d' = head_dim, `times` d, that compute what its own do.
 
     Number i of a head goes to `times` i. There the rotary embedding turns it by the same angle as
     before, since theta^(-2 times i / d') = theta^(-2 i / d), and beside the same partner, half a
     head away. Scores are divided by sqrt(d') instead of sqrt(d), so q is larger by sqrt(times):
-    exactly by 2 for 4 times the width, within rounding for others.
+    exactly by 2 for 4 times the width, within rounding for others. Raises ValueError if it cannot.
     """
-    new = {}
-    for name, weight in table.items():
-        if re.search(r"language_model.*\.[qkv]_proj\.", name):
-            scale = math.sqrt(times) if "q_proj" in name else 1.0
-            new[name] = spread(weight, times, scale=scale)
-        elif re.search(r"language_model.*\.o_proj\.weight", name):
-            new[name] = spread(weight, times, axis=1)
-    return table | new
-
-
-def convert_to_wide_heads(table, config, folder, head_dim):
-    """The table with heads of that width, which config is told. Raises ValueError if it cannot."""
-    text = config.text_config
-    check_setting(folder, "text_config.model_type", text.model_type, KINDS)
-    rope_type = text.rope_parameters["rope_type"]
-    check_setting(folder, "text_config.rope_parameters.rope_type", rope_type, ["default"])
-    old = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    config = f_phi.config
+    check_setting("--head_dim", "text_config.model_type", config.model_type, KINDS)
+    rope_type = config.rope_parameters["rope_type"]
+    check_setting("--head_dim", "text_config.rope_parameters.rope_type", rope_type, ["default"])
+    old = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim < old or head_dim % old:
-        raise ValueError(f"--head_dim {head_dim}: the heads of {folder} are {old} wide; pass a "
+        raise ValueError(f"--head_dim {head_dim}: the heads of this model are {old} wide; pass a "
                          "multiple of that")
-    text.head_dim = head_dim
-    return wide_heads(table, head_dim // old)
+    times = head_dim // old
+    for name, p in f_phi.named_parameters():
+        if re.search(r"\.[qkv]_proj\.", name):
+            p.data = spread(p.data, times)
+        elif ".o_proj." in name:
+            p.data = spread(p.data, times, axis=1)
+        if ".q_proj." in name:
+            p.data *= math.sqrt(times)
+    config.head_dim = head_dim
 
 
+@torch.no_grad()
 def convert_to_engine(args):
     """Write a folder of ours again in a form that computes the same and that more engines take."""
-    folder = local_folder(args.model, "model")
-    config, _ = checkpoints.load_settings(folder)
-    table = hf_keys(table_of(weight_files(folder)))
-    check_weights(shapes_of(table), weights_of_config(config), folder, "pass a whole folder")
+    model = LLaVA.from_pretrained(args.model, dtype=None)        # mapped
+    dtype = model.f_phi.dtype
     if args.as_mlp:
-        check_setting(folder, "projector_hidden_act", config.projector_hidden_act, ["linear"])
-        W = {name: table[name].read() for name in table if name.startswith((LINEAR_1, LINEAR_2))}
-        checkpoints.check_identity(W, folder)
-        table |= table_in_memory(two_layers(W[LINEAR_1 + "weight"], W[LINEAR_1 + "bias"]))
-        config.projector_hidden_act = "gelu"
+        check_setting(args.model, "projector_hidden_act", model.projector, ["linear"])
+        model.W = two_layers(model.W)
+        model.projector = "mlp2x_gelu"
     if args.head_dim is not None:
-        table = convert_to_wide_heads(table, config, folder, args.head_dim)
-    write_table(table, Path(args.out), args.shard)
-    for name in [*SETTINGS_FILES, *TOKENIZER_FILES]:
-        if has_file(folder, name):
-            shutil.copy(folder / name, args.out)
-    config.save_pretrained(args.out)
-    print(f"{args.out}: W {checkpoints.projector_of(config)}, heads of "
-          f"{getattr(config.text_config, 'head_dim', None)}")
+        widen_heads(model.f_phi, args.head_dim)
+    model.save_pretrained(args.out, dtype)
+    print(f"{args.out}: W {model.projector}, heads of "
+          f"{getattr(model.f_phi.config, 'head_dim', None)}")
 
 
 def main(argv=None):
