@@ -36,7 +36,7 @@ from transformers.utils import cached_file
 
 from parts.decoders import check_language_model
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
-from parts.lora import adapters, add_adapters, merge_adapters, merged_state
+from parts.lora import adapters, merge
 from parts.templates import TEMPLATES, chat_template
 from parts.tiles import NEXT, Tiling
 from parts.towers import tower_class
@@ -410,8 +410,8 @@ def save(model, folder, dtype=None, state=None):
     """Write a model as a checkpoint folder; it is complete once it has its config.json.
 
     dtype    casts the weights; else they are written in W's
-    state    the model's state dict, where it was gathered already. Adapters become part of the
-             weights that they belong to.
+    state    the model's state dict, where it was gathered already
+    Adapters are written alone, for PEFT, and then merged with the weights that they began with.
     """
     dtype = dtype or next(model.W.parameters()).dtype
     config = llava_config(model.g.config, model.f_phi.config, dtype, model.feature_layer,
@@ -421,10 +421,13 @@ def save(model, folder, dtype=None, state=None):
     os.makedirs(folder, exist_ok=True)
     if has_file(folder, "config.json"):
         os.remove(os.path.join(folder, "config.json"))
-    state = (state or model.state_dict()) | whole_weights(model)
-    if adapters(model.f_phi) and "init" in model.meta:       # also alone, for PEFT
-        save_adapter(model, os.path.join(folder, "adapter"), model.meta["init"], state)
-    state = to_hf_keys(model, merged_state(model, state))
+    state = state or model.state_dict()
+    if adapters(model.f_phi):
+        adapter = os.path.join(folder, "adapter")
+        save_adapter(model, adapter, state)
+        model = load(type(model), adapter, dtype)
+        state = model.state_dict()
+    state = to_hf_keys(model, state)
     for name, value in state.items():
         # parts/decoders.py lays several weights side by side; safetensors takes no part of a whole
         is_part = value.untyped_storage().nbytes() > value.nbytes
@@ -432,16 +435,6 @@ def save(model, folder, dtype=None, state=None):
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     save_settings(folder, model.tokenizer, model.eos_ids, model.g.config, model.meta)
     config.save_pretrained(folder)
-
-
-def whole_weights(model):
-    """{name: W_0} of the layers that a model holds in 4 bits, as its base has them."""
-    layers = {name: layer for name, layer in adapters(model).items() if layer.blocks}
-    found = {}
-    base = load(type(model), model.meta["init"], dtype=None) if layers else None
-    for name, layer in layers.items():
-        found[f"{name}.weight"] = base.get_submodule(name).weight.data.to(layer.blocks.dtype)
-    return found
 
 
 def load(cls, folder, dtype=torch.float32):
@@ -452,15 +445,16 @@ def load(cls, folder, dtype=torch.float32):
     the folder holds no checkpoint, ValueError for keys that are missing or left over.
     """
     if has_file(folder, "adapter_config.json") and not has_file(folder, "config.json"):
-        base = adapter_settings(folder)["base_model_name_or_path"]
-        if not has_file(base, "config.json"):
-            raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no "
-                                    "checkpoint folder here; put its place into its adapter_config"
-                                    ".json (base_model_name_or_path), or pass a merged checkpoint")
-        model = load(cls, base, dtype or torch.float32)
-        load_adapter(model, folder)
-        merge_adapters(model.f_phi)
-        return model
+        model = load_adapter(cls, folder, dtype or torch.float32)
+    else:
+        model = load_whole(cls, folder, dtype)
+    if has_file(folder, "generation_config.json"):
+        model.f_phi.generation_config.eos_token_id = read_ends(folder)
+    return model.eval()
+
+
+def load_whole(cls, folder, dtype):
+    """The model of a folder that has all of its weights."""
     config, meta = load_settings(folder)
     tokenizer = read_tokenizer(folder)
     found, image_id = config.image_token_index, tokenizer.convert_tokens_to_ids(IMAGE)
@@ -485,9 +479,7 @@ def load(cls, folder, dtype=torch.float32):
         model.W.float()
     with named_errors(folder):
         check_language_model(f_phi)
-    if has_file(folder, "generation_config.json"):
-        f_phi.generation_config.eos_token_id = read_ends(folder)
-    return model.eval()
+    return model
 
 
 def read_ends(folder):
@@ -622,7 +614,7 @@ def grow_vocabulary(f_phi, size):
 # -----------------------------------------------------------------------------
 # Adapters (parts/lora.py) in PEFT's own layout: A, B and all of W
 
-PEFT = "base_model.model.model."         # PEFT's prefix, then that of transformers' LLaVA
+PEFT = "base_model.model."               # before transformers' names
 ADAPTER_KIND = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "use_rslora": False,
                 "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
                 "init_lora_weights": True, "modules_to_save": ["multi_modal_projector"]}
@@ -634,24 +626,24 @@ def peft_state(model, state):
     for name, value in to_hf_keys(model, state).items():
         if ".lora_" in name:
             layer = name.removeprefix("language_model.model.")
-            found[f"{PEFT}language_model.{layer}.weight"] = value
+            found[f"{PEFT}model.language_model.{layer}.weight"] = value
         elif name.startswith("multi_modal_projector."):
-            found[PEFT + name] = value
+            found[f"{PEFT}model.{name}"] = value
     return found
 
 
-def save_adapter(model, folder, base, state):
-    """Write adapters and W as a folder for PEFT: on AutoModelForImageTextToText of `base`.
+def save_adapter(model, folder, state):
+    """Write adapters and W as a folder for PEFT: on AutoModelForImageTextToText of meta's "init".
 
-    Processor, tokenizer and template lie in it, too, for `base`, from which training started, may
-    be a stage 1, which knows neither this view nor any turns. vLLM needs the merged checkpoint: it
-    takes no adapter that brings modules of its own, such as W.
+    Processor, tokenizer and template lie in it, too, for what training started from may be a
+    stage 1, which knows neither this view nor any turns. vLLM needs the merged checkpoint: it takes
+    no adapter that brings modules of its own, such as W.
     """
     layers = adapters(model.f_phi.base_model)
     names = sorted({name.split(".")[-1] for name in layers})
     layer = next(iter(layers.values()))
     config = ADAPTER_KIND | {
-        "base_model_name_or_path": os.path.abspath(base),
+        "base_model_name_or_path": os.path.abspath(model.meta["init"]),
         "r": len(layer.lora_A),
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout,
@@ -670,7 +662,7 @@ def save_adapter(model, folder, base, state):
 def adapter_settings(folder):
     """An adapter's adapter_config.json. Raises ValueError if PEFT would compute another thing."""
     path = os.path.join(folder, "adapter_config.json")
-    config = typed_fields(read_value(path), path, r=int, lora_alpha=float, lora_dropout=float,
+    config = typed_fields(read_value(path), path, r=int, lora_alpha=float,
                           base_model_name_or_path=str)
     for key, value in ADAPTER_KIND.items():
         if config.get(key) not in (value, None):         # None: PEFT's default, and no W in it
@@ -679,28 +671,36 @@ def adapter_settings(folder):
     return config
 
 
-def load_adapter(model, folder):
-    """Put a saved adapter on `model`, its base; W, tokenizer and meta become the adapter's.
+@torch.no_grad()
+def load_adapter(cls, folder, dtype):
+    """An adapter's base with the adapter merged; W, tokenizer and meta become the adapter's.
 
     PEFT alone may have made it of a few layers, without W and without our meta: what it lacks stays
-    as it is. Raises ValueError for an adapter of another kind or of another model.
+    as it is. Raises FileNotFoundError without its base, ValueError for an adapter of another kind
+    or of another model.
     """
     config = adapter_settings(folder)
-    found = load_tensors(Path(folder, "adapter_model.safetensors"))
-    check_finite(found, folder)
-    layers = {name.removeprefix(PEFT + "language_model.").split(".lora_")[0] for name in found}
-    add_adapters(model.f_phi, config["r"], config["lora_alpha"], config["lora_dropout"], layers)
-    parameters = peft_state(model, model.state_dict())   # their own storage
-    if not config.get("modules_to_save"):
-        parameters = {name: p for name, p in parameters.items() if ".lora_" in name}
-    check_weights(found, parameters, folder, "this is an adapter of another model; pass its base, "
-                  f"{config['base_model_name_or_path']!r}")
-    if PEFT + LINEAR_2 + "weight" in found and model.projector == "linear":
-        check_identity({name.removeprefix(PEFT): value for name, value in found.items()}, folder)
-    for name, value in found.items():
-        parameters[name].copy_(value)
+    base = config["base_model_name_or_path"]
+    if not has_file(base, "config.json"):
+        raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no checkpoint "
+                                "folder here; put its place into its adapter_config.json "
+                                "(base_model_name_or_path), or pass a merged checkpoint")
+    model = load(cls, base, dtype or torch.float32)
+    tensors = load_tensors(Path(folder, "adapter_model.safetensors"))
+    new = hf_keys({name.removeprefix(PEFT): value for name, value in tensors.items()})
+    state = to_hf_keys(model, model.state_dict())
+    with named_errors(f"{folder}: an adapter of another model; pass its base, {base!r}"):
+        scale = config["lora_alpha"] / config["r"]
+        for name in list(new):
+            layer, is_A, _ = name.partition(".lora_A.")
+            if is_A:
+                A = new.pop(name)
+                B = new.pop(f"{layer}.lora_B.weight")
+                W_0 = state[f"{layer}.weight"]
+                W_0.copy_(merge(W_0, A, B, scale))       # in place: no second f_phi in memory
+        model.load_state_dict(from_hf_keys(model, state | new, folder))
     if has_file(folder, "minllava.json"):
-        meta = read_value(os.path.join(folder, "minllava.json"))
-        model.meta = {"aspect": "crop", "tiling": None} | meta
+        model.meta |= read_value(os.path.join(folder, "minllava.json"))
         check_meta(model.meta, model.g.config, model.newline is not None, folder)
         model.tokenizer = read_tokenizer(folder)
+    return model

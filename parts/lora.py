@@ -66,9 +66,10 @@ class LoRA(nn.Linear):
             self.weight.data.to(device, dtype), quant_type="nf4", compress_statistics=True)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
-    def merge(self, W_0, A, B):
-        """W_0 + (alpha / r) B A, (out, in): summed in fp32, rounded once."""
-        return (W_0 + self.scale * B @ A).to(W_0.dtype)
+
+def merge(W_0, A, B, scale):
+    """W_0 + scale B A, (out, in), in W_0's format: summed in fp32, rounded once."""
+    return (W_0 + scale * B @ A).to(W_0.dtype)
 
 
 def bitsandbytes():
@@ -95,19 +96,15 @@ def check_flags(config):
         raise ValueError("--dtype nf4 is not sharded: leave --shard out, or take --dtype bf16")
 
 
-def add_adapters(f_phi, rank, alpha, dropout=0.0, layers=None):
-    """Freeze f_phi and put an adapter on every linear layer but the head, or on those named.
+def add_adapters(f_phi, rank, alpha, dropout=0.0):
+    """Freeze f_phi and put an adapter on every linear layer but the head.
 
-    LLaVA-1.5 has rank 128, alpha 256, dropout 0.05. Raises ValueError for what cannot train.
+    LLaVA-1.5 has rank 128, alpha 256, dropout 0.05.
     """
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise ValueError(f"adapters: rank {rank} is at least 1, alpha {alpha} is above 0, "
-                         f"dropout {dropout} is in [0, 1)")
-    assert not adapters(f_phi), "f_phi has adapters already; call merge_adapters first"
     f_phi.requires_grad_(False)
     body = f_phi.base_model                              # all but the head
     for name, layer in list(body.named_modules()):
-        if isinstance(layer, nn.Linear) and (layers is None or name in layers):
+        if isinstance(layer, nn.Linear):
             body.set_submodule(name, LoRA(layer, rank, alpha, dropout).eval())
 
 
@@ -123,32 +120,3 @@ def adapt(model, rank, had_newline):
     if had_newline:
         model.newline.requires_grad_(False)
     add_adapters(model.f_phi, rank, alpha=2 * rank, dropout=0.05)
-
-
-@torch.no_grad()
-def merge_adapters(f_phi):
-    """Put W_0 + (alpha / r) B A in W_0's place: plain linear layers again."""
-    body = f_phi.base_model
-    for name, layer in adapters(body).items():
-        has_bias = layer.bias is not None
-        plain = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
-        merged = layer.merge(layer.weight, layer.lora_A, layer.lora_B)
-        layer.weight.copy_(merged)                       # in place: no second f_phi in memory
-        plain.weight = layer.weight
-        plain.bias = layer.bias
-        body.set_submodule(name, plain.eval())
-
-
-@torch.no_grad()
-def merged_state(model, state):
-    """The model's `state` dict as `merge_adapters` would make it, for a model that trains on.
-
-    What is merged lies on the CPU.
-    """
-    state = dict(state)
-    for name, layer in adapters(model).items():
-        W_0 = state[f"{name}.weight"]
-        A = state.pop(f"{name}.lora_A").to(W_0.device)
-        B = state.pop(f"{name}.lora_B").to(W_0.device)
-        state[f"{name}.weight"] = layer.merge(W_0, A, B).cpu()
-    return state

@@ -25,11 +25,21 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AddedToken, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig
+from transformers import (
+    AddedToken,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+)
 
+from data import collate, sample_of
 from model import LLaVA
-from parts.files import IMAGE
+from parts.files import IGNORE, IMAGE
+from parts.ranks import TRAINING
+from parts.templates import TEMPLATES
 from parts.towers import CLIPTower, SiglipTower
+from parts.views import view_from
 
 # such small matrices gain nothing from a second thread, and lose much on a busy machine
 torch.set_num_threads(1)
@@ -153,6 +163,52 @@ def noise(size=(40, 30), seed=0):
     """A picture of random pixels, of (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def view_seen_by(model):
+    """The View of a model; a new one sees what the paper's sees."""
+    return view_from({"aspect": "crop"} | model.meta, model.g.config)
+
+
+def sample_from(model, texts, pictures=(), template=None):
+    """A sample of question, answer, question, ... about pictures; an open end is a prompt."""
+    named = [(id(picture), picture) for picture in pictures]
+    template = TEMPLATES[template or model.meta.get("template", "vicuna_v1")]
+    return sample_of(chat(*texts), named, model.tokenizer, template, view_seen_by(model))
+
+
+def batch_from(model, samples, side="right"):
+    return collate(samples, view_seen_by(model), side)
+
+
+# -----------------------------------------------------------------------------
+# transformers as the oracle
+
+
+def processor_pixels(folder, pictures):
+    """What the image processor in a folder makes of pictures."""
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    return dict(processor(pictures, return_tensors="pt")) if pictures else {}
+
+
+def assert_same_model(ours, theirs, batch, pixels, atol=1e-5):
+    """On a batch, transformers' model has our logits at the answers' tokens, and our loss.
+
+    Both losses are then taken backwards, so that gradients can be compared.
+    """
+    inputs = {name: batch[name] for name in TRAINING}
+    out = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                 labels=batch["labels"], **pixels)
+    scored = batch["labels"][:, 1:] != IGNORE
+    logits, targets = answer_logits(ours, **inputs)
+    assert torch.equal(targets, batch["labels"][:, 1:][scored])
+    torch.testing.assert_close(logits, out.logits[:, :-1][scored], atol=atol, rtol=atol,
+                               msg=lambda m: f"others run another forward pass:\n{m}")
+    total, count = ours(**inputs)
+    torch.testing.assert_close(total / count, out.loss, atol=1e-5, rtol=1e-5,
+                               msg=lambda m: f"Eq. (3) is shifted or scaled: {m}")
+    (total / count).backward()
+    out.loss.backward()
 
 
 # -----------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from model import LLaVA
-from parts.checkpoints import load_adapter, save, save_adapter
-from parts.lora import LoRA, adapters, add_adapters, merge_adapters, merged_state
+from parts.checkpoints import save_adapter
+from parts.lora import LoRA, adapters, add_adapters, merge
 from parts.ranks import Machine
 
 # qwen2 has biases, qwen3 and gemma3 more norms; phi3 has fewer, wider layers
-FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+FAMILIES = pytest.mark.parametrize("family, tied", [
+    ("llama", False), ("qwen2", True), ("qwen3", False), ("gemma3", True), ("phi3", False)])
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
@@ -56,19 +57,16 @@ def copied(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def one_layer(rank=3, alpha=6, dropout=0.0, D_in=7, D_out=5):
-    torch.manual_seed(0)
-    layer = LoRA(torch.nn.Linear(D_in, D_out), rank, alpha, dropout).eval()
-    torch.nn.init.normal_(layer.lora_B)
-    return layer
-
-
-def saved_adapter(folder, family="llama", **settings):
+def saved_adapter(folder, family="llama", tied=False):
     """(a model with trained adapters, the folder of its base, that of its adapter)"""
-    model = tiny_llava(family)
+    model = tiny_llava(family, tied)
+    for layer in model.f_phi.modules():  # a new Qwen2's are zero, so losing them would not show
+        if getattr(layer, "bias", None) is not None:
+            torch.nn.init.normal_(layer.bias, std=0.2)
     model.save_pretrained(folder / "base")
-    with_adapters(model, trained=True, **settings)
-    save_adapter(model, folder / "adapter", str(folder / "base"), model.state_dict())
+    model.meta |= {"init": str(folder / "base"), "aspect": "crop", "tiling": None}
+    with_adapters(model, trained=True, dropout=0.05)
+    save_adapter(model, folder / "adapter", model.state_dict())
     return model, folder / "base", folder / "adapter"
 
 
@@ -78,7 +76,9 @@ def saved_adapter(folder, family="llama", **settings):
 
 def test_an_adapter_adds_alpha_over_r_B_A_x():
     """LoRA, h = W_0 x + (alpha / r) B A x, number by number."""
-    layer = one_layer()
+    torch.manual_seed(0)
+    layer = LoRA(torch.nn.Linear(7, 5), rank=3, alpha=6, dropout=0.0)
+    torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(7)
     W_0, bias, A, B = (p.tolist() for p in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
     low = [sum(a * v for a, v in zip(row, x.tolist(), strict=True)) for row in A]
@@ -88,36 +88,10 @@ def test_an_adapter_adds_alpha_over_r_B_A_x():
         assert abs(got - want) < 1e-5, f"output {j} is {got}, by hand {want}"
 
 
-def test_A_starts_uniform_and_B_zero():
-    """As in the released runs: A kaiming-uniform with a = sqrt(5), so within 1 / sqrt(in)."""
-    torch.manual_seed(0)
-    layer = LoRA(torch.nn.Linear(400, 30), 64, 128, 0.0)
-    A, bound = layer.lora_A.detach(), 400 ** -0.5
-    assert not layer.lora_B.any() and 0.99 * bound < A.abs().max() <= bound
-    assert abs(A.std().item() - bound / 3 ** 0.5) < 0.02 * bound, "A is not uniform over its range"
-
-
-def test_dropout_thins_what_A_sees_and_nothing_else():
-    """W_0 sees all of x, and what remains for A is scaled by 1 / (1 - p)."""
-    layer = one_layer(dropout=0.25, D_in=400, rank=1)
-    torch.nn.init.ones_(layer.lora_A)
-    torch.nn.init.ones_(layer.lora_B)
-    x = torch.ones(1000, 400)
-    base = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.no_grad():                # nothing trains, so nothing is dropped
-        torch.testing.assert_close(layer(x) - base, torch.full((1000, 5), 6.0 * 400))
-    update = layer(x) - base             # (1000, 5), one number five times, as B is all ones
-    torch.testing.assert_close(update, update[:, :1].expand(-1, 5), atol=1e-2, rtol=1e-5)
-    low = update[:, 0] / 6               # how many of 400 remained, each as 1 / 0.75
-    assert abs(low.mean().item() - 400) < 2, "training sees other sizes than inference"
-    assert abs((low * 0.75).std().item() - (400 * 0.25 * 0.75) ** 0.5) < 0.6, "not a share of 0.25"
-
-
 # -----------------------------------------------------------------------------
 # What trains
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @FAMILIES
 def test_theta_is_W_and_an_adapter_on_each_linear_layer_of_f_phi_but_the_head(family, tied):
     """The released LoRA runs: every linear layer of the language model, and the full projector.
@@ -147,14 +121,6 @@ def test_the_recipe_on_vicuna_trains_320M_or_501M_parameters(D, inner, layers, c
         f_phi = LlamaForCausalLM(config)
     add_adapters(f_phi, rank=128, alpha=256, dropout=0.05)
     assert sum(p.numel() for p in f_phi.parameters() if p.requires_grad) == count
-
-
-@pytest.mark.parametrize("settings", [{"rank": 0, "alpha": 1}, {"rank": 4, "alpha": 0},
-                                      {"rank": 4, "alpha": 8, "dropout": 1.0}])
-def test_settings_that_cannot_train_are_refused(settings):
-    """Rank 0 has nothing to train, alpha 0 no effect, dropout 1 no input."""
-    with pytest.raises(ValueError, match="rank .* alpha .* dropout"):
-        add_adapters(tiny_llm(), **settings)
 
 
 def loss_with(model, seed):
@@ -189,38 +155,28 @@ def transformers_logits(model):
     return out.logits.flatten(0, 1)[inputs["answer_index"] - 1]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @FAMILIES
 def test_merged_and_unmerged_logits_agree(family, tied, tmp_path):
-    """W_0 + (alpha / r) B A is a plain checkpoint: for us, its folder, and transformers."""
-    plain = tiny_llava(family, tied)
-    for layer in plain.f_phi.modules():  # a new Qwen2's are zero, so losing them would not show
-        if getattr(layer, "bias", None) is not None:
-            torch.nn.init.normal_(layer.bias, std=0.2)
-    model = with_adapters(copy.deepcopy(plain), trained=True)
-    plain.W.load_state_dict(model.W.state_dict())
-    unmerged = logits(model)
-    assert (unmerged - logits(plain)).abs().max() > 0.5, "the adapters do nothing"
-    state = merged_state(model, model.state_dict())
-    state = {name: value.clone() for name, value in state.items()}
-    save(model, tmp_path)                # the merged model, of one that trains on
-    assert torch.equal(logits(model), unmerged), "merged_state or save changed the model"
-    merge_adapters(model.f_phi)
-    types = [{name: type(m) for name, m in x.named_modules()} for x in (model, plain)]
-    assert types[0] == types[1] and state.keys() == model.state_dict().keys()
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    """W_0 + (alpha / r) B A is a plain checkpoint: for us, for transformers, and made of the
+    adapter's folder."""
+    model, base, adapter = saved_adapter(tmp_path, family, tied)
+    want = logits(model)
+    assert (want - logits(LLaVA.from_pretrained(base))).abs().max() > 0.5, "they do nothing"
+    before = copied(model)
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    merged = LLaVA.from_pretrained(tmp_path)
+    assert not adapters(merged)
     theirs = transformers_logits(AutoModelForImageTextToText.from_pretrained(tmp_path))
-    for got in (logits(model), logits(LLaVA.from_pretrained(tmp_path)), theirs):
-        torch.testing.assert_close(got, unmerged, atol=1e-5, rtol=1e-5)
+    for got in (logits(merged), logits(LLaVA.from_pretrained(adapter)), theirs):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merge_in_bf16_rounds_once():
     """W_0 is bf16, A and B are fp32: the sum is made in fp32, and is the nearest bf16 number."""
-    layer = one_layer(D_in=64, D_out=64)
-    layer.weight.data = layer.weight.data.to(torch.bfloat16)
-    update = 2.0 * layer.lora_B.double() @ layer.lora_A.double()
-    want = (layer.weight.double() + update).to(torch.bfloat16)
-    got = layer.merge(layer.weight, layer.lora_A, layer.lora_B)
+    W_0, A, B = torch.randn(64, 64).bfloat16(), torch.randn(3, 64), torch.randn(64, 3)
+    want = (W_0.double() + 2.0 * B.double() @ A.double()).bfloat16()
+    got = merge(W_0, A, B, 2.0)
     assert got.dtype == torch.bfloat16 and (got != want).float().mean() < 0.001
 
 
@@ -228,73 +184,54 @@ def test_a_merge_in_bf16_rounds_once():
 # The adapter's folder
 
 
-@FAMILIES
-def test_an_adapter_on_its_base_is_the_model_that_was_saved(family, tmp_path):
-    """Two folders: every bit of A, B and W comes back; the adapter's alone loads merged."""
-    model, base, adapter = saved_adapter(tmp_path, family, dropout=0.05)
-    loaded = LLaVA.from_pretrained(base)
-    load_adapter(loaded, adapter)
-    want, got = copied(model), copied(loaded)
-    assert want.keys() == got.keys()
-    assert all(torch.equal(got[name], p) for name, p in want.items())
-    for layer in adapters(loaded).values():
-        assert (layer.alpha, layer.scale, layer.dropout) == (8, 2, 0.05)
-    merged = LLaVA.from_pretrained(adapter)
-    assert not adapters(merged)
-    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
-
-
 def test_an_adapter_without_its_base_or_its_weights_is_refused(tmp_path):
     """The message says which base it wants, and where to write that it lies elsewhere."""
     _, base, adapter = saved_adapter(tmp_path)
+    (adapter / "adapter_model.safetensors").unlink()
+    with refused("adapter_model.safetensors: not a whole file"):
+        LLaVA.from_pretrained(adapter)
     base.rename(tmp_path / "moved")
     with refused(adapter, base, "base_model_name_or_path", "merged"):
         LLaVA.from_pretrained(adapter)
-    (adapter / "adapter_model.safetensors").unlink()
-    with refused("adapter_model.safetensors: not a whole file"):
-        load_adapter(LLaVA.from_pretrained(tmp_path / "moved"), adapter)
 
 
 def test_an_adapter_on_another_model_is_refused(tmp_path):
-    """A base of other shapes, or with fewer layers: what does not fit is named, and the base."""
+    """A base of other shapes, or with fewer layers: the message names it."""
     _, base, adapter = saved_adapter(tmp_path)
-    wider, shallow = tiny_llm(), tiny_llm()
-    wider.model.layers[1].mlp.up_proj = torch.nn.Linear(48, 104, bias=False)
-    shallow.model.layers = shallow.model.layers[:1]
-    for f_phi, key in ((wider, "layers.1.mlp.up_proj.lora_B"), (shallow, "layers.1.mlp")):
-        with refused(adapter, base, key):
-            load_adapter(LLaVA(tiny_clip(), f_phi, byte_tokenizer()), adapter)
+    for change in ({"intermediate_size": 104}, {"num_hidden_layers": 1}):
+        LLaVA(tiny_clip(), tiny_llm(**change), byte_tokenizer()).save_pretrained(base)
+        with refused(adapter, base, "an adapter of another model"):
+            LLaVA.from_pretrained(adapter)
 
 
 @pytest.mark.parametrize("file, change, words", [
     ("adapter_config.json", {"use_rslora": True}, ["use_rslora True"]),
     ("adapter_config.json", {"alpha_pattern": {"q_proj": 4}}, ["alpha_pattern"]),
     ("adapter_config.json", {"peft_type": "LOHA"}, ["peft_type 'LOHA'"]),
-    ("adapter_config.json", {"modules_to_save": None}, ["multi_modal_projector", "not of this"]),
     ("adapter_config.json", {"r": "4"}, ["r: '4'", "a whole number"]),
+    ("adapter_config.json", {"r": 0}, ["zero"]),
     ("adapter_config.json", {"lora_alpha": None}, ["lora_alpha: None", "a number"]),
-    ("adapter_config.json", {"base_model_name_or_path": 7}, ["base_model_name_or_path: 7"]),
     ("minllava.json", {"template": []}, ["template []"]),
     ("minllava.json", {"aspect": "anyres"}, ["'anyres'", "tiling"])])
 def test_an_adapter_of_another_kind_is_refused(file, change, words, tmp_path):
     """As plain LoRA on our model it would be another one, or end in a traceback."""
-    _, base, adapter = saved_adapter(tmp_path)
+    _, _, adapter = saved_adapter(tmp_path)
     settings = json.loads((adapter / file).read_text())
     (adapter / file).write_text(json.dumps(settings | change))
     with refused(adapter, *words):
-        load_adapter(LLaVA.from_pretrained(base), adapter)
+        LLaVA.from_pretrained(adapter)
 
 
 def test_an_adapter_whose_weights_are_not_ours_is_refused(tmp_path):
     """PEFT would train linear_2, too, and then W is not one linear layer; NaN is no weight."""
-    _, base, adapter = saved_adapter(tmp_path)
+    _, _, adapter = saved_adapter(tmp_path)
     state = load_file(adapter / "adapter_model.safetensors")
     for end, factor, words in (("linear_2.weight", 2, "linear_2"), ("q_proj.lora_B.weight",
                                torch.nan, "NaN or infinite numbers in 2")):
         change = {name: factor * value for name, value in state.items() if name.endswith(end)}
         save_file(state | change, adapter / "adapter_model.safetensors")
         with refused(words):
-            load_adapter(LLaVA.from_pretrained(base), adapter)
+            LLaVA.from_pretrained(adapter)
 
 
 # -----------------------------------------------------------------------------
@@ -302,28 +239,39 @@ def test_an_adapter_whose_weights_are_not_ours_is_refused(tmp_path):
 
 
 @FAMILIES
-def test_peft_reads_our_adapter_as_we_do(family, tmp_path):
-    """PeftModel on transformers' LLaVA of the base: the same logits, greedy answers and merge."""
+def test_peft_reads_and_trains_our_adapter_as_we_do(family, tied, tmp_path):
+    """PeftModel on transformers' LLaVA of the base: equal logits, gradients, greedy answers."""
     peft = pytest.importorskip("peft")
-    model, base, adapter = saved_adapter(tmp_path, family)
+    model, base, adapter = saved_adapter(tmp_path, family, tied)
     theirs = AutoModelForImageTextToText.from_pretrained(base)
-    theirs = peft.PeftModel.from_pretrained(theirs, adapter)
-    torch.testing.assert_close(transformers_logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter, is_trainable=True)
+    want = transformers_logits(theirs)
+    torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
     inputs = batch()
+    for layer in adapters(model).values():
+        layer.dropout = 0.0
+    model(**inputs)[0].backward()
+    targets = inputs["input_ids"][:, 12:].flatten()
+    torch.nn.functional.cross_entropy(want, targets, reduction="sum").backward()
+    mine = {name: p.grad for name, p in theta_of(model).items() if "lora_" in name}
+    grads = {name.replace("base_model.model.model.language_model.", "f_phi.model.")
+             .removesuffix(".default.weight"): p.grad
+             for name, p in theirs.named_parameters() if "lora_" in name}
+    assert grads.keys() == mine.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(mine[name], grad, atol=1e-4, rtol=1e-4)
+
     del inputs["answer_index"]
     mask = torch.ones(3, 24, dtype=torch.long)
     ids = theirs.generate(input_ids=inputs["input_ids"], attention_mask=mask, max_new_tokens=6,
                           pixel_values=inputs["X_v"], do_sample=False, suppress_tokens=[259])
     answers = model.generate(**inputs, attention_mask=mask, max_new_tokens=6)
     assert answers == [model.to_text(row) for row in ids[:, 24:].tolist()]
-    merged = transformers_logits(theirs.merge_and_unload())
-    torch.testing.assert_close(merged, logits(model), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family, layers", [
-    ("llama", LINEAR), ("mistral", LINEAR), ("qwen2", LINEAR), ("llama", LINEAR[:3:2])])
-def test_we_read_and_train_pefts_adapter_as_peft_does(family, layers, tmp_path):
-    """The other direction, also of q and v alone without W: equal names, logits and gradients."""
+@pytest.mark.parametrize("family, layers", [("qwen2", LINEAR), ("llama", LINEAR[:3:2])])
+def test_we_read_pefts_adapter_as_peft_does(family, layers, tmp_path):
+    """The other direction, also of q and v alone without W: equal names and logits."""
     peft = pytest.importorskip("peft")
     _, base, adapter = saved_adapter(tmp_path, family)
     names = "|".join(name.split(".")[1] for name in layers)
@@ -341,20 +289,8 @@ def test_we_read_and_train_pefts_adapter_as_peft_does(family, layers, tmp_path):
                    load_file(folder / "adapter_model.safetensors").items()}
                   for folder in (tmp_path / "theirs", adapter)]
         assert shapes[0] == shapes[1], "our names are not PEFT's"
-    ours = LLaVA.from_pretrained(base)
-    load_adapter(ours, tmp_path / "theirs")
-    want = transformers_logits(theirs)
-    torch.testing.assert_close(logits(ours), want, atol=1e-5, rtol=1e-5)
-    ours(**batch())[0].backward()
-    targets = batch()["input_ids"][:, 12:].flatten()
-    torch.nn.functional.cross_entropy(want, targets, reduction="sum").backward()
-    mine = {name: p.grad for name, p in theta_of(ours).items() if "lora_" in name}
-    grads = {name.replace("base_model.model.model.language_model.", "f_phi.model.")
-             .removesuffix(".default.weight"): p.grad
-             for name, p in theirs.named_parameters() if "lora_" in name}
-    assert grads.keys() == mine.keys() and len(mine) == 4 * len(layers)
-    for name, grad in grads.items():
-        torch.testing.assert_close(mine[name], grad, atol=1e-4, rtol=1e-4)
+    ours = LLaVA.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), transformers_logits(theirs), atol=1e-4, rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------

@@ -908,7 +908,7 @@ def test_adapters_leave_a_merged_checkpoint_and_an_adapter(flags, straight, tmp_
     argv = [*STAGE[2], "--init", straight(1), *LORA]
     train.main(flags(tmp_path / "out", *argv, "--max_steps", 1))
     assert not lora.adapters(LLaVA.from_pretrained(tmp_path / "out").f_phi)
-    checkpoints.load_adapter(LLaVA.from_pretrained(straight(1)), tmp_path / "out" / "adapter")
+    LLaVA.from_pretrained(tmp_path / "out" / "adapter")
     with pytest.raises(ValueError, match="--lora_rank"):
         train.main(flags(tmp_path / "no", *argv, "--aspect", "anyres"))
 
