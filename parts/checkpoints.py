@@ -38,9 +38,9 @@ from parts.decoders import check_language_model
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
 from parts.lora import adapters, merge
 from parts.templates import TEMPLATES, chat_template
-from parts.tiles import NEXT, Tiling
+from parts.tiles import NEXT, check_tiling
 from parts.towers import tower_class
-from parts.views import ASPECTS, TILINGS, pixels_from
+from parts.views import ASPECTS, TILINGS, pixels_from, view_from
 
 # transformers reports CLIP's unused text tower; what is missing is an error of ours, see load_part
 transformers.logging.set_verbosity_error()
@@ -90,8 +90,6 @@ def hf_keys(state):
             continue
         for pattern, old_name in NEW_NAMES.items():
             name = re.sub(pattern, old_name, name)
-        if name in renamed:
-            raise ValueError(f"{name} stands twice: old and new llava-hf names are mixed")
         renamed[name] = value
     return renamed
 
@@ -370,17 +368,10 @@ def check_meta(meta, vision_config, has_row_ends, folder):
         raise ValueError(f"{folder}: aspect {aspect!r} with tiling {tiling} and row ends "
                          f"(model_type llava_next) {has_row_ends}; of {ASPECTS}, those that begin "
                          "with anyres or hd have both, and the others neither")
-    with named_errors(f"{folder}: its pixels cannot be used"):
-        pixels_from(meta)
-    if not tiling:
-        return
-    size, patch = vision_config.image_size, vision_config.patch_size
-    with named_errors(f"{folder}: its tiling cannot be used"):
-        tiling = Tiling(**tiling)
-        tiling.plan(size, size)                          # what does not fit is found here, once
-        if (tiling.tile, tiling.patch) != (size, patch):
-            raise ValueError(f"tiles of {tiling.tile} pixels in patches of {tiling.patch}, for a "
-                             f"vision tower of {size} and {patch}")
+    with named_errors(f"{folder}: its pixels or its tiling cannot be used"):
+        view = view_from(meta, vision_config)
+        if tiling:
+            check_tiling(view.tiling, view.size, view.patch)
 
 
 def inherit(config, origin):
@@ -425,7 +416,7 @@ def save(model, folder, dtype=None, state=None):
     if adapters(model.f_phi):
         adapter = os.path.join(folder, "adapter")
         save_adapter(model, adapter, state)
-        model = load(type(model), adapter, dtype)
+        model = load(type(model), adapter, dtype)        # merged
         state = model.state_dict()
     state = to_hf_keys(model, state)
     for name, value in state.items():
@@ -520,10 +511,10 @@ def read_weights(folder):
     """{llava-hf's name: tensor} of all weight files of a folder."""
     state = {}
     for path in weight_files(folder):
-        new = load_tensors(path)
+        new = hf_keys(load_tensors(path))
         check_new(new, state, path)
         state |= new
-    return hf_keys(state)
+    return state
 
 
 def check_new(new, old, path):

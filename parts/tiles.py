@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 NEWLINE = -1                     # in `tile_index`: no feature, but the vector that ends a row
-MEAN_COLOUR = (122, 116, 104)    # OFFICIAL: int(255 x CLIP's mean); nearly 0 once normalised
 
 
 class Plan(NamedTuple):
@@ -53,7 +52,7 @@ class Tiling(NamedTuple):
         """The `Plan` of a picture of width x height pixels (Diss. Sec. 4.7).
 
         Rule "hf" is for checkpoints that were trained, or are served, with transformers; the two
-        places where it differs are marked below. Raises ValueError, see `check_tiling`.
+        places where it differs are marked below.
 
         With NeXT's pinpoints ("map" is rows x columns; 2928 tokens are the most):
           size          canvas       map      tokens  |  size          canvas       map      tokens
@@ -65,7 +64,6 @@ class Tiling(NamedTuple):
           224 x 224     336 x 672    24 x 24  1176    |  55 x 176      336 x 672    48 x 14  1296
           500 x 375     672 x 672    36 x 48  2340    |
         """
-        check_tiling(self)
         canvas = self.choose_canvas(width, height)
         scaled, offset = fitted(width, height, canvas)
         grid = (canvas[0] // self.tile, canvas[1] // self.tile)
@@ -144,36 +142,28 @@ UP_TO_FOUR = ((672, 672), (336, 672), (336, 1008), (336, 1344), (672, 336), (100
 HD = NEXT._replace(
     pinpoints=tuple((224 * w, 224 * h) for w in range(1, 7) for h in range(1, 7) if w * h <= 6),
     tile=224,
-    background=MEAN_COLOUR,
+    background=(122, 116, 104),      # OFFICIAL: int(255 x CLIP's mean); nearly 0 once normalised
     global_picture="padded")
 
 
-def check_tiling(tiling):
-    """Raises ValueError for a tiling, of a person's configuration, that does not fit itself."""
-    if not is_canvas((tiling.tile, tiling.patch), 1) or tiling.patch > tiling.tile:
-        allowed = "tile and patch are pixels, e.g. 336 and 14"       # or 384 and 14, of SigLIP
-    elif not tiling.pinpoints or not all(is_canvas(p, tiling.tile) for p in tiling.pinpoints):
+def check_tiling(tiling, size, patch):
+    """Raises ValueError for a tiling, of a person's configuration, that does not fit itself or g.
+
+    size, patch    g's, in pixels
+    """
+    sides = [side for pinpoint in tiling.pinpoints for side in pinpoint]
+    if (tiling.tile, tiling.patch) != (size, patch):
+        allowed = f"the vision tower has tiles of {size} pixels in patches of {patch}"
+    elif not sides or any(side <= 0 or side % size for side in sides):
         allowed = "pinpoints are (width, height) pairs in multiples of tile"
     elif tiling.global_picture not in ("stretched", "padded", None):
         allowed = "global_picture is 'stretched', 'padded' or None"
     elif tiling.rule not in ("original", "hf"):
         allowed = "rule is 'original', or 'hf' for a checkpoint of transformers"
     else:
+        tiling.plan(size, size)          # of values of other types, this fails
         return
     raise ValueError(f"{tiling} cannot be planned: {allowed}")
-
-
-def divides(part, length):
-    """Whether both are whole numbers of pixels, and so many parts make up the length."""
-    if not isinstance(part, int) or not isinstance(length, int):
-        return False
-    return 0 < part <= length and length % part == 0
-
-
-def is_canvas(pinpoint, tile):
-    """Whether this is a pair of multiples of the tile's side."""
-    is_pair = isinstance(pinpoint, tuple | list) and len(pinpoint) == 2
-    return is_pair and all(divides(tile, side) for side in pinpoint)
 
 
 def fitted(width, height, canvas):

@@ -3,7 +3,6 @@ From a picture to X_v: how it is seen, as one square or in tiles, and g's own pr
 
     picture --View.squares--> squares of g's size --preprocess--> X_v (squares, 3, S, S)
 """
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +95,7 @@ class View(NamedTuple):
     @property
     def meta(self):
         """What a checkpoint records of the view."""
-        tiling = None
-        if self.tiling:
-            tiling = json.loads(json.dumps(self.tiling._asdict()))
+        tiling = self.tiling and self.tiling._asdict()
         return {"aspect": self.aspect, "tiling": tiling, "pixels": self.pixels.meta}
 
     @property
