@@ -85,11 +85,10 @@ class Fast:
 
     def grow(self, cache, room):
         """Give a conversation more room than its first answer asked for."""
-        old = cache.kv
-        cache.kv = self.places(len(old[0][0]), room)
-        for layer, new_layer in zip(old, cache.kv, strict=True):
-            for x, new in zip(layer, new_layer, strict=True):
-                new[:, :, :x.shape[2]] = x
+        old = list(itertools.chain(*cache.kv))
+        cache.kv = self.places(len(old[0]), room)
+        for x, new in zip(old, itertools.chain(*cache.kv), strict=True):
+            new[:, :, :x.shape[2]] = x
 
     def extend(self, cache, H, position, mask):
         """As `Plain.extend`."""
@@ -197,10 +196,6 @@ class Compiled(Fast):
         kv = super().places(B, ROOM * 2 ** math.ceil(math.log2(max(1, room / ROOM))))
         mark_static(*itertools.chain(*kv))
         return kv
-
-    def extend(self, cache, H, position, mask):
-        assert cache is self.last, "another conversation has taken the cache of compiled steps"
-        return super().extend(cache, H, position, mask)
 
 
 def mark_static(*tensors):
