@@ -8,7 +8,7 @@ from data import collate, sample_of
 from model import LLaVA
 from parts import decoders
 from parts.decoders import Fast, Plain, decoder_for
-from parts.engine import Engine, Prefix
+from parts.engine import Engine
 from parts.ranks import ANSWERING
 from parts.templates import TEMPLATES
 from parts.views import view_of
@@ -60,11 +60,11 @@ def watched(decoder, monkeypatch):
 # The same tokens
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("family, more", [
-    ("llama", {}), ("llama", {"tied": True}), ("llama", {"attention_bias": True}),
-    ("mistral", {"sliding_window": None}), ("qwen2", {}), ("qwen3", {"head_dim": 20}),
-    ("smollm3", {"no_rope_layers": [1, 0]})])
+@pytest.mark.parametrize("family, more, packed", [
+    ("llama", {"tied": True}, False), ("llama", {"attention_bias": True}, True),
+    ("mistral", {"sliding_window": None}, True), ("qwen2", {}, False),
+    ("qwen3", {"head_dim": 20}, False), ("qwen3", {"head_dim": 20}, True),
+    ("smollm3", {"no_rope_layers": [1, 0]}, False)])
 def test_written_out_layers_give_the_logits_of_transformers(family, more, packed, monkeypatch):
     """f_phi of Sec. 4.1: logits (1e-4) at every step of a ragged batch, and generate's answers."""
     monkeypatch.setattr(decoders, "MIN_PACKED", 0 if packed else 10 ** 9)
@@ -85,7 +85,7 @@ def test_written_out_layers_give_the_logits_of_transformers(family, more, packed
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.5, 0.7), (2.0, 0.0)])
+@pytest.mark.parametrize("temperature, top_p", [(1.5, 0.7), (2.0, 0.0)])
 def test_draws_are_those_of_generate_under_the_same_seed(temperature, top_p):
     """--temperature and --seed mean the same in the clear version and in the fast one."""
     model = tiny_llava()
@@ -151,18 +151,6 @@ def test_a_compiled_step_copies_neither_weights_nor_cache(monkeypatch):
     for _ in range(2):                   # the second conversation is not compiled anew
         assert engine.generate(batch, **SAMPLING) == generated(model, batch, **SAMPLING)
     assert len(copied) == 1 and copied[0] < 2000 < model.f_phi.lm_head.weight.nbytes, copied
-
-
-@pytest.mark.parametrize("kind", [Plain, Fast])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_one_nan_in_W_is_an_error_and_no_answer(kind, temperature):
-    """A NaN that came after loading, or of fp16: argmax would take it, and a draw would crash."""
-    model = tiny_llava()
-    next(model.W.parameters()).data[0, 0] = torch.nan
-    engine = Engine(model)
-    engine.decoder = kind(model.f_phi)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        engine.generate(batch_of(model), temperature=temperature)
 
 
 @pytest.mark.parametrize("kind", [Plain, Fast])
@@ -263,21 +251,6 @@ def test_two_conversations_at_once_keep_their_caches(monkeypatch):
             if len(texts) > 1:
                 assert calls[0][1] < 100, "the other conversation took this one's cache"
             texts += [answer, "Why?"]
-
-
-def test_a_prefix_cuts_no_picture_and_leaves_a_token_to_compute():
-    """A tuple is a picture's token, (its number, its name)."""
-    a, b, again = (0, "a"), (0, "b"), (1, "a")
-    prefix = Prefix([1, 2, a, a, 3, 4])
-    prefix.cache = Plain(None)           # anything that has a length
-    prefix.cache.length = 6
-    assert prefix.shared([1, 2, a, a, 3, 4, 5]) == 6
-    assert prefix.shared([1, 2, a, a, 3, 4]) == 5, "the next word would be seen from nowhere"
-    assert prefix.shared([1, 2, b, b, 3, 4, 5]) == 2
-    assert prefix.shared([1, 2, a, a, again, again, 5]) == 4
-    assert prefix.shared([1, 2, a, a, a, 5]) == 2, "a picture of other tokens"
-    assert prefix.shared([1, 2, a, a]) == 2, "a prompt that ends in its picture"
-    assert prefix.shared([1, 2, 5]) == 2
 
 
 # -----------------------------------------------------------------------------

@@ -14,10 +14,13 @@ import torch
 import transformers
 from conftest import (
     FORKS,
-    answer_logits,
+    assert_same_model,
+    batch_from,
     chat,
     messages_of,
     noise,
+    processor_pixels,
+    sample_from,
     save_parts,
     tiny_clip,
     tiny_llm,
@@ -26,13 +29,12 @@ from conftest import (
 from tokenizers import pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, AutoProcessor
 
-from data import collate, render, sample_of
 from model import LLaVA
 from parts.decoders import check_language_model
 from parts.engine import Engine
 from parts.files import IGNORE, IMAGE, write_json
-from parts.ranks import ANSWERING, TRAINING, Machine
-from parts.templates import choose_template
+from parts.ranks import ANSWERING, Machine
+from parts.templates import TEMPLATES, choose_template
 from parts.views import set_view
 
 # -----------------------------------------------------------------------------
@@ -122,7 +124,7 @@ PAIRS = list(itertools.product(FAMILIES, TOWERS))
 
 
 def make(folder, family, tower="clip", aspect="auto"):
-    """The model of a family and a tower as train.py makes it, its template, and its view."""
+    """The model of a family and a tower as train.py makes it."""
     kind, tokenizer, _, more = FAMILIES[family]
     tokenizer = tokenizer()
     llm = tiny_llm(kind, vocab_size=len(tokenizer), **more)      # full: <image> makes it grow
@@ -131,10 +133,9 @@ def make(folder, family, tower="clip", aspect="auto"):
     torch.manual_seed(3)
     model = LLaVA.from_parts(str(folder / "clip"), str(folder / "llm")).eval()
     torch.nn.init.normal_(model.W.weight, std=0.5)
-    template = choose_template("auto", model)
-    view = set_view(model, aspect)
-    model.meta |= {"template": template.name, **view.meta}
-    return model, template, view
+    set_view(model, aspect)
+    model.meta["template"] = choose_template("auto", model).name
+    return model
 
 
 PICTURE = noise()
@@ -142,17 +143,8 @@ CHATS = [[f"{IMAGE}\nWhat is this?", "A cat.", "Why?", "It has\n\n ears."], ["He
          [f"What?\n{IMAGE}", "Two  things."]]
 
 
-def samples_of(model, template, view, chats):
-    found = []
-    for texts in chats:
-        pictures = [("a.png", PICTURE)] * texts[0].count(IMAGE)
-        found.append(sample_of(chat(*texts), pictures, model.tokenizer, template, view))
-    return found
-
-
-def pixels_of(folder, n):
-    processor = AutoProcessor.from_pretrained(folder).image_processor
-    return dict(processor([PICTURE] * n, return_tensors="pt"))
+def sample(model, texts):
+    return sample_from(model, texts, [PICTURE] * texts[0].count(IMAGE))
 
 
 # -----------------------------------------------------------------------------
@@ -165,19 +157,12 @@ def test_logits_loss_gradients_and_answers_are_those_of_transformers(
         family, tower, aspect, tmp_path):
     """Sec. 4.1: windows, tied heads, norms of queries and keys, Gemma's scaled word embeddings
     (H_v is not scaled), layers without positions, partial and long rotary positions."""
-    ours, template, view = make(tmp_path, family, tower, aspect)
+    ours = make(tmp_path, family, tower, aspect)
     ours.save_pretrained(tmp_path / "saved")
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
-    batch = collate(samples_of(ours, template, view, CHATS), view)
-    inputs = {name: batch[name] for name in TRAINING}
-    out = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                 labels=batch["labels"], **pixels_of(tmp_path / "saved", 2))
-    want = out.logits[:, :-1][batch["labels"][:, 1:] != IGNORE]
-    torch.testing.assert_close(answer_logits(ours, **inputs)[0], want, atol=1e-4, rtol=1e-4)
-    loss, count = ours(**inputs)
-    torch.testing.assert_close(loss / count, out.loss, atol=1e-5, rtol=1e-5)
-    (loss / count).backward()
-    out.loss.backward()
+    batch = batch_from(ours, [sample(ours, texts) for texts in CHATS])
+    pixels = processor_pixels(tmp_path / "saved", [PICTURE] * 2)
+    assert_same_model(ours, theirs, batch, pixels, atol=1e-4)
     mine = dict(ours.f_phi.base_model.named_parameters()) | {"W": ours.W.weight}
     others = dict(theirs.model.language_model.named_parameters())
     others["W"] = theirs.model.multi_modal_projector.linear_1.weight
@@ -185,8 +170,8 @@ def test_logits_loss_gradients_and_answers_are_those_of_transformers(
         torch.testing.assert_close(p.grad, others[name].grad, atol=1e-5, rtol=1e-3, msg=name)
 
     for texts in ([CHATS[0][0]], CHATS[0][:3], ["Hi."]):
-        prompt = collate(samples_of(ours, template, view, [texts]), view, side="left")
-        pixels = pixels_of(tmp_path / "saved", 1) if IMAGE in texts[0] else {}
+        prompt = batch_from(ours, [sample(ours, texts)], side="left")
+        pixels = processor_pixels(tmp_path / "saved", [PICTURE] * texts[0].count(IMAGE))
         ids = theirs.generate(
             input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], **pixels,
             max_new_tokens=16, do_sample=False, suppress_tokens=[ours.image_id])
@@ -200,15 +185,16 @@ def test_logits_loss_gradients_and_answers_are_those_of_transformers(
 def test_template_labels_and_ids_are_right_here_and_in_the_folders_processor(family, tmp_path):
     """Table 2: --template auto takes the family's own; exactly answers and STOP are scored; what a
     prompt is, transformers' processor makes of the same messages; STOP ends an answer."""
-    model, template, view = make(tmp_path, family)
+    model = make(tmp_path, family)
     tokenizer = model.tokenizer
-    assert template.name == FAMILIES[family].template
+    template = TEMPLATES[FAMILIES[family].template]
+    assert model.meta["template"] == template.name
     assert tokenizer.convert_tokens_to_ids(template.STOP) in model.eos_ids
     model.save_pretrained(tmp_path / "saved")
     assert LLaVA.from_pretrained(tmp_path / "saved").eos_ids == model.eos_ids
     processor = AutoProcessor.from_pretrained(tmp_path / "saved")
     for texts in CHATS:
-        (whole,) = samples_of(model, template, view, [texts])
+        whole = sample(model, texts)
         pairs = list(zip(whole["input_ids"], whole["labels"], strict=True))
         runs = [[i for i, _ in run] for scored, run in
                 itertools.groupby(pairs, lambda pair: pair[1] != IGNORE) if scored]
@@ -217,19 +203,17 @@ def test_template_labels_and_ids_are_right_here_and_in_the_folders_processor(fam
         assert [x.strip() for x in spelled] == [x.strip() for x in answers]
         messages = messages_of(chat(*texts), PICTURE)
         for n in range(1, len(texts) + 1, 2):
-            (prompt,) = samples_of(model, template, view, [texts[:n]])
-            ids = prompt["input_ids"]
+            ids = sample(model, texts[:n])["input_ids"]
             assert whole["input_ids"][:len(ids)] == ids, "training has other ids than sampling"
             theirs = processor.apply_chat_template(
                 messages[:n], add_generation_prompt=True, tokenize=True, return_dict=True)
-            assert theirs["input_ids"][0] == ids, render(chat(texts[0]), template)
+            assert theirs["input_ids"][0] == ids
 
 
 def two_losses(folder, machine):
     """The loss of Eq. (3), and that behind one step of gradient descent."""
     model = LLaVA.from_pretrained(folder)
-    template, view = choose_template("auto", model), set_view(model, "crop")
-    batch = collate(samples_of(model, template, view, CHATS[:2]), view)
+    batch = batch_from(model, [sample(model, texts) for texts in CHATS[:2]])
     theta = machine.place(model, "all")
     losses = []
     for _ in range(2):
@@ -254,7 +238,7 @@ def test_two_ranks_with_shards_train_each_family_as_one_process(tmp_path):
     """FSDP2 over gloo, decoder layers run again: also where word embeddings are the head, too."""
     for family in FAMILIES:
         (tmp_path / "parts" / family).mkdir(parents=True)
-        make(tmp_path / "parts" / family, family)[0].save_pretrained(tmp_path / family)
+        make(tmp_path / "parts" / family, family).save_pretrained(tmp_path / family)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     ranks = [FORKS.Process(target=be_rank, args=(rank, port, tmp_path)) for rank in range(2)]

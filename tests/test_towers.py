@@ -4,15 +4,25 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import answer_logits, noise, save_parts, tiny_siglip
+from conftest import (
+    answer_logits,
+    assert_same_model,
+    batch_from,
+    noise,
+    processor_pixels,
+    sample_from,
+    save_parts,
+    tiny_siglip,
+)
 from safetensors.torch import load_file, save_file
-from test_checkpoints import PICTURES, batch_of, pixels_of, sample
+from test_checkpoints import PICTURES
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessorPil
 
 from extras import convert, retrieve
 from model import LLaVA
-from parts.files import IGNORE, IMAGE
+from parts.files import IMAGE
 from parts.pictures import load_image
+from parts.ranks import TRAINING
 from parts.views import Pixels, preprocess, set_view, view_of
 
 BILINEAR = dict(resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)       # SigLIP2's
@@ -32,25 +42,23 @@ def siglip(tmp_path_factory):
     return str(root)
 
 
-def built(vision, folder, llm=None, **options):
+def built(vision, folder, **options):
     """A LLaVA as train.py makes it of new parts."""
-    save_parts(folder, llm)
+    save_parts(folder)
     torch.manual_seed(1)
     return LLaVA.from_parts(vision, str(folder / "llm"), **options).eval()
 
 
-def compared_logits(model, folder, pictures):
-    """Logits at the answers' tokens: ours, and those of transformers with its own pixels."""
+def assert_same_in_transformers(model, folder):
+    """Logits and loss, with pixels of the folder's own processor."""
     theirs, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), f"transformers sees another model in our folder: {info}"
-    batch, mask, labels = batch_of(model, [sample(model, TURNS, [p]) for p in pictures])
-    out = theirs.eval()(input_ids=batch["input_ids"], attention_mask=mask,
-                        **pixels_of(folder, pictures))
-    return answer_logits(model, **batch)[0], out.logits[:, :-1][labels[:, 1:] != IGNORE]
+    batch = batch_from(model, [sample_from(model, TURNS, [p]) for p in PICTURES])
+    assert_same_model(model, theirs.eval(), batch, processor_pixels(folder, PICTURES))
 
 
-@pytest.mark.parametrize("feature_layer", [-1, -2])
-@pytest.mark.parametrize("aspect", ["auto", "crop", "pad", "anyres_hf"])
+@pytest.mark.parametrize("aspect, feature_layer", [
+    ("auto", -1), ("auto", -2), ("crop", -2), ("pad", -1), ("anyres_hf", -2)])
 def test_siglip_is_the_same_model_in_transformers(aspect, feature_layer, siglip, tmp_path):
     """No CLS: N tokens, strategy "full", also of tiles; its pixels are those of the folder's
     processor, which takes the filter from SigLIP2's."""
@@ -63,8 +71,7 @@ def test_siglip_is_the_same_model_in_transformers(aspect, feature_layer, siglip,
                 and "lm_head" not in name], "SigLIP's pooling is not part of LLaVA"
     processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     assert (processor.resample, *processor.image_mean) == (2, 0.5, 0.5, 0.5)
-    got, want = compared_logits(model, tmp_path / "out", PICTURES)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert_same_in_transformers(model, tmp_path / "out")
 
 
 def test_tiles_of_a_tower_whose_patches_leave_an_edge(tmp_path):
@@ -72,10 +79,9 @@ def test_tiles_of_a_tower_whose_patches_leave_an_edge(tmp_path):
     tiny_siglip(33).save_pretrained(tmp_path / "siglip")
     model = built(str(tmp_path / "siglip"), tmp_path)
     view = set_view(model, "anyres_hf")
-    assert (view.N, view.tiling.pinpoints[0]) == (4, [33, 66])
+    assert (view.N, view.tiling.pinpoints[0]) == (4, (33, 66))
     model.save_pretrained(tmp_path / "out")
-    got, want = compared_logits(model, tmp_path / "out", PICTURES)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert_same_in_transformers(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("resample", [2, 3], ids=["SigLIP2", "SigLIP"])
@@ -109,8 +115,9 @@ def test_a_llava_with_siglip_of_somebody_else_loads(siglip, tmp_path):
     want = {"aspect": "squeeze", "tiling": None,
             "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3, "resample": 2}}
     assert theirs.meta == want
-    batch, _, _ = batch_of(model, [sample(model, TURNS, [PICTURES[3]])])
-    assert torch.equal(answer_logits(theirs, **batch)[0], answer_logits(model, **batch)[0])
+    batch = batch_from(model, [sample_from(model, TURNS, [PICTURES[3]])])
+    inputs = {name: batch[name] for name in TRAINING}
+    assert torch.equal(answer_logits(theirs, **inputs)[0], answer_logits(model, **inputs)[0])
 
 
 # -----------------------------------------------------------------------------
