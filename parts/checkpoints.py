@@ -262,11 +262,10 @@ def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
 def copy_sentencepiece(tokenizer, folder):
     """Copy the tokenizer.model that a tokenizer was read from, if any: transformers leaves it out,
     and llama.cpp's converter pads the vocabulary to the model's only beside one."""
-    source = getattr(tokenizer, "vocab_file", None) or ""
-    target = os.path.join(folder, "tokenizer.model")
-    if os.path.basename(source) == "tokenizer.model" and os.path.isfile(source):
-        if os.path.realpath(source) != os.path.realpath(target):
-            shutil.copyfile(source, target)
+    source = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if source.name == "tokenizer.model" and source.is_file():
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(source, Path(folder, source.name))
 
 
 def has_file(folder, name):
@@ -350,7 +349,7 @@ def shown_to(tower, name):
         aspect = "crop"
     elif isinstance(size, dict) and "height" in size:
         aspect = "squeeze"
-    pixels = dict(tower.shown["pixels"])
+    pixels = tower.shown["pixels"]._asdict()
     for ours, theirs in {"mean": "image_mean", "std": "image_std", "resample": "resample"}.items():
         pixels[ours] = found.get(theirs, pixels[ours])
     with named_errors(f"{name}: its image processor cannot be used"):
@@ -410,8 +409,7 @@ def save(model, folder, dtype=None, state=None):
     config.image_token_index = model.image_id
     config.pad_token_id = model.tokenizer.pad_token_id
     os.makedirs(folder, exist_ok=True)
-    if has_file(folder, "config.json"):
-        os.remove(os.path.join(folder, "config.json"))
+    Path(folder, "config.json").unlink(missing_ok=True)
     state = state or model.state_dict()
     if adapters(model.f_phi):
         adapter = os.path.join(folder, "adapter")

@@ -171,14 +171,11 @@ def fitted(width, height, canvas):
 
     One side fills the canvas, the other is rounded up.
     """
-    across = canvas[0] / width
-    down = canvas[1] / height
-    if across < down:
-        size = (canvas[0], min(math.ceil(height * across), canvas[1]))
-    else:
-        size = (min(math.ceil(width * down), canvas[0]), canvas[1])
-    offset = ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
-    return size, offset
+    scale = min(canvas[0] / width, canvas[1] / height)
+    scaled_width = min(math.ceil(width * scale), canvas[0])
+    scaled_height = min(math.ceil(height * scale), canvas[1])
+    offset = ((canvas[0] - scaled_width) // 2, (canvas[1] - scaled_height) // 2)
+    return (scaled_width, scaled_height), offset
 
 
 def fit(image, canvas, background, resample=Image.Resampling.BICUBIC):

@@ -20,7 +20,7 @@ class CLIPTower(CLIPVisionModel):
     """CLIP's image tower, with gated blocks if its config has `gated_layers`."""
     base_model_prefix = "vision_model"   # its name in the files of a CLIP with both towers
     has_cls = True
-    shown = {"aspect": "crop", "pixels": CLIP_PIXELS.meta}
+    shown = {"aspect": "crop", "pixels": CLIP_PIXELS}
 
     def __init__(self, config):
         super().__init__(config)
@@ -38,7 +38,7 @@ class CLIPTower(CLIPVisionModel):
 class SiglipTower(SiglipVisionModel):
     """SigLIP's image tower, without the head that pools its patches to one vector."""
     has_cls = False
-    shown = {"aspect": "squeeze", "pixels": Pixels((0.5,) * 3, (0.5,) * 3).meta}
+    shown = {"aspect": "squeeze", "pixels": Pixels((0.5,) * 3, (0.5,) * 3)}
 
     def __init__(self, config):
         config.vision_use_head = False

@@ -31,11 +31,6 @@ class Pixels(NamedTuple):
     resample: int = Image.Resampling.BICUBIC
 
     @property
-    def meta(self):
-        """What a checkpoint records of them."""
-        return {"mean": list(self.mean), "std": list(self.std), "resample": int(self.resample)}
-
-    @property
     def mean_colour(self):
         """Nearly 0 once normalised; in whole numbers."""
         return tuple(int(255 * value) for value in self.mean)
@@ -96,7 +91,7 @@ class View(NamedTuple):
     def meta(self):
         """What a checkpoint records of the view."""
         tiling = self.tiling and self.tiling._asdict()
-        return {"aspect": self.aspect, "tiling": tiling, "pixels": self.pixels.meta}
+        return {"aspect": self.aspect, "tiling": tiling, "pixels": self.pixels._asdict()}
 
     @property
     def cost(self):

@@ -376,8 +376,8 @@ def test_a_config_that_means_another_model_is_refused(saved, change, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"pinpoints": [[30, 28]]}, "multiples of tile"), ({"pinpoints": []}, "multiples of tile"),
-    ({"pinpoints": [[28, 0]]}, "multiples of tile"), ({"rule": "HF"}, "rule is"),
+    ({"pinpoints": [[30, 28]]}, "multiples of tile"), ({"rule": "HF"}, "rule is"),
+    ({"pinpoints": [[28, 0]]}, "multiples of tile"), ({"pinpoints": []}, "multiples of tile"),
     ({"tile": 56, "pinpoints": [[56, 112]]}, "tiles of 28 pixels"), ({"patch": 0}, "patches of 14"),
     ({"global_picture": "wide"}, "stretched"), ({"colour": 3}, "colour"),
     ({"pinpoints": 7}, "tiling"), ({"pinpoints": [[28.0, 56.0]]}, "tiling")])
