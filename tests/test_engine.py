@@ -106,10 +106,18 @@ def test_what_is_not_written_out_runs_on_the_modules_of_transformers(window, kin
     assert type(decoder_for(tiny_llm("mistral", sliding_window=window))) is kind
 
 
+def compile_with(monkeypatch, backend):
+    """torch.compile without the minutes of its own backend."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile",
+                        lambda f, mode, **more: compiled(f, backend=backend, **more))
+
+
 @pytest.mark.slow
-def test_compiled_steps_give_the_same_ids():
+def test_compiled_steps_give_the_same_ids(monkeypatch):
     """--compile: static shapes, one cache. A batch whose rows end one by one, a conversation that
     outgrows its room, and another one between its turns."""
+    compile_with(monkeypatch, "aot_eager")
     model = tiny_llava()
     engine = Engine(model, compile=True)
     batch = batch_of(model, QUESTIONS[:2])
@@ -141,10 +149,7 @@ def test_a_compiled_step_copies_neither_weights_nor_cache(monkeypatch):
         copied.append(sum(x.nbytes for i, x in enumerate(inputs) if i not in known))
         return graph.forward
 
-    backend = aot_autograd(fw_compiler=compiler)
-    compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile",
-                        lambda f, mode, **more: compile_with(f, backend=backend, **more))
+    compile_with(monkeypatch, aot_autograd(fw_compiler=compiler))
     model = LLaVA(tiny_clip(), tiny_llm("qwen3"), byte_tokenizer()).eval()
     engine = Engine(model, compile=True)
     batch = batch_of(model, QUESTIONS[:1])
