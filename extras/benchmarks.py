@@ -34,7 +34,6 @@ from parts.files import (
     write_lines,
     write_text,
 )
-from parts.pictures import PICTURE_EXTENSIONS
 from parts.scienceqa import BY_LETTER, LETTERS, lettered
 from parts.scoring import (
     examples,
@@ -197,32 +196,7 @@ def tally(pairs):
 class QuestionsData:
     labels: list[str]                    # the official files, which hold the questions, too
     questions: str                       # JSON lines to write
-    images: str                          # folder of the pictures; those in the labels go there
-
-
-def save_picture(cell, name, config):
-    """The name of a picture in --images: its path there, or that of a file which is made of it.
-
-    cell    a path; base64; or {"bytes": base64}, a picture of the library `datasets`
-    """
-    if isinstance(cell, dict):
-        cell = cell.get("bytes")
-    if not isinstance(cell, str):
-        raise ValueError(f"--labels: the picture of {name} is {cell!r:.80}; its path, or its "
-                         "file as base64, is needed")
-    if Path(cell[-300:]).suffix.lower() in PICTURE_EXTENSIONS:
-        return cell
-    try:
-        content = base64.b64decode(cell.rpartition(",")[2], validate=True)   # behind "data:...,"
-    except ValueError as error:
-        raise ValueError(f"--labels: the picture of {name}, {cell!r:.40}, is neither a path with "
-                         f"{', '.join(sorted(PICTURE_EXTENSIONS))} nor base64: {error}") from error
-    file = f"{name}.png"                 # pictures are read by what they hold
-    if Path(file).name != file:
-        raise ValueError(f"--labels: the id {name!r:.80} cannot be the name of a picture's file")
-    Path(config.images).mkdir(parents=True, exist_ok=True)
-    Path(config.images, file).write_bytes(content)
-    return file
+    images: str                          # folder of the pictures; MMBench's are written there
 
 
 def save_questions(config, questions):
@@ -400,9 +374,9 @@ def options_of(row):
     return {letter: cell for letter, cell in cells.items() if cell.lower() not in ("nan", "none")}
 
 
-def read_mmbench(labels):
+def read_mmbench(labels, **kinds):
     """{number of the row: row} of MMBench's sheet; rotations of a question are 1,000,000 apart."""
-    found = read_label_records(labels, key="index", question=str)
+    found = read_label_records(labels, key="index", question=str, **kinds)
     rows = {}
     for index, row in found.items():
         if not index.isdecimal() or str(int(index) % ROTATION) not in found:
@@ -480,12 +454,17 @@ def write_sheet(path, rows, texts):
 
 def mmbench_data(config):
     """MMBench's sheet as questions, and its pictures as files, one for all rotations."""
-    rows = read_mmbench(read_labels(config.labels, "*.tsv"))
+    rows = read_mmbench(read_labels(config.labels, "*.tsv"), image=str)
     pictures = {str(index): row["image"] for index, row in rows.items()}
     questions = []
+    Path(config.images).mkdir(parents=True, exist_ok=True)
     for index, row in rows.items():
+        name = f"{index % ROTATION}.png"         # pictures are read by what they hold
         picture = pictures.get(row["image"], row["image"])       # a cell may name another row
-        name = save_picture(picture, str(index % ROTATION), config)
+        try:
+            Path(config.images, name).write_bytes(base64.b64decode(picture, validate=True))
+        except ValueError as error:
+            raise ValueError(f"--labels: the picture of {index} is no base64: {error}") from error
         options = options_of(row)
         lines = [row["question"]]
         if (row.get("hint") or "nan").lower() not in ("nan", "none"):
@@ -629,7 +608,7 @@ def read_mmmu(labels):
 
 
 def mmmu_data(config):
-    """MMMU's rows as questions, and the pictures in them as files.
+    """MMMU's rows as questions; `image_1` is a path in --images.
 
     OFFICIAL: MMMU's own run of LLaVA-1.5 writes options as (A), (B), ..., and shows the first of
     several pictures alone. So it is here; how many questions have several is printed.
@@ -637,12 +616,13 @@ def mmmu_data(config):
     rows = read_mmmu(read_labels(config.labels, "*.json*"))
     questions = []
     for name, row in rows.items():
-        lines = [typed_fields(row, f"--labels: {name}", question=str)["question"]]
+        typed_fields(row, f"--labels: {name}", question=str, image_1=str)
+        lines = [row["question"]]
         if row["question_type"] == CHOICE:
             lines += [*lettered(row["options"], "({}) {}"), "", BY_LETTER]
         else:
             lines.append(BY_WORD)
-        image = save_picture(row.get("image_1"), name, config)
+        image = row["image_1"]
         questions.append({"question_id": name, "image": image, "text": "\n".join(lines)})
     save_questions(config, questions)
     several = sum(bool(row.get("image_2")) for row in rows.values())
@@ -691,19 +671,17 @@ def value_named(problem, text):
 
 
 def read_mathvista(labels, **kinds):
-    """{pid: problem} of testmini.json, which is such an object, or of the data set's rows."""
-    rows = [row for rows in labels.values() for row in rows]
-    is_object = not all(isinstance(row, dict) and "pid" in row for row in rows)
-    return read_label_records(labels, key="pid", in_object=is_object, question_type=str, **kinds)
+    """{pid: problem} of testmini.json."""
+    return read_label_records(labels, in_object=True, question_type=str, **kinds)
 
 
 def mathvista_data(config):
-    """MathVista's problems as questions, and the pictures in its rows as files.
+    """MathVista's problems as questions.
 
     OURS: LLaVA-1.5's two format prompts. The benchmark's own ask for the value "at the end" of an
     answer, where a language model has to find it.
     """
-    problems = read_mathvista(read_labels(config.labels, "*.json"), question=str)
+    problems = read_mathvista(read_labels(config.labels, "*.json"), question=str, image=str)
     questions = []
     for name, problem in problems.items():
         text = problem["question"]
@@ -715,7 +693,7 @@ def mathvista_data(config):
             lines += [*lettered(choices), BY_LETTER]
         else:
             lines.append(BY_WORD)
-        image = save_picture(problem.get("decoded_image") or problem.get("image"), name, config)
+        image = problem["image"]
         questions.append({"question_id": name, "image": image, "text": "\n".join(lines)})
     save_questions(config, questions)
 

@@ -10,7 +10,7 @@
 #     scienceqa/   problems.json  pid_splits.json  images/test/
 #     textvqa/     llava_textvqa_val_v051_ocr.jsonl  TextVQA_0.5.1_val.json  train_images/
 #     gqa/         llava_gqa_testdev_balanced.jsonl  testdev_balanced_questions.json  images/
-#     MMMU/        validation.jsonl (docs/evaluation.md says how it is made; it holds pictures and questions)
+#     MMMU/        validation.jsonl  images/                                docs/evaluation.md says how they are made
 #     MathVista/   testmini.json  images/                                   testmini.json has the questions
 #     vizwiz/      llava_test.jsonl  test/                                  only an upload: the server scores
 #     vqav2/       llava_vqav2_mscoco_test-dev2015.jsonl  llava_vqav2_mscoco_test2015.jsonl  test2015/        the same
