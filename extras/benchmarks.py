@@ -8,8 +8,8 @@ The benchmarks of LLaVA-1.5 (Diss. Sec. 4.4): answers and official labels in, nu
 
 names: pope mme mmbench seed_bench vqav2 textvqa vizwiz gqa mmmu mathvista; -h behind a name tells
 its rules. A scorer takes what the label files hold, finds the answer to each label, and returns
-scores {name: (right, n) or a number} and notes. Missing, doubled and foreign answers are an error,
-never a number. What cannot be read is wrong, and counted. --official is the published arithmetic
+scores, {name: (right, n) or a number}. Missing, doubled and foreign answers are an error, never a
+number. What cannot be read is wrong, and counted. --official is the published arithmetic
 of POPE, MME and SEED-Bench, which reads and pairs answers in other ways.
 """
 import ast
@@ -17,7 +17,7 @@ import base64
 import csv
 import io
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,10 @@ from parts.files import (
     typed_fields,
     write_json,
     write_lines,
-    write_text,
 )
 from parts.scienceqa import BY_LETTER, LETTERS, lettered
 from parts.scoring import (
-    examples,
+    check_ids,
     id_of,
     layout,
     percent,
@@ -67,14 +66,27 @@ PUBLISHED = {
     "mathvista": ("accuracy", {"LLaVA-1.5-13B": "27.6", "NeXT-13B": "35.3", "NeXT-34B": "46.5"})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     answers: str                         # JSON lines of question_id and text, or an upload file
-    labels: list[str] = ()               # the official label files, or their folder
+    labels: list[str]                    # the official label files, or their folder
     questions: str = None                # what was asked: pope's splits; uploads of vqav2, vizwiz
-    official: bool = False               # the published arithmetic of pope, mme, seed_bench
     json: str = None                     # a file for the unrounded numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(Benchmark):
+    official: bool = False               # the published arithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload(Benchmark):
     upload: str = None                   # a file for the benchmark's server
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForServer(Upload):
+    labels: list[str] = ()               # of a public split; without them its server can score
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,8 +99,6 @@ def read_rows(path):
         csv.field_size_limit(2 ** 31 - 1)      # MMBench keeps its pictures in the sheet
         sheet = io.StringIO(read_text(path), newline="")
         rows = list(csv.DictReader(sheet, delimiter="\t", restval=""))
-        if any(None in row for row in rows):
-            raise ValueError(f"{path}: a row has more cells than the first; is the file whole?")
     elif path.endswith(".txt"):
         lines = read_text(path).replace("\r", "").split("\n")
         rows = [line.split("\t") for line in lines if line.strip()]
@@ -111,22 +121,25 @@ def read_labels(paths, pattern):
     return labels
 
 
-def read_label_records(labels, part=None, key="id", in_object=False, **kinds):
+def read_label_records(labels, part=None, key="id", **kinds):
     """{id: record} of all label files, with fields of these kinds.
 
-    A file's rows are the records, or hold a list of them as `part`, or are {id: record} themselves.
+    A file's rows are the records, or objects that hold a list of them as `part`.
     """
+    rows = [row for rows in labels.values() for row in rows]
+    source = " ".join(labels)
+    if part:
+        rows = [row for data in rows for row in typed_fields(data, source, **{part: list})[part]]
+    return records_by_id(rows, source, key, **kinds)
+
+
+def read_label_objects(labels, **kinds):
+    """{id: record} of label files that are such objects, with fields of these kinds."""
     records = {}
     for path, rows in labels.items():
-        if part:
-            rows = [row for data in rows for row in typed_fields(data, path, **{part: list})[part]]
-        if in_object:
-            rows = [typed(record, dict, path) | {key: name} for data in rows
-                    for name, record in typed(data, dict, path).items()]
-        found = records_by_id(rows, path, key, **kinds)
-        if found.keys() & records.keys():
-            raise ValueError(f"{path}: labels of an id that another file of --labels has, too")
-        records |= found
+        for data in rows:
+            for name, record in typed(data, dict, path).items():
+                records[name] = typed_fields(record, f"{path}: {name}", **kinds)
     return records
 
 
@@ -159,18 +172,10 @@ def bare_question(prompt):
 def match_answers(wanted, found, source, missing_ok=False):
     """The values of `found`, [(key, value), ...], in the order of the keys that are wanted.
 
-    What is asked more than once is found in order. Raises ValueError, with counts and examples, for
-    what is missing, doubled or unknown; with `missing_ok` a missing value is None.
+    What is asked more than once is found in order. Raises ValueError, see `check_ids`; with
+    `missing_ok` a missing value is None.
     """
-    asked = Counter(wanted)
-    answered = Counter(key for key, _ in found)
-    missing = [] if missing_ok else list(asked - answered)
-    surplus = list(answered - asked)
-    if missing or surplus:
-        raise ValueError(
-            f"{source}: of {len(wanted):,} questions and {len(found):,} answers {len(missing):,} "
-            f"have no answer{examples(missing)}; {len(surplus):,} are answered too often, or not "
-            f"asked{examples(surplus)}. Are these the answers to these questions, all of them?")
+    check_ids(source, [key for key, _ in found], wanted, missing_ok)
     left = defaultdict(list)
     for key, value in reversed(found):
         left[key].append(value)
@@ -300,7 +305,7 @@ def score_pope(config, labels):
     scores["f1"] = None
     if None not in f1:
         scores["f1"] = sum(f1) / len(f1)
-    return scores, []
+    return scores
 
 
 def score_mme(config, labels):
@@ -341,8 +346,8 @@ def score_mme(config, labels):
     for group, tasks in GROUPS.items():
         is_whole = points.keys() >= set(tasks)
         sums[group] = sum(points[task] for task in tasks) if is_whole else None
-    note = f"{answers.count(None)} answers are neither yes nor no, and wrong"
-    return sums | points | counts, [note]
+    print(f"{answers.count(None)} answers are neither yes nor no, and wrong")
+    return sums | points | counts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,9 +374,12 @@ def option_of(text, options):
 
 
 def options_of(row):
-    """{letter: option} of a row of MMBench's sheet; the official readers call an empty cell nan."""
-    cells = {letter: row.get(letter) or "nan" for letter in "ABCD"}
-    return {letter: cell for letter, cell in cells.items() if cell.lower() not in ("nan", "none")}
+    """{letter: option} of a row of MMBench's sheet, in which an empty cell may say nan."""
+    return {letter: row[letter] for letter in "ABCD" if is_filled(row.get(letter))}
+
+
+def is_filled(cell):
+    return (cell or "nan").lower() not in ("nan", "none")
 
 
 def read_mmbench(labels, **kinds):
@@ -390,66 +398,47 @@ def score_mmbench(config, labels):
     """MMBench: `circular` counts a question only if each rotation of its options is right.
 
     The rotations are the rows index, index + 1,000,000, ... of the official TSV; `plain` looks at
-    the first, `rows` at each by itself. OFFICIAL: what no rule understands goes to GPT, and at last
-    to chance; here it is wrong. --upload writes the result sheet, .tsv or .xlsx.
+    the first. OFFICIAL: what no rule understands goes to GPT, and at last
+    to chance; here it is wrong. --upload writes the result sheet, .xlsx.
     """
     rows = read_mmbench(labels)
     texts = texts_by_id(config, rows)
     if config.upload:
         write_sheet(config.upload, rows.values(), texts)
     if not any(row.get("answer") for row in rows.values()):
-        return {}, []                            # a test split
+        return {}                                # a test split
     groups = defaultdict(dict)                   # {question: {row: is it right?}}
-    single = []
+    pairs = []
     for (index, row), text in zip(rows.items(), texts, strict=True):
         letter = option_of(text, options_of(row))
-        right = letter == one_of(LETTERS, row.get("answer"), index)
-        single += [("rows", right), ("unparsed", letter is None)]
-        groups[index % ROTATION][index] = right
-    grouped = []
+        pairs.append(("unparsed", letter is None))
+        groups[index % ROTATION][index] = letter == one_of(LETTERS, row.get("answer"), index)
     levels = []
-    incomplete = 0
     for index, rights in groups.items():
         row = rows[index]
         circular = all(rights.values())
-        grouped += [("circular", circular), ("plain", rights[index])]
+        pairs += [("circular", circular), ("plain", rights[index])]
         levels += [(row[name], circular) for name in ("l2-category", "category") if row.get(name)]
-        incomplete += len(rights) < len(options_of(row))
-    notes = []
-    if incomplete:
-        notes.append(f"{incomplete} of {len(groups)} questions have fewer rows than options: "
-                     "circular is easier for them")
-    return tally(grouped) | tally(single) | tally(sorted(levels)), notes
+    return tally(pairs) | tally(sorted(levels))
 
 
 def write_sheet(path, rows, texts):
-    """Write MMBench's result sheet, .tsv or .xlsx: columns for its server, with `prediction`.
+    """Write MMBench's result sheet, .xlsx: columns for its server, with `prediction`.
 
-    No .xlsx holds control characters: they become "?".
+    It cannot hold control characters: they become "?".
     """
+    openpyxl = library("openpyxl", ".xlsx", "openpyxl")
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in next(iter(rows)) if name not in dropped]
     names.insert(6, "prediction")                # behind the options
-    sheet = [names]
-    for row, text in zip(rows, texts, strict=True):
-        record = row | {"prediction": text}
-        sheet.append([record[name] for name in names])
-    if not path.endswith(".xlsx"):
-        text = io.StringIO(newline="")
-        csv.writer(text, delimiter="\t", lineterminator="\n").writerows(sheet)
-        write_text(path, text.getvalue())
-        return
-    openpyxl = library("openpyxl", ".xlsx, and not .tsv,", "openpyxl")
-    control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
     book = openpyxl.Workbook()
-    for row in sheet:
-        book.active.append([control.sub("?", cell) for cell in row])
+    book.active.append(names)
+    for row, text in zip(rows, texts, strict=True):
+        record = row | {"prediction": openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE.sub("?", text)}
+        book.active.append([record[name] for name in names])
         for cell in book.active[book.active.max_row]:
             cell.data_type = "s"                 # "=..." is an answer, no formula
     book.save(path)
-    replaced = sum(len(control.findall(text)) for text in texts)
-    if replaced:
-        print(f"note: {replaced} characters that no .xlsx can hold are ? there")
 
 
 def mmbench_data(config):
@@ -465,14 +454,9 @@ def mmbench_data(config):
             Path(config.images, name).write_bytes(base64.b64decode(picture, validate=True))
         except ValueError as error:
             raise ValueError(f"--labels: the picture of {index} is no base64: {error}") from error
-        options = options_of(row)
-        lines = [row["question"]]
-        if (row.get("hint") or "nan").lower() not in ("nan", "none"):
+        lines = [row["question"], *lettered(options_of(row).values())]
+        if is_filled(row.get("hint")):
             lines.insert(0, row["hint"])
-        for letter in "ABCD":
-            if letter not in options:
-                break                            # options end at the first gap
-            lines.append(f"{letter}. {options[letter]}")
         chinese = re.search("[\u4e00-\u9fff]", row["question"])
         lines.append("请直接回答选项字母。" if chinese else BY_LETTER)
         text = "\n".join(lines)
@@ -486,10 +470,6 @@ def score_seed_bench(config, labels):
     OFFICIAL: a missing answer is a wrong one (--official).
     """
     questions = read_label_records(labels, "questions", "question_id", data_type=str, answer=str)
-    types = {}
-    for path, rows in labels.items():
-        numbers = typed_fields(rows[0], path, question_type=dict)["question_type"]
-        types |= {str(number): name for name, number in numbers.items()}
     answered = {name for name, _, _ in read_predictions(config.answers)}
     if config.official:
         answered = questions
@@ -498,19 +478,15 @@ def score_seed_bench(config, labels):
              if question["data_type"] in kinds}
     texts = texts_by_id(config, asked, config.official)
     pairs = []
-    upload = []
     for (name, question), text in zip(asked.items(), texts, strict=True):
         right = text == one_of(LETTERS, question["answer"], name)
-        kind = types[one_of(types, str(question.get("question_type_id")), name)]
-        pairs += [("all", right), (question["data_type"], right), (kind, right)]
+        pairs += [("all", right), (question["data_type"], right)]
         pairs.append(("unparsed", text not in LETTERS))
-        upload.append({"question_id": name, "prediction": text or ""})
-    if config.upload:
-        write_lines(config.upload, upload)
     scores = {"image": None, "video": None} | tally(pairs)
-    if len(asked) == len(questions):
-        return scores, []
-    return scores | {"all": None}, ["images or videos have no answers, so all is undefined"]
+    if len(asked) < len(questions):
+        print("images or videos have no answers, so all is undefined")
+        scores["all"] = None
+    return scores
 
 
 def choice_named(text, options):
@@ -646,9 +622,8 @@ def score_mmmu(config, labels):
             right = letter == one_of(CAPITALS, "".join(truths), name)
         else:
             right = open_is_right(text, truths)
-        subject = re.sub(r"^[^_]+_(.+)_\d+$", r"\1", name)
-        pairs += [("accuracy", right), ("unparsed", letter is None), (subject, right)]
-    return tally(pairs), []
+        pairs += [("accuracy", right), ("unparsed", letter is None)]
+    return tally(pairs)
 
 
 def value_named(problem, text):
@@ -672,7 +647,7 @@ def value_named(problem, text):
 
 def read_mathvista(labels, **kinds):
     """{pid: problem} of testmini.json."""
-    return read_label_records(labels, in_object=True, question_type=str, **kinds)
+    return read_label_objects(labels, question_type=str, **kinds)
 
 
 def mathvista_data(config):
@@ -714,7 +689,8 @@ def score_mathvista(config, labels):
         value = value_named(problem, text)
         pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))
-    return tally(pairs), ["unparsed answers are counted as wrong"]
+    print("unparsed answers are counted as wrong")
+    return tally(pairs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -727,6 +703,13 @@ def vqa_accuracy(text, humans):
         raise ValueError(f"VQA's accuracy is defined for ten human answers, found {humans}")
     matches = [normalise(human) for human in humans].count(normalise(text))
     return (0, 0.3, 0.6, 0.9, 1)[min(4, matches)]
+
+
+def asked_for_server(config, *fields):
+    """The records of --questions, where there are no labels and a server scores."""
+    if not config.questions or not config.upload:
+        raise ValueError("--labels is needed; or --questions and --upload, for the server")
+    return read_by_id(config.questions, *fields)
 
 
 def vqa_scores(config, rows, texts, key):
@@ -753,12 +736,13 @@ def score_vqav2(config, labels):
 
     The questions that have no answer are empty in its file, and counted.
     """
-    rows = read_label_records(labels, "annotations", "question_id", answers=list)
-    if not labels:
-        rows = read_by_id(config.questions, "text")
+    if labels:
+        rows = read_label_records(labels, "annotations", "question_id", answers=list)
+    else:
+        rows = asked_for_server(config, "text")
     texts = texts_by_id(config, rows, missing_ok=not labels)
-    note = f"{texts.count(None):,} of {len(texts):,} questions have no answer"
-    return vqa_scores(config, rows.values(), texts, "question_id"), [note]
+    print(f"{texts.count(None):,} of {len(texts):,} questions have no answer")
+    return vqa_scores(config, rows.values(), texts, "question_id")
 
 
 def score_textvqa(config, labels):
@@ -773,8 +757,8 @@ def score_textvqa(config, labels):
     found = [((name, bare_question(prompt).lower()), text) for name, prompt, text in predictions]
     texts = match_answers(wanted, found, config.answers)
     with_ocr = sum("Reference OCR token:" in prompt for _, prompt, _ in predictions)
-    note = f"{with_ocr:,} of {len(predictions):,} prompts hold OCR tokens"
-    return vqa_scores(config, rows, texts, "question_id"), [note]
+    print(f"{with_ocr:,} of {len(predictions):,} prompts hold OCR tokens")
+    return vqa_scores(config, rows, texts, "question_id")
 
 
 def score_vizwiz(config, labels):
@@ -788,10 +772,10 @@ def score_vizwiz(config, labels):
         typed_fields(row, f"--labels[{i}]", image=str, question=str)
         questions[str(i)] = row | {"text": row["question"]}
     if not labels:
-        questions = read_by_id(config.questions, "image", "text")
+        questions = asked_for_server(config, "image", "text")
     answers = read_answers(config.answers, questions)
     texts = [answers[name]["text"] for name in questions]
-    return vqa_scores(config, questions.values(), texts, "image"), []
+    return vqa_scores(config, questions.values(), texts, "image")
 
 
 def score_gqa(config, labels):
@@ -799,7 +783,7 @@ def score_gqa(config, labels):
 
     Only the balanced questions count; others may be answered.
     """
-    questions = read_label_records(labels, in_object=True, answer=str, isBalanced=bool, types=dict)
+    questions = read_label_objects(labels, answer=str, isBalanced=bool)
     answers = []
     for name, _, text in read_predictions(config.answers):
         answers.append((name, text.rstrip(".").lower()))
@@ -808,47 +792,33 @@ def score_gqa(config, labels):
     texts = match_answers(list(balanced), counted, config.answers)
     pairs = []
     for label, text in zip(balanced.values(), texts, strict=True):
-        right = text == label["answer"].lower()
-        kind = "open" if label["types"].get("structural") == "query" else "binary"
-        pairs += [("accuracy", right), (kind, right)]
+        pairs.append(("accuracy", text == label["answer"].lower()))
     if config.upload:                            # its server wants the others, too
         upload = [{"questionId": name, "prediction": text} for name, text in answers]
         write_json(config.upload, upload, indent=None)
-    return tally(pairs), []
+    return tally(pairs)
 
 
 # --------------------------------------------------------------------------------------------------
 # The commands
 
-SCORERS = {                              # the scorer, and what its label files are called
-    "pope": (score_pope, "*pope_*.json"),
-    "mme": (score_mme, "*.txt"),
-    "mmbench": (score_mmbench, "*.tsv"),
-    "seed_bench": (score_seed_bench, "SEED*.json"),
-    "vqav2": (score_vqav2, "*annotations.json"),
-    "textvqa": (score_textvqa, "TextVQA*.json"),
-    "vizwiz": (score_vizwiz, "*.json"),
-    "gqa": (score_gqa, "*questions.json"),
-    "mmmu": (score_mmmu, "*.json*"),
-    "mathvista": (score_mathvista, "*.json")}
-WITHOUT_LABELS = ("vqav2", "vizwiz")     # only their servers can score the test splits
-OFFICIALS = ("pope", "mme", "seed_bench")
-UPLOADS = (*WITHOUT_LABELS, "mmbench", "seed_bench", "textvqa", "gqa")
+SCORERS = {                              # its flags, the scorer, what its label files are called
+    "pope": (Published, score_pope, "*pope_*.json"),
+    "mme": (Published, score_mme, "*.txt"),
+    "mmbench": (Upload, score_mmbench, "*.tsv"),
+    "seed_bench": (Published, score_seed_bench, "SEED*.json"),
+    "vqav2": (ForServer, score_vqav2, "*annotations.json"),
+    "textvqa": (Upload, score_textvqa, "TextVQA*.json"),
+    "vizwiz": (ForServer, score_vizwiz, "*.json"),
+    "gqa": (Upload, score_gqa, "*questions.json"),
+    "mmmu": (Benchmark, score_mmmu, "*.json*"),
+    "mathvista": (Benchmark, score_mathvista, "*.json")}
 
 
-def scorer_command(name):
+def scorer_command(name, scorer, pattern):
     """What `score NAME` runs; its help is the benchmark's rules."""
-    scorer, pattern = SCORERS[name]
-
     def score_benchmark(config):
-        for flag, names in (("official", OFFICIALS), ("upload", UPLOADS)):
-            if getattr(config, flag) and name not in names:
-                raise ValueError(f"--{flag} is for {', '.join(names)}; it does nothing here")
-        for_server = name in WITHOUT_LABELS and config.upload and config.questions
-        if not config.labels and not for_server:
-            raise ValueError(f"--labels: {name} needs {pattern}, or the folder with it; with "
-                             f"--questions and --upload, {' and '.join(WITHOUT_LABELS)} do without")
-        scores, notes = scorer(config, read_labels(config.labels, pattern))
+        scores = scorer(config, read_labels(config.labels, pattern))
         if scores:
             keys, published = PUBLISHED[name]
             rows = score_rows(name, scores, keys.split(), published)
@@ -856,10 +826,6 @@ def scorer_command(name):
             print("low, high: 95% interval (Wilson); behind them, as published")
         else:
             print("there are no labels to score by: the server scores")
-        if config.official:
-            notes.append("--official: the published arithmetic")
-        for note in notes:
-            print(f"note: {note}")
         if config.json:
             write_json(config.json, {key: percent(value) for key, value in scores.items()})
 
@@ -867,7 +833,8 @@ def scorer_command(name):
     return score_benchmark
 
 
-COMMANDS = {f"score {name}": (scorer_command(name), Benchmark) for name in SCORERS}
+COMMANDS = {f"score {name}": (scorer_command(name, scorer, pattern), flags)
+            for name, (flags, scorer, pattern) in SCORERS.items()}
 COMMANDS["mmbench_data"] = (mmbench_data, QuestionsData)
 COMMANDS["mmmu_data"] = (mmmu_data, QuestionsData)
 COMMANDS["mathvista_data"] = (mathvista_data, QuestionsData)

@@ -9,6 +9,7 @@ What does not belong together is a ValueError that counts and shows it, never a 
 """
 import math
 import os
+from collections import Counter
 
 import numpy as np
 
@@ -57,16 +58,17 @@ def examples(items):
 
 
 def check_ids(path, found, wanted, partial=False):
-    """Raises ValueError unless a file has exactly the ids that are wanted, or `partial` ones."""
-    missing = []
-    if not partial:
-        missing = [i for i in wanted if i not in found]
-    foreign = [i for i in found if i not in wanted]
-    if missing or foreign:
+    """Raises ValueError unless a file answers what is wanted, as often, or `partial`: some of it.
+    """
+    asked = Counter(list(wanted))
+    answered = Counter(list(found))
+    missing = [] if partial else list(asked - answered)
+    surplus = list(answered - asked)
+    if missing or surplus:
         raise ValueError(
             f"{path}: of {len(wanted):,} questions {len(missing):,} have no answer"
-            f"{examples(missing)}; {len(foreign):,} are answered but not asked{examples(foreign)}. "
-            "Are these the answers to these questions, all of them?")
+            f"{examples(missing)}; {len(surplus):,} are answered too often, or not asked"
+            f"{examples(surplus)}. Are these the answers to these questions, all of them?")
 
 
 def read_answers(path, questions):

@@ -83,7 +83,7 @@ def test_a_judge_that_fails_too_often_gives_no_score(tmp_path, serve):
 @pytest.mark.parametrize("change, says", [
     (lambda rows: rows[:-1], "1 have no answer, e.g. 5"),
     (lambda rows: [*rows, rows[0]], "the id 0 occurs more than once"),
-    (lambda rows: [*rows, {"question_id": 99, "text": "x"}], "answered but not asked, e.g. 99")])
+    (lambda rows: [*rows, {"question_id": 99, "text": "x"}], "or not asked, e.g. 99")])
 def test_missing_doubled_and_foreign_answers_are_an_error(tmp_path, change, says):
     """A score over other questions is no score."""
     argv = write_bench(tmp_path)
