@@ -204,6 +204,12 @@ class QuestionsData:
     images: str                          # folder of the pictures; MMBench's are written there
 
 
+def question_row(name, image, lines, options):
+    """A question for eval.py, with LLaVA-1.5's prompts: for a letter if there are options."""
+    ending = [*options, BY_LETTER] if options else [BY_WORD]
+    return {"question_id": name, "image": image, "text": "\n".join([*lines, *ending])}
+
+
 def save_questions(config, questions):
     """Write the questions, and say where they and their pictures are."""
     write_lines(config.questions, questions)
@@ -573,7 +579,7 @@ CHOICE = "multiple-choice"               # MMMU's word for a question with optio
 
 def read_mmmu(labels):
     """{id: row} of MMMU, with their options as lists: the rows of the data set as JSON."""
-    rows = read_label_records(labels, question_type=str)
+    rows = read_label_records(labels, question_type=str, question=str, image_1=str)
     for name, row in rows.items():
         row["options"] = listed_value(row.get("options"))
         one_of((CHOICE, "open"), row["question_type"], name)
@@ -592,14 +598,10 @@ def mmmu_data(config):
     rows = read_mmmu(read_labels(config.labels, "*.json*"))
     questions = []
     for name, row in rows.items():
-        typed_fields(row, f"--labels: {name}", question=str, image_1=str)
-        lines = [row["question"]]
+        options = []
         if row["question_type"] == CHOICE:
-            lines += [*lettered(row["options"], "({}) {}"), "", BY_LETTER]
-        else:
-            lines.append(BY_WORD)
-        image = row["image_1"]
-        questions.append({"question_id": name, "image": image, "text": "\n".join(lines)})
+            options = [*lettered(row["options"], "({}) {}"), ""]
+        questions.append(question_row(name, row["image_1"], [row["question"]], options))
     save_questions(config, questions)
     several = sum(bool(row.get("image_2")) for row in rows.values())
     print(f"{several:,} of them have several pictures, of which the first is shown")
@@ -645,9 +647,16 @@ def value_named(problem, text):
     return None
 
 
-def read_mathvista(labels, **kinds):
+def read_mathvista(labels):
     """{pid: problem} of testmini.json."""
-    return read_label_objects(labels, question_type=str, **kinds)
+    problems = read_label_objects(labels, question=str, image=str, answer=str, question_type=str,
+                                  answer_type=str)
+    for name, problem in problems.items():
+        if problem["question_type"] == "multi_choice":
+            typed_fields(problem, f"--labels: {name}", choices=list)
+        elif problem["answer_type"] == "float":
+            typed_fields(problem, f"--labels: {name}", precision=float)
+    return problems
 
 
 def mathvista_data(config):
@@ -656,20 +665,15 @@ def mathvista_data(config):
     OURS: LLaVA-1.5's two format prompts. The benchmark's own ask for the value "at the end" of an
     answer, where a language model has to find it.
     """
-    problems = read_mathvista(read_labels(config.labels, "*.json"), question=str, image=str)
     questions = []
-    for name, problem in problems.items():
+    for name, problem in read_mathvista(read_labels(config.labels, "*.json")).items():
         text = problem["question"]
         if problem.get("unit"):
             text += f" (Unit: {problem['unit']})"
-        lines = [text]
+        options = []
         if problem["question_type"] == "multi_choice":
-            choices = typed_fields(problem, f"--labels: {name}", choices=list)["choices"]
-            lines += [*lettered(choices), BY_LETTER]
-        else:
-            lines.append(BY_WORD)
-        image = problem["image"]
-        questions.append({"question_id": name, "image": image, "text": "\n".join(lines)})
+            options = lettered(problem["choices"])
+        questions.append(question_row(name, problem["image"], [text], options))
     save_questions(config, questions)
 
 
@@ -678,14 +682,10 @@ def score_mathvista(config, labels):
 
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
-    problems = read_mathvista(labels, answer_type=str, answer=str)
+    problems = read_mathvista(labels)
     pairs = []
     texts = texts_by_id(config, problems)
-    for (name, problem), text in zip(problems.items(), texts, strict=True):
-        if problem["question_type"] == "multi_choice":
-            typed_fields(problem, f"--labels: {name}", choices=list)
-        elif problem["answer_type"] == "float":
-            typed_fields(problem, f"--labels: {name}", precision=float)
+    for problem, text in zip(problems.values(), texts, strict=True):
         value = value_named(problem, text)
         pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import MOST_FAILED, Review, parse_scores, read_cases, relative_score, review_request
+from eval import (
+    KINDS,
+    MOST_FAILED,
+    WILD,
+    Review,
+    parse_scores,
+    read_cases,
+    relative_score,
+    review_request,
+)
 from parts.client import Endpoint, Request, is_preview, request_body
 from parts.files import (
     PROMPTS,
@@ -252,15 +261,15 @@ def spearman(x, y):
         return float(np.corrcoef(ranks)[0, 1])
 
 
-def paired_scores(first, second):
+def paired_scores(first, second, names):
     """(m, 2) scores each of two runs, {id: review}, where neither failed; how many are left out."""
-    pairs = np.array([[first[name]["tuple"], second[name]["tuple"]] for name in first])
+    pairs = np.array([[first[name]["tuple"], second[name]["tuple"]] for name in names])
     good = (pairs >= 0).all((1, 2))                          # pairs (n, 2, 2)
     return pairs[good, 0], pairs[good, 1], int((~good).sum())
 
 
 def calibrate(config):
-    """How far one judge agrees with another about the same answers."""
+    """How far one judge, A, agrees with another, B, about the same answers."""
     first, second = (read_runs([path], MOST_FAILED)[0] for path in (config.reviews, config.against))
     check_ids(config.against, second, first)
     for name, review in first.items():
@@ -268,16 +277,23 @@ def calibrate(config):
             if review.get(field) != second[name].get(field):
                 raise ValueError(f"{config.against}: {name} has another {field} than in "
                                  f"{config.reviews}; both must be about the same answers")
-    A, B, failed = paired_scores(first, second)
-    reference, answers = (A - B).mean(0)
-    numbers = {"n": len(A), "failed": failed, "relative": relative_score(A)[0],
-               "relative_against": relative_score(B)[0], "reference_difference": reference,
-               "mean_difference": answers, "spearman": spearman(A[:, 1], B[:, 1])}
+    numbers = {}
+    rows = []
+    for kind in [*KINDS, "all"]:
+        names = [name for name, review in first.items()
+                 if kind in ("all", review["category"].removeprefix(WILD))]
+        if not names:
+            continue
+        A, B, failed = paired_scores(first, second, names)
+        reference, answers = (A - B).mean(0)
+        found = {"questions": len(A), "failed": failed, "relative A": relative_score(A)[0],
+                 "relative B": relative_score(B)[0], "reference, mean A - B": reference,
+                 "answers, mean A - B": answers, "answers, Spearman": spearman(A[:, 1], B[:, 1])}
+        numbers |= {f"{kind}.{name}": value for name, value in found.items()}
+        rows.append([kind, *[f"{value:g}" for value in found.values()]])
+    head = ["", *found]
     text = (f"A: {judges_of(first)} ({config.reviews})\nB: {judges_of(second)} "
-            f"({config.against})\nquestions {len(A)}, left out as failed {failed}\n"
-            f"relative score: A {numbers['relative']:.1f}, B {numbers['relative_against']:.1f}\n"
-            f"mean of A's scores less B's: reference {reference:+.2f}, answers {answers:+.2f}, "
-            f"of 10\nSpearman's correlation of the answers' scores: {numbers['spearman']:.3f}")
+            f"({config.against})\n{layout(list(zip(head, *rows, strict=True)))}")
     print_numbers(numbers, text, config.json)
 
 
@@ -307,7 +323,7 @@ def swap(config):
         rows.append(first[name] | {"content": content, "tuple": scores})
     write_lines(config.swapped, rows)
     second = read_runs([config.swapped], MOST_FAILED)[0]
-    before, after, failed = paired_scores(first, second)
+    before, after, failed = paired_scores(first, second, names)
     gain = ((before - after) * (1, -1)).mean()
     turned = np.sign(before[:, 0] - before[:, 1]) != np.sign(after[:, 0] - after[:, 1])
     print(f"relative score: {relative_score(before)[0]:.1f} with the reference first, "

@@ -17,8 +17,7 @@ takes the next one; `references` asks again.
 import json
 import random
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 
 import generate_data
@@ -137,8 +136,8 @@ def context_record(context):
             "instances": instances}
 
 
-def write_bench(found, tried, out, config):
-    """The three files of eval.py, and metadata.json."""
+def write_bench(found, out, config):
+    """The three files of eval.py."""
     questions, references = [], []
     for context, rows in found.items():
         for (kind, question), text in rows:
@@ -149,10 +148,6 @@ def write_bench(found, tried, out, config):
     files.write_lines(out / "questions.jsonl", questions)
     files.write_lines(out / "reference.jsonl", references)
     files.write_lines(out / "context.jsonl", [context_record(context) for context in found])
-    prompts = generate_data.read_prompts(config.prompts)
-    files.write_json(out / "metadata.json", {
-        "pictures": len(found), "tried": tried, "date": str(date.today()),
-        "settings": asdict(config), "prompts": client.hash_of(prompts)})
     print(f"{len(questions)} questions about {len(found)} pictures and their reference answers: "
           f"{out}/questions.jsonl, reference.jsonl, context.jsonl")
 
@@ -177,7 +172,7 @@ def make_bench(config):
                                  "have a usable question and answer of each type")
             tried += len(chosen)
             found |= ask_for_pictures(chosen, prompts, out / "raw.jsonl", config)
-        write_bench(found, tried, out, config)
+        write_bench(found, out, config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,16 +186,12 @@ def read_known(path):
     for image, record in scoring.read_by_id(path, key="image").items():
         try:
             if "caption" in record:
-                text = context_of(record)[0]
-            else:
-                context = generate_data.from_record({"id": image} | record, counts)
-                text = generate_data.context_text("reference", context)
-            if not text.strip():
-                raise ValueError("nothing is told of it")
+                record["captions"] = [context_of(record)[0]]
+            context = generate_data.from_record({"id": image} | record, counts)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: {image}: {type(error).__name__} {error}; caption, or "
                              "captions and instances: [{category, bbox}], is needed") from error
-        known[image] = text
+        known[image] = generate_data.context_text("reference", context)
     for what, n in (+counts).items():
         print(f"{path}: {n:,} {what}")
     return known

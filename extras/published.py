@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from eval import TABLE_7, LLaVABench, relative_scores, scienceqa_scores
 from parts import scienceqa
 from parts.files import read_text, read_value, run_command, run_main, typed, write_json
-from parts.scoring import check_ids, percent, read_by_id
+from parts.scoring import check_ids, read_by_id
 
 # --------------------------------------------------------------------------------------------------
 # ScienceQA and LLaVA-Bench
@@ -26,7 +26,6 @@ from parts.scoring import check_ids, percent, read_by_id
 class PublishedScienceQA:
     labels: str                          # folder with the official problems.json, pid_splits.json
     answers: str                         # the released result file, or JSON lines
-    seed: int = 0                        # of the random choices
     json: str = None                     # a file for the unrounded numbers
 
 
@@ -52,28 +51,25 @@ def published_scienceqa(config):
 
     What names no choice of its problem is drawn, once for the accuracy and once more for the stored
     `results`, of which the paper's table is made: where they are stored, they count. A problem
-    without an answer is wrong. The released 13B run has 90.92 by them and 90.90 by what it says.
+    without an answer is wrong. The released 13B run has 90.92 by them, 90.90 by what its answers
+    say.
     """
     problems = scienceqa.read_problems(config.labels, "test")
     outputs, stored = read_results(config.answers)
     check_ids(config.answers, outputs, problems, partial=True)
-    rng = random.Random(config.seed)
-    undrawn = {}
-    drawn = {}
+    rng = random.Random(0)
+    choices = {}
+    unparsed = 0
     for pid, problem in problems.items():
-        letter = scienceqa.letter_of(outputs.get(pid, ""))
-        choice = scienceqa.choice_of(problem, letter)
-        undrawn[pid] = choice
+        choice = scienceqa.choice_of(problem, scienceqa.letter_of(outputs.get(pid, "")))
+        unparsed += choice is None
         if pid in outputs and choice in (None, -1):
             choice = rng.randrange(len(problem["choices"]))
-        drawn[pid] = choice
+        choices[pid] = choice
     if stored:
-        drawn = {pid: stored.get(pid, -1) for pid in problems}
-    said = scienceqa_scores(problems, {"ours": [undrawn]})["ours"]
-    unparsed = (list(undrawn.values()).count(None), len(problems))
-    scores = scienceqa_scores(problems, {"ours": [drawn]})
-    scienceqa.print_methods(scores, unparsed, TABLE_7, config.json)
-    print(f"AVG of what the answers say, with nothing drawn: {percent(said['AVG']):.2f}")
+        choices = {pid: stored.get(pid, -1) for pid in problems}
+    scores = scienceqa_scores(problems, {"ours": [choices]})
+    scienceqa.print_methods(scores, (unparsed, len(problems)), TABLE_7, config.json)
 
 
 def published_relative_score(scores):

@@ -5,7 +5,6 @@ Nothing here needs torch. Files are streamed: instances_train2017.json alone has
 left out or changed is counted; what cannot be read is a ValueError that names file and record.
 """
 import io
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import ijson
 
-from parts.files import distinct_keys, read_json, read_text, typed
+from parts.files import read_json, read_text, typed, typed_fields
 from parts.templates import HOLDS_STOP
 
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$|://", re.I)     # or an address
@@ -238,17 +237,18 @@ def pairs_of_folder(path):
 
 def pairs_of_file(path, columns):
     """Yield (image, caption) of each line."""
-    is_json = path.endswith((".json", ".jsonl"))
-    for number, line in enumerate(io.StringIO(read_text(path), newline=None), 1):
+    if path.endswith((".json", ".jsonl")):
+        rows = read_json(path)
+    else:
+        names = columns.split()
+        lines = io.StringIO(read_text(path), newline=None)
+        rows = (dict(zip(names, line.rstrip("\n").split("\t"), strict=False)) for line in lines)
+    for number, row in enumerate(rows, 1):
         where = f"{path}, line {number}"
-        cells = zip(columns.split(), line.rstrip("\n").split("\t"), strict=False)
-        try:
-            row = json.loads(line, object_pairs_hook=distinct_keys) if is_json else dict(cells)
-            image = typed(row["image"], str, where)
-            caption = " ".join(row["caption"].split())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{where}: image and caption are needed, once, as JSON or in "
-                             f"--columns {columns!r} with tabs between") from error
+        typed_fields(row, f"{where}: image and caption are needed, as JSON or in --columns "
+                     f"{columns!r} with tabs between", image=str, caption=str)
+        image = row["image"]
+        caption = " ".join(row["caption"].split())
         if PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
             raise ValueError(f"{where}: image {image!r} and caption {caption!r} look swapped; "
                              f"--columns {columns!r} must name them in order")

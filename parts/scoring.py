@@ -135,8 +135,6 @@ def read_runs(files, most_failed):
     Raises ValueError if that is not so, if a review's `tuple` is not two finite numbers, or if more
     than a share of `most_failed` of a run's judgements failed; failed ones have -1, and are named.
     """
-    if len(set(map(os.path.realpath, files))) < len(files):
-        raise ValueError(f"{' '.join(files)}: a file is named more than once; each run is one file")
     runs = [read_by_id(path, "category") for path in files]
     first = runs[0]
     ordered = []
@@ -217,12 +215,10 @@ def wilson(right, n):
     z2 = 1.96 ** 2
     total = n + z2
     centre = right + z2 / 2
-    variance = right * (1 - right / n) + z2 / 4
-    half = math.sqrt(z2 * variance)
+    half = math.sqrt(z2 * (right * (1 - right / n) + z2 / 4))
     low = max(0.0, centre - half)
     high = min(total, centre + half)
-    scale = 100 / total
-    return scale * low, scale * high
+    return 100 * low / total, 100 * high / total
 
 
 RELATIVE = ("relative score, %", "  95% interval (questions redrawn)", "  reference, mean x 10",
@@ -251,22 +247,20 @@ def bootstrap(scores, draws=10_000):
     return 100 * np.nanpercentile(ratios, (2.5, 97.5))
 
 
+def score_cells(score):
+    """A score and its interval as text."""
+    if score is None:
+        return ["undefined", "-", "-"]
+    if not isinstance(score, tuple):
+        return [f"{score:.2f}", "-", "-"]
+    low, high = wilson(*score)
+    return [f"{percent(score):.2f}", f"{low:.2f}", f"{high:.2f}"]
+
+
 def score_rows(name, scores, keys, published):
     """Rows of cells: our scores, their intervals, and the published ones under the same keys."""
-    ours = ["ours"]
-    low = ["low"]
-    high = ["high"]
-    for score in scores.values():
-        shown = "undefined"
-        if score is not None:
-            shown = f"{percent(score):.2f}"
-        ours.append(shown)
-        bounds = ["-", "-"]
-        if isinstance(score, tuple):
-            bounds = [f"{bound:.2f}" for bound in wilson(*score)]
-        low.append(bounds[0])
-        high.append(bounds[1])
-    rows = [[name, *scores], ours, low, high]
+    columns = [["ours", "low", "high"], *map(score_cells, scores.values())]
+    rows = [[name, *scores], *zip(*columns, strict=True)]
     for model, values in published.items():
         known = dict(zip(keys, values.split(), strict=True))
         rows.append([model, *[known.get(key, "-") for key in scores]])

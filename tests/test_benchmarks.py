@@ -166,10 +166,10 @@ def test_seed_bench_wants_the_letter_alone_and_all_kinds_for_all(tmp_path):
     assert scores["all"] == pytest.approx(100 / 3), "a missing answer is a wrong one"
 
 
-CHOOSE = {"id": "validation_Art_1", "question_type": "multiple-choice", "answer": "B",
-          "options": "['red', 'blue']"}
-NUMBER = {"id": "validation_Art_1", "question_type": "open", "options": "[]",
-          "answer": "['24/7', '3.429']"}
+CHOOSE = {"id": "Art_1", "question": "<image 1> Which?", "question_type": "multiple-choice",
+          "answer": "B", "options": "['red', 'blue']", "image_1": "1.jpg"}
+NUMBER = CHOOSE | {"id": "Art_2", "question_type": "open", "options": "[]",
+                   "answer": "['24/7', '3.429']", "image_2": True}
 
 
 @pytest.mark.parametrize("label, text, right", [
@@ -187,12 +187,10 @@ def test_mmmus_answers_are_read_as_published(tmp_path, label, text, right):
 
 def test_mmmus_rows_become_questions_and_are_scored(tmp_path, capsys):
     """The published prompt: options as (A), (B) and a blank line; an open one asks for a word."""
-    row = {"question": "<image 1> Which?", "image_1": "1.jpg", "image_2": None}
-    rows = [row | CHOOSE, row | NUMBER | {"id": "validation_Art_2", "image_2": True}]
-    write_lines(tmp_path / "rows.jsonl", rows)
+    write_lines(tmp_path / "rows.jsonl", [CHOOSE, NUMBER])
     questions = questions_of(tmp_path, "mmmu", "rows.jsonl")
     assert questions[0] == {
-        "question_id": "validation_Art_1", "image": "1.jpg",
+        "question_id": "Art_1", "image": "1.jpg",
         "text": "<image 1> Which?\n(A) red\n(B) blue\n\n"
                 "Answer with the option's letter from the given choices directly."}
     assert questions[1]["text"] == f"<image 1> Which?{SHORT}"
@@ -202,43 +200,32 @@ def test_mmmus_rows_become_questions_and_are_scored(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"image_1": None}, "1: image_1: None where text belongs"),
-    ({"options": "['red']"}, "1 has the options .'red'.; 2 to 10"),
-    ({"question_type": "choice"}, "1 is 'choice', not one of multiple-choice, open"),
-    ({"question": None}, "1: question: None where text belongs")])
+    ({"image_1": None}, "1.: image_1: None where text belongs"),
+    ({"options": "['red']"}, "Art_1 has the options .'red'.; 2 to 10"),
+    ({"question_type": "choice"}, "Art_1 is 'choice', not one of multiple-choice, open")])
 def test_a_row_of_mmmu_that_is_no_question_is_named(change, says, tmp_path):
-    good = {"id": "1", "question": "Which?", "question_type": "multiple-choice", "answer": "A",
-            "options": ["red", "blue"], "image_1": PICTURE}
-    write_json(tmp_path / "rows.json", [good | change])
+    write_json(tmp_path / "rows.json", [CHOOSE | change])
     with pytest.raises(ValueError, match=says):
         questions_of(tmp_path, "mmmu", "rows.json")
 
 
-def test_mathvista_counts_what_only_a_language_model_could_read(tmp_path):
-    """Choices by text or letter, integers, floats at the problem's precision; the rest is wrong."""
+def test_mathvista_has_questions_and_counts_what_only_a_language_model_could_read(tmp_path):
+    """LLaVA-1.5's two format prompts, and the unit that an answer is in. Read are choices by text
+    or letter, integers, floats at the problem's precision; the rest is wrong."""
     choice = {"question_type": "multi_choice", "answer_type": "text", "choices": ["red", "blue"],
-              "answer": "blue"}
-    number = {"question_type": "free_form", "answer_type": "float", "precision": 1.0,
-              "answer": "1.2"}
+              "answer": "blue", "question": "Which?", "image": "images/1.jpg"}
+    number = {"question_type": "free_form", "answer_type": "float", "precision": 1.0, "unit": "cm",
+              "answer": "1.2", "question": "How long?", "image": "images/2.jpg"}
     write_json(tmp_path / "testmini.json", {"1": choice, "2": choice, "3": number, "4": number})
+    questions = questions_of(tmp_path, "mathvista", "testmini.json")
+    assert questions[0] == {
+        "question_id": "1", "image": "images/1.jpg",
+        "text": "Which?\nA. red\nB. blue\n"
+                "Answer with the option's letter from the given choices directly."}
+    assert questions[2]["text"] == f"How long? (Unit: cm){SHORT}"
     answers = {"1": "(B)", "2": "The blue one", "3": "1.24", "4": "1.3"}
     scores = score(tmp_path, "mathvista", answers, labels="testmini.json")
     assert scores == {"accuracy": 50, "unparsed": 25}
-
-
-def test_mathvistas_problems_become_questions(tmp_path):
-    """With the unit that an answer is in, and LLaVA-1.5's two format prompts."""
-    write_json(tmp_path / "testmini.json", {
-        "1": {"question": "Which?", "question_type": "multi_choice", "choices": ["red", "blue"],
-              "image": "images/1.jpg"},
-        "2": {"question": "How long?", "unit": "cm", "question_type": "free_form",
-              "image": "images/2.jpg"}})
-    questions = questions_of(tmp_path, "mathvista", "testmini.json")
-    assert [q["text"] for q in questions] == [
-        "Which?\nA. red\nB. blue\n"
-        "Answer with the option's letter from the given choices directly.",
-        f"How long? (Unit: cm){SHORT}"]
-    assert [q["image"] for q in questions] == ["images/1.jpg", "images/2.jpg"]
 
 
 # --------------------------------------------------------------------------------------------------

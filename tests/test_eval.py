@@ -1,5 +1,6 @@
 """How it is scored (Sec. 5): LLaVA-Bench by a judge, MM-Vet, ScienceQA."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -68,16 +69,20 @@ def test_a_judge_is_asked_once_for_each_question_and_never_paid_twice(tmp_path, 
     assert "standing first is worth +2.00 points" in capsys.readouterr().out
     run(judges, "html", *argv, "--reviews", tmp_path / "r.jsonl", "--page", tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text().count("<tr>") == 7
-    run(judges, "calibrate", "--reviews", tmp_path / "r.jsonl", "--against", tmp_path / "r.jsonl")
-    assert "A 75.0, B 75.0" in capsys.readouterr().out
 
 
-def test_a_judge_that_fails_too_often_gives_no_score(tmp_path, serve):
-    """Above 2% there is no number, but the names of what failed."""
-    argv = write_bench(tmp_path)
-    url, _ = serve(text="I would say they are equal.")
-    with pytest.raises(ValueError, match="6 of 6 judgements failed"):
-        run(eval_py, "judge", *argv, "--reviews", tmp_path / "r.jsonl", "--base_url", url)
+def test_a_judge_is_held_against_another_by_kind(tmp_path):
+    """B gives what A gives but for one question: its place among the others is another, too."""
+    for name, last in (("a", 6), ("b", 3)):
+        write_lines(tmp_path / f"{name}.jsonl", [
+            {"question_id": i, "category": KINDS[i // 3], "tuple": [8, score]}
+            for i, score in enumerate((5, 4, last, 2, 3, 4))])
+    run(judges, "calibrate", "--reviews", tmp_path / "a.jsonl", "--against", tmp_path / "b.jsonl",
+        "--json", tmp_path / "s.json")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["conv.relative A"] == 62.5 and found["conv.relative B"] == 50
+    assert found["conv.answers, Spearman"] == -0.5 and found["detail.answers, Spearman"] == 1
+    assert found["all.questions"] == 6 and found["all.answers, mean A - B"] == 0.5
 
 
 @pytest.mark.parametrize("change, says", [
@@ -156,7 +161,7 @@ def test_scienceqa_has_the_formats_of_the_released_converter(form, answer):
         assert question == "Which?\nContext: N/A\nOptions: (A) red (B) blue"
 
 
-def test_published_scienceqa_counts_what_the_result_file_stores(tmp_path, capsys):
+def test_published_scienceqa_counts_what_the_result_file_stores(tmp_path):
     """The released 90.92 beside 90.90: a letter that its problem lacks was drawn, and stored."""
     write_scienceqa(tmp_path)                                    # truth: A B C A B C
     outputs = {str(i): f"The answer is {letter}." for i, letter in enumerate("ABCABE")}
@@ -165,12 +170,10 @@ def test_published_scienceqa_counts_what_the_result_file_stores(tmp_path, capsys
     run(published, "scienceqa", "--labels", tmp_path, "--answers", tmp_path / "results.json",
         "--json", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["AVG"] == 100
-    assert "with nothing drawn: 83.33" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, says", [
     ({"answer": 3}, "problem 0: answer 3 of 3 choices"),
-    ({"choices": "red"}, "problem 0: choices: 'red' where a list belongs"),
     ({"hint": None}, "problem 0: hint: None where text belongs")])
 def test_a_damaged_problem_of_scienceqa_is_named(tmp_path, change, says):
     problems = write_scienceqa(tmp_path)
@@ -223,9 +226,7 @@ def test_a_judge_without_numbers_gives_no_grades(finish, tries, tmp_path, serve)
 
 @pytest.mark.parametrize("grade, says", [
     ({"score": [2]}, "score from 0 to 1"), ({"score": ["1"]}, "v1_0: '1' where a number belongs"),
-    ({"score": []}, "score from 0 to 1"), ({}, "v1_0: score: None where a list belongs"),
-    ({"score": [1], "content": [7]}, "v1_0: 7 where text belongs"),
-    ({"score": [float("nan")]}, "score from 0 to 1")])
+    ({}, "v1_0: score: None where a list belongs"), ({"score": [math.nan]}, "score from 0 to 1")])
 def test_odd_grades_are_named(grade, says, tmp_path):
     write_json(tmp_path / "g.json", {"v1_0": grade})
     with pytest.raises(ValueError, match=says):
@@ -235,7 +236,7 @@ def test_odd_grades_are_named(grade, says, tmp_path):
 @pytest.mark.parametrize("pair, says", [
     ([80, 90], "1 of 3 judgements failed: 0"), ([0, 8], "1 of 3 judgements failed: 0"),
     ([8], "two numbers are needed"), ([8, None], "tuple of 0: None where a number belongs"),
-    ("8 7", "tuple of 0: '8 7' where a list belongs"), ([8, float("nan")], "two numbers")])
+    ("8 7", "tuple of 0: '8 7' where a list belongs"), ([8, math.nan], "two numbers")])
 def test_scores_that_were_not_asked_for_are_no_judgement(pair, says, tmp_path):
     """The judge is asked for 1 to 10; 80 of 100 would move the mean of all."""
     write_lines(tmp_path / "r.jsonl", [
@@ -282,25 +283,20 @@ def test_two_processes_do_not_answer_into_one_file(tmp_path):
     assert second.returncode == 0 and [row["question_id"] for row in answers] == list(range(6))
 
 
-def test_the_published_relative_score_is_rounded_only_over_several_runs(tmp_path, capsys):
-    """One run is a ratio of means with three decimals; of several, each is rounded to one first."""
-    reviews = tmp_path / "r.jsonl"
-    write_lines(reviews, [{"question_id": i, "category": "conv", "tuple": [3, 2], "judge": "j"}
-                          for i in range(3)])
-    run(published, "llava_bench", "--reviews", reviews, "--json", tmp_path / "s.json")
-    one = json.loads((tmp_path / "s.json").read_text())["all.relative"]
-    (tmp_path / "r2.jsonl").write_bytes(reviews.read_bytes())
-    run(published, "llava_bench", "--reviews", reviews, tmp_path / "r2.jsonl",
-        "--json", tmp_path / "s.json")
-    several = json.loads((tmp_path / "s.json").read_text())["all.relative"]
-    assert one == pytest.approx(200 / 3) and several == pytest.approx(66.7)
+def published_score(folder, *runs):
+    """The published relative score of all questions; a run is the scores of its reviews."""
+    files = []
+    for i, scores in enumerate(runs):
+        files.append(folder / f"{i}.jsonl")
+        write_lines(files[-1], [{"question_id": j, "category": "conv", "tuple": pair}
+                                for j, pair in enumerate(scores)])
+    run(published, "llava_bench", "--reviews", *files, "--json", folder / "s.json")
+    return json.loads((folder / "s.json").read_text())["all.relative"]
 
 
-def test_published_failures_count_as_minus_one_for_both_sides(tmp_path):
-    """(8 - 1) / 2 and (6 - 1) / 2, where eval.py would leave the failed one out, and say 75."""
-    write_lines(tmp_path / "r.jsonl", [
-        {"question_id": i, "category": "conv", "tuple": scores}
-        for i, scores in enumerate(([8, 6], [-1, -1]))])
-    run(published, "llava_bench", "--reviews", tmp_path / "r.jsonl", "--json", tmp_path / "s.json")
-    scores = json.loads((tmp_path / "s.json").read_text())
-    assert scores["all.relative"] == pytest.approx(100 * 2.5 / 3.5)
+def test_the_published_relative_score_has_its_own_arithmetic(tmp_path):
+    """One run is a ratio of means with three decimals; of several, each is rounded to one first. A
+    failed judgement is -1 for both, where eval.py would leave it out, and say 75."""
+    assert published_score(tmp_path, [[3, 2]]) == pytest.approx(200 / 3)
+    assert published_score(tmp_path, [[3, 2]], [[3, 2]]) == pytest.approx(66.7)
+    assert published_score(tmp_path, [[8, 6], [-1, -1]]) == pytest.approx(100 * 2.5 / 3.5)

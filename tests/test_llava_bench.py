@@ -10,31 +10,21 @@ from extras import llava_bench
 from parts.files import read_lines, write_lines
 
 
-def test_a_bench_has_a_question_of_each_type_and_a_reference_answer(tmp_path, serve):
-    """LLaVA-Bench (COCO)'s construction: its three files agree, and eval.py can join them."""
-    url, _ = serve()
-    run(llava_bench, "make", "--bench", 3, "--captions", write_contexts(tmp_path / "c.jsonl", 5),
-        "--out", tmp_path / "bench", "--base_url", url, "--model", "m")
-    questions = read_lines(tmp_path / "bench" / "questions.jsonl")
-    reference = read_lines(tmp_path / "bench" / "reference.jsonl")
-    context = read_lines(tmp_path / "bench" / "context.jsonl")
-    assert Counter(q["category"] for q in questions) == {"conv": 3, "detail": 3, "complex": 3}
-    assert [r["question_id"] for r in reference] == [q["question_id"] for q in questions]
-    assert {q["image"] for q in questions} == {c["image"] for c in context}
-
-
-def test_a_bench_takes_no_refusal_as_a_question_or_a_reference(tmp_path, serve, capsys):
-    """A candidate must not be scored beside "I'm sorry"; the next picture takes its place."""
+def test_a_bench_has_usable_questions_of_each_type_and_reference_answers(tmp_path, serve, capsys):
+    """LLaVA-Bench (COCO)'s construction: its three files agree. A candidate must not be scored
+    beside "I'm sorry"; the next picture takes its place."""
     url, _ = serve(faults={"refuses": 0.15})
     captions = write_contexts(tmp_path / "c.jsonl", 40)
     run(llava_bench, "make", "--bench", 6, "--captions", captions, "--out", tmp_path / "b",
         "--base_url", url, "--workers", 1)
     assert "refuses; another picture takes its place" in capsys.readouterr().out
-    questions = read_lines(tmp_path / "b" / "questions.jsonl")
-    references = read_lines(tmp_path / "b" / "reference.jsonl")
-    assert len(questions) == len(references) == 18
+    questions, references, context = (read_lines(tmp_path / "b" / f"{name}.jsonl")
+                                      for name in ("questions", "reference", "context"))
+    assert Counter(q["category"] for q in questions) == {"conv": 6, "detail": 6, "complex": 6}
     assert "sorry" not in str(questions) + str(references)
+    assert {q["image"] for q in questions} == {c["image"] for c in context}
     for question, reference in zip(questions, references, strict=True):
+        assert question["question_id"] == reference["question_id"]
         assert question["text"] == reference["prompt"]
     with pytest.raises(ValueError, match="--bench 41.*40 pictures"):
         run(llava_bench, "make", "--bench", 41, "--captions", captions, "--out", "x")
@@ -98,7 +88,7 @@ def test_a_question_that_is_never_answered_costs_no_other_answer(tmp_path, serve
 
 @pytest.mark.parametrize("record, says", [
     ({"image": "other.jpg", "caption": "A dog."}, "nothing about the pictures of 2 questions"),
-    ({"image": "own.jpg", "caption": " "}, "own.jpg: ValueError nothing is told of it"),
+    ({"image": "own.jpg", "caption": " "}, "own.jpg: ValueError no captions"),
     ({"image": "own.jpg", "caption": 7}, "own.jpg: TypeError"),
     ({"image": "own.jpg", "captions": ["A dog."], "instances": [
         {"category": "dog", "bbox": [0, 0, 200, 100]}]}, "own.jpg: .*as fractions")])
