@@ -1,17 +1,15 @@
 """How it is scored (Sec. 5): LLaVA-Bench by a judge, MM-Vet, ScienceQA."""
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, lines
+from conftest import lines
 
 import eval as eval_py
 from extras import judges, published
 from parts.files import read_lines, write_json, write_lines
+from parts.questions import AnswerFile
 from parts.scienceqa import science_turn
 
 KINDS = ("conv", "detail", "complex")
@@ -248,39 +246,22 @@ def test_scores_that_were_not_asked_for_are_no_judgement(pair, says, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # A file of answers that grows
 
-HOLD = """
-import sys
-from parts.questions import AnswerFile
-file = AnswerFile("q.jsonl", ".", "a.jsonl", "my_model")
-for part in file.batches(1):
-    file.write(part, ["An answer."])
-    if len(file.answers) == int(sys.argv[1]):
-        print("waiting", flush=True)
-        sys.stdin.read(1)
-file.finish()
-"""
-
-
-def start_answering(folder, wait_at):
-    """A process that answers the questions, and waits behind so many answers."""
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(wait_at)], cwd=folder, text=True,
-                            env=os.environ | {"PYTHONPATH": ROOT}, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def test_two_processes_do_not_answer_into_one_file(tmp_path):
-    """The second is refused, also while the first waits; after a kill another goes on."""
-    write_lines(tmp_path / "q.jsonl", [{"question_id": i, "text": f"{i}?"} for i in range(6)])
-    first = start_answering(tmp_path, 3)
-    assert first.stdout.readline() == "waiting\n"
-    _, errors = start_answering(tmp_path, 9).communicate()
-    assert "a.jsonl: another process is writing it" in errors
-    first.kill()
-    first.wait()
-    second = start_answering(tmp_path, 9)
-    second.communicate()
+    """The second is refused while the first one lives; after a kill another goes on."""
+    write_lines(tmp_path / "q.jsonl", [{"question_id": i, "text": f"{i}?"} for i in range(3)])
+    files = (tmp_path / "q.jsonl", tmp_path, tmp_path / "a.jsonl", "my_model")
+    first = AnswerFile(*files)
+    first.write(next(first.batches(1)), ["The first's."])
+    with pytest.raises(ValueError, match="a.jsonl: another process is writing it"):
+        AnswerFile(*files)
+    first.file.close()                   # as the system does for a process that is killed
+    second = AnswerFile(*files)
+    for part in second.batches(1):
+        second.write(part, ["The second's."])
+    second.finish()
     answers = read_lines(tmp_path / "a.jsonl")
-    assert second.returncode == 0 and [row["question_id"] for row in answers] == list(range(6))
+    assert [(row["question_id"], row["text"]) for row in answers] == [
+        (0, "The first's."), (1, "The second's."), (2, "The second's.")]
 
 
 def published_score(folder, *runs):

@@ -7,7 +7,7 @@ from PIL import Image
 from test_sample import save_checkpoint
 
 import sample
-from data import collate, sample_of
+from data import collate
 from extras import probe
 from parts.views import view_of
 
@@ -84,8 +84,8 @@ def test_alternatives_are_the_likeliest_ids_of_each_step(talker):
 
 
 def test_given_answers_are_ranked_by_their_likelihood(talker):
-    """log p of Eq. (3): the sum over an answer's tokens, and over those of STOP."""
-    turns, pictures = [sample.human_turn("Who?", 1)], [noise(seed=3)]
+    """log p of Eq. (3): the sum over an answer's tokens and STOP's; not over earlier answers'."""
+    turns, pictures = chat("<image>\nWho?", "me", "Why?"), [noise(seed=3)]
     ranked = probe.rank_answers(talker, turns, pictures, ["yes", "no", "a longer answer"])
     assert [log_p for log_p, _ in ranked] == sorted((log_p for log_p, _ in ranked), reverse=True)
     for log_p, answer in ranked:
@@ -104,24 +104,12 @@ def test_the_commands_print_and_draw_and_name_what_is_wrong(folder, tmp_path, ca
     assert len(capsys.readouterr().out.strip().split("\n")) == 6
     probe.main(["rank", *asked, "--answers", "yes", "no"])
     assert {line.split()[1] for line in capsys.readouterr().out.splitlines()} == {"yes", "no"}
-    for layers, n in (("0,-1", 0), ("7", 2), ("x", 2)):
-        argv = ["attention", *asked, "--out", str(tmp_path / "looks"), "--layers", layers]
-        if n == 0:
-            probe.main(argv)
-            assert Image.open(tmp_path / "looks").width > 100
-        else:
-            with pytest.raises(ValueError, match=f"--layers '{layers}': numbers .* 0 to 1"):
-                probe.main(argv)
+    attention = ["attention", *asked, "--out", str(tmp_path / "looks"), "--layers"]
+    probe.main([*attention, "0,-1"])
+    assert Image.open(tmp_path / "looks").width > 100
+    for layers in ("7", "x"):
+        with pytest.raises(ValueError, match=f"--layers '{layers}': numbers .* 0 to 1"):
+            probe.main([*attention, layers])
     probe.main(["tiles", *image, "--out", str(tmp_path / "tiles.png")])
     assert "(80, 60) pixels" in capsys.readouterr().out
     assert Image.open(tmp_path / "tiles.png").size == (336 + 14 + 336 + 14, 672)
-
-
-def test_an_answer_that_is_looked_at_is_scored_alone(talker):
-    """Of a longer conversation, earlier answers have no part in what is ranked or drawn."""
-    turns = chat("Who?", "me", "Why?", "so")
-    answered = probe.with_answer(talker, turns[:3], [], "so")
-    expected = sample_of(turns, [], talker.model.tokenizer, talker.template, talker.view)
-    assert answered["input_ids"] == expected["input_ids"]
-    scored = [label for label in answered["labels"] if label >= 0]
-    assert talker.model.tokenizer.decode(scored) == " so</s>"

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import threading
 
 import pytest
-from conftest import byte_tokenizer, run_script, scripted_llm, tiny_clip, tiny_llava
+from conftest import byte_tokenizer, scripted_llm, tiny_clip, tiny_llava
 
 import data
 import sample
@@ -159,16 +158,17 @@ def test_a_checkpoint_without_a_template_must_be_told_one(tmp_path, capsys):
 
 
 # -----------------------------------------------------------------------------
-# A chat, in a real process
+# A chat
 
 
-def test_a_chat_keeps_its_history_and_survives_mistakes(recite, tmp_path, picture):
+def test_a_chat_keeps_its_history_and_survives_mistakes(recite, picture, monkeypatch, capsys):
     """Table 2 over several turns, pictures that come later, /reset, and what is typed wrongly."""
     lines = ["What is it?", "And why?", "/image nowhere.png", "/imagine", f"/image {picture}",
              "Here?", "/reset", "why " * 200, "Again?", "/quit", "Not asked any more."]
-    code, shown = run_script(tmp_path, "sample.py", "--model", recite(": cat###"), "--show_prompt",
-                             "--image", picture, "--temperature", 0, stdin="\n".join(lines))
-    assert code == 0 and shown.count("\ncat\n") == 4, f"4 answers are due:\n{shown}"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    shown = printed(capsys, "--model", recite(": cat###"), "--show_prompt", "--image", picture,
+                    "--temperature", 0)
+    assert shown.count("\ncat\n") == 4, f"4 answers are due:\n{shown}"
     texts = re.findall(r"(A chat between.*?)\n\[", shown, re.DOTALL)
     ids = [json.loads(found) for found in re.findall(r"^\[\d[\d, ]*\]$", shown, re.MULTILINE)]
     head = texts[0].removesuffix("<image>\nWhat is it?###Assistant:")
@@ -182,7 +182,7 @@ def test_a_chat_keeps_its_history_and_survives_mistakes(recite, tmp_path, pictur
     for told in ("error: image nowhere.png: no such file", "/imagine is not one of",
                  "context is 512"):
         assert told in shown
-    assert "Traceback" not in shown and "Not asked" not in shown, "/quit does not leave"
+    assert "Not asked" not in shown, "/quit does not leave"
 
 
 class Interrupted(io.StringIO):
@@ -193,11 +193,11 @@ class Interrupted(io.StringIO):
         super().write(text)
         if "\nabab" in self.getvalue() and not self.pressed:
             self.pressed = True
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
 
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_chat(recite, monkeypatch):
-    """SIGINT ends the answer; what was said so far stays in the history. Input's end is /quit."""
+    """It ends the answer; what was said so far stays in the history. Input's end is /quit."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Go on?\nWhat was that?\n"))
     monkeypatch.setattr(sys, "stdout", Interrupted())
     sample.main(["--model", str(recite(": abab")), "--temperature", "0", "--show_prompt"])

@@ -54,12 +54,9 @@ def test_solved_problems_have_no_picture_and_are_enough(tmp_path):
         scienceqa_gpt4.solved_problems(config)
 
 
-def test_a_file_that_was_not_written_here_is_not_replaced(serve, tmp_path):
+def test_a_file_that_was_not_written_here_is_not_replaced(tmp_path):
     """As a judge's reviews: answers of another run would be lost."""
     write_scienceqa(tmp_path)
-    url, log = serve()
-    answers_file(tmp_path / "gpt4.jsonl", "ABCABC")
+    expert = answers_file(tmp_path / "gpt4.jsonl", "ABCABC")
     with pytest.raises(ValueError, match="gpt4.jsonl was not written here"):
-        run(scienceqa_gpt4, "answer", "--labels", tmp_path, "--base_url", url,
-            "--out", tmp_path / "gpt4.jsonl")
-    assert not read_lines(log), "it was paid for before it was refused"
+        run(scienceqa_gpt4, "answer", "--labels", tmp_path, "--out", expert, "--base_url", "x")
