@@ -54,7 +54,6 @@ from parts.checkpoints import (
 )
 from parts.files import IMAGE, read_value, run_main, typed, typed_flags, write_json
 from parts.templates import TEMPLATES, check_template, template_for
-from parts.tiles import NEXT
 from parts.towers import CLIPTower
 
 
@@ -342,8 +341,7 @@ def original_view(raw, vision_config, folder):
         raise ValueError(f"{folder}: image_grid_pinpoints in config.json is {pinpoints!r}; pairs "
                          f"of multiples of {size}, the pixels of the vision tower, are needed")
     pairs = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]   # (width, height)
-    tiling = NEXT._replace(pinpoints=pairs, tile=size, patch=vision_config.patch_size)
-    return {"aspect": "anyres", "tiling": tiling._asdict()}
+    return {"aspect": "anyres", "tiling": {"pinpoints": pairs}}
 
 
 def our_config(raw, vision_config, mlp, dtype, folder):
@@ -511,7 +509,7 @@ def original_config(config, meta, ours, rows):
         "mm_use_im_start_end": meta.get("im_start_end", False), "mm_use_im_patch_token": False,
         "image_aspect_ratio": ORIGINAL_ASPECT[meta["aspect"]], "minllava": ours}
     if meta["tiling"]:                                   # (width, height), as the original reads
-        pinpoints = [pair[::-1] for pair in checkpoints.hf_pinpoints(meta["tiling"])]
+        pinpoints = [pair[::-1] for pair in checkpoints.hf_pinpoints(meta)]
         original |= {"image_grid_pinpoints": pinpoints, "mm_patch_merge_type": "spatial_unpad"}
     return original
 

@@ -38,7 +38,7 @@ from parts.decoders import check_language_model
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
 from parts.lora import adapters, merge
 from parts.templates import TEMPLATES, chat_template
-from parts.tiles import NEXT, check_tiling
+from parts.tiles import check_pinpoints
 from parts.towers import tower_class
 from parts.views import ASPECTS, TILINGS, pixels_from, view_from
 
@@ -184,7 +184,7 @@ def llava_config(vision_config, text_config, dtype, feature_layer, projector, me
     """
     tiling = meta.get("tiling")
     kind = LlavaNextConfig if tiling else LlavaConfig
-    pinpoints = {"image_grid_pinpoints": hf_pinpoints(tiling)} if tiling else {}
+    pinpoints = {"image_grid_pinpoints": hf_pinpoints(meta)} if tiling else {}
     architecture = kind.__name__.replace("Config", "ForConditionalGeneration")
     if getattr(vision_config, "gated_layers", 0):
         # Only parts/gated.py builds such blocks, so the name is one that no other program knows.
@@ -215,13 +215,13 @@ def projector_of(config):
     return {act: name for name, act in HIDDEN_ACT.items()}[config.projector_hidden_act]
 
 
-def hf_pinpoints(tiling):
+def hf_pinpoints(meta):
     """The canvases as transformers reads them: (height, width), in an order that breaks ties alike.
 
-    With rule "hf" our own list is transformers' already.
+    For "anyres_hf" our own list is transformers' already.
     """
-    step = 1 if tiling["rule"] == "hf" else -1
-    return [list(pinpoint)[::step] for pinpoint in tiling["pinpoints"]]
+    step = 1 if meta["aspect"] == "anyres_hf" else -1
+    return [list(pinpoint)[::step] for pinpoint in meta["tiling"]["pinpoints"]]
 
 
 def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
@@ -237,7 +237,7 @@ def save_settings(folder, tokenizer, eos_ids, vision_config, meta):
     if meta.get("tiling"):
         processor_class = transformers.LlavaNextProcessor
         image_processor = transformers.LlavaNextImageProcessorPil(
-            image_grid_pinpoints=hf_pinpoints(meta["tiling"]), **size)
+            image_grid_pinpoints=hf_pinpoints(meta), **size)
     elif meta.get("aspect") == "pad":
         image_processor = transformers.LlavaImageProcessorPil(do_pad=True, **size)
     elif meta.get("aspect") == "squeeze":
@@ -293,7 +293,9 @@ def load_settings(folder):
         check_supported(config)
         meta = typed(raw.get("minllava") or {}, dict, "minllava")
     if "aspect" not in meta:
-        meta |= foreign_view(config, folder)
+        meta |= shown_to(tower_class(config.vision_config.model_type), folder)
+        if kind == "llava_next":
+            meta |= {"aspect": "anyres_hf", "tiling": {"pinpoints": config.image_grid_pinpoints}}
     meta.setdefault("tiling", None)
     check_meta(meta, config.vision_config, kind == "llava_next", folder)
     return config, meta
@@ -320,17 +322,6 @@ def check_supported(config):
         found = getattr(config, name)
         if found not in allowed:
             raise ValueError(f"{name} is {found!r}; this model has one of {list(allowed)}")
-
-
-def foreign_view(config, folder):
-    """aspect, tiling and pixels of a folder that is not ours: as transformers prepares pictures."""
-    shown = shown_to(tower_class(config.vision_config.model_type), folder)
-    if config.model_type == "llava_next":
-        tiling = NEXT._replace(
-            pinpoints=config.image_grid_pinpoints, tile=config.vision_config.image_size,
-            patch=config.vision_config.patch_size, rule="hf")
-        return shown | {"aspect": "anyres_hf", "tiling": tiling._asdict()}
-    return shown
 
 
 def shown_to(tower, name):
@@ -370,7 +361,8 @@ def check_meta(meta, vision_config, has_row_ends, folder):
     with named_errors(f"{folder}: its pixels or its tiling cannot be used"):
         view = view_from(meta, vision_config)
         if tiling:
-            check_tiling(view.tiling, view.size, view.patch)
+            check_pinpoints(view.tiling)
+            view.tokens(view.size, view.size)            # what is no whole number is found here
 
 
 def inherit(config, origin):

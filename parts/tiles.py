@@ -37,10 +37,7 @@ class Plan(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """One way to see pictures in tiles, as data.
-
-    `tiling._asdict()` goes into a checkpoint's config.json, and `Tiling(**json)` comes back.
-    """
+    """One way to see pictures in tiles, as data. Of it a checkpoint records the pinpoints."""
     pinpoints: tuple       # the canvases to choose from, (width, height) in pixels
     tile: int              # side of a tile, g's own size, pixels
     patch: int             # side of a patch of g, pixels
@@ -146,24 +143,12 @@ HD = NEXT._replace(
     global_picture="padded")
 
 
-def check_tiling(tiling, size, patch):
-    """Raises ValueError for a tiling, of a person's configuration, that does not fit itself or g.
-
-    size, patch    g's, in pixels
-    """
+def check_pinpoints(tiling):
+    """Raises ValueError unless the canvases, which a person may write, are made of whole tiles."""
     sides = [side for pinpoint in tiling.pinpoints for side in pinpoint]
-    if (tiling.tile, tiling.patch) != (size, patch):
-        allowed = f"the vision tower has tiles of {size} pixels in patches of {patch}"
-    elif not sides or any(side <= 0 or side % size for side in sides):
-        allowed = "pinpoints are (width, height) pairs in multiples of tile"
-    elif tiling.global_picture not in ("stretched", "padded", None):
-        allowed = "global_picture is 'stretched', 'padded' or None"
-    elif tiling.rule not in ("original", "hf"):
-        allowed = "rule is 'original', or 'hf' for a checkpoint of transformers"
-    else:
-        tiling.plan(size, size)          # of values of other types, this fails
-        return
-    raise ValueError(f"{tiling} cannot be planned: {allowed}")
+    if not sides or any(side <= 0 or side % tiling.tile for side in sides):
+        raise ValueError(f"pinpoints {tiling.pinpoints} are no (width, height) pairs in multiples "
+                         f"of {tiling.tile} pixels, the side of a tile")
 
 
 def fitted(width, height, canvas):

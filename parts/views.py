@@ -90,7 +90,7 @@ class View(NamedTuple):
     @property
     def meta(self):
         """What a checkpoint records of the view."""
-        tiling = self.tiling and self.tiling._asdict()
+        tiling = self.tiling and {"pinpoints": self.tiling.pinpoints}
         return {"aspect": self.aspect, "tiling": tiling, "pixels": self.pixels._asdict()}
 
     @property
@@ -141,12 +141,13 @@ def view_of(aspect, size=None, patch=14, pixels=CLIP_PIXELS):
 
 
 def view_from(meta, vision_config):
-    """The View that a checkpoint records. `vision_config` is its g's."""
-    tiling = meta.get("tiling")
-    if tiling:
-        tiling = tiles.Tiling(**tiling)
+    """The View that a checkpoint records, with its own canvases. `vision_config` is its g's."""
     size, patch = vision_config.image_size, vision_config.patch_size
-    return View(meta["aspect"], size, patch, tiling, pixels_from(meta))
+    view = view_of(meta["aspect"], size, patch, pixels_from(meta))
+    if meta.get("tiling"):
+        tiling = view.tiling._replace(pinpoints=meta["tiling"]["pinpoints"])
+        view = view._replace(tiling=tiling)
+    return view
 
 
 def set_view(model, aspect):

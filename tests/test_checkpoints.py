@@ -375,17 +375,15 @@ def test_a_config_that_means_another_model_is_refused(saved, change, words):
     assert_refused(saved[1], *words)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"pinpoints": [[30, 28]]}, "multiples of tile"), ({"rule": "HF"}, "rule is"),
-    ({"pinpoints": [[28, 0]]}, "multiples of tile"), ({"pinpoints": []}, "multiples of tile"),
-    ({"tile": 56, "pinpoints": [[56, 112]]}, "tiles of 28 pixels"), ({"patch": 0}, "patches of 14"),
-    ({"global_picture": "wide"}, "stretched"), ({"colour": 3}, "colour"),
-    ({"pinpoints": 7}, "tiling"), ({"pinpoints": [[28.0, 56.0]]}, "tiling")])
-def test_a_tiling_that_does_not_fit_the_tower_is_refused(tmp_path, change, words):
+@pytest.mark.parametrize("tiling, words", [
+    ({"pinpoints": [[30, 28]]}, "multiples of 28"), ({"pinpoints": [[28, 0]]}, "multiples of 28"),
+    ({"pinpoints": []}, "multiples of 28"), ({"pinpoints": 7}, "tiling"),
+    ({"pinpoints": [[28.0, 56.0]]}, "tiling"), ({"tile": 28}, "pinpoints")])
+def test_a_tiling_that_does_not_fit_the_tower_is_refused(tmp_path, tiling, words):
     """It would be found with the first picture, in the middle of a run."""
     model = see(tiny_llava(), "anyres")
     model.save_pretrained(tmp_path)
-    edit(tmp_path, minllava=model.meta | {"tiling": model.meta["tiling"] | change})
+    edit(tmp_path, minllava=model.meta | {"tiling": tiling})
     assert_refused(tmp_path, words)
 
 
