@@ -30,7 +30,7 @@ from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from parts.files import check_least
+from parts.files import check_least, errors_of_file, typed
 from parts.replies import Replies, content_of, joined_text, unfinished
 
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
@@ -63,8 +63,11 @@ class Endpoint:
     def __post_init__(self):
         check_least(self, temperature=0, max_tokens=1, workers=1, rpm=0, timeout=0.001, attempts=1,
                     max_wait=0, show=0, price_in=0, price_out=0)
+        with errors_of_file("--extra"):
+            extra = json.loads(self.extra or "{}")
+        typed(extra, dict, "--extra")
         address = urlsplit(self.base_url)                 # it is written into files and messages
-        if "@" in address.netloc or address.query or address.fragment:
+        if "@" in address.netloc or address.query:
             raise ValueError("--base_url: an address without user, password or parameters is "
                              "needed; a key belongs into OPENAI_API_KEY")
 
@@ -102,14 +105,9 @@ def chat_messages(system, shots, text):
 
 
 def request_body(endpoint, messages):
-    """The JSON of a request. Raises ValueError if --extra is no JSON object."""
-    try:
-        extra = {**json.loads(endpoint.extra or "{}")}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--extra {endpoint.extra}: a JSON object is needed, e.g. "
-                         f'{{"seed": 0}} ({error})') from error
+    """The JSON of a request."""
     body = {"model": endpoint.model, "messages": messages, "temperature": endpoint.temperature,
-            "max_tokens": endpoint.max_tokens, **extra}
+            "max_tokens": endpoint.max_tokens, **json.loads(endpoint.extra or "{}")}
     return {name: value for name, value in body.items() if value is not None}
 
 

@@ -85,8 +85,8 @@ def test_extra_fields_join_the_request_and_null_removes_one():
     body = client.request_body(endpoint, [])
     assert body == {"model": "m", "messages": [], "max_tokens": 1024, "seed": 0}
     for extra in ("[1]", "{"):
-        with pytest.raises(ValueError, match="JSON object"):
-            client.request_body(Asker(extra=extra), [])
+        with pytest.raises(ValueError, match="--extra: "):
+            Asker(extra=extra)
 
 
 THOUGHT = "<think>\nQuestion: maybe ask the colour?\nAnswer: brown.\n</think>\n\nA bus."
