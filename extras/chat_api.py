@@ -170,15 +170,13 @@ def completion(head, text, reason, usage):
     return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def chunk(head, delta, reason=None):
-    """The next part of a streamed answer, as a server-sent event."""
-    choice = {"index": 0, "delta": delta, "finish_reason": reason}
-    return event(head | {"object": "chat.completion.chunk", "choices": [choice]})
-
-
-def last_chunk(head, usage):
-    """What a streamed answer cost, as a server-sent event."""
-    return event(head | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
+def chunk(head, delta=None, reason=None, **more):
+    """The next part of a streamed answer, as a server-sent event; none of it, but `more`, if there
+    is no delta."""
+    choices = []
+    if delta is not None:
+        choices.append({"index": 0, "delta": delta, "finish_reason": reason})
+    return event(head | {"object": "chat.completion.chunk", "choices": choices} | more)
 
 
 def event(value):

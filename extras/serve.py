@@ -438,7 +438,7 @@ class Server:
             yield chat_api.event(refusal_of(error).json)
             return
         if question.with_usage:
-            yield chat_api.last_chunk(head, usage)
+            yield chat_api.chunk(head, usage=usage)
         yield "data: [DONE]\n\n"
 
     async def models(self, request):
