@@ -198,28 +198,21 @@ def merged(W, A, B, scale):
 
 def add_lora(table, folder):
     """The table with the LoRA adapter of a folder merged."""
-    path = folder / "adapter_config.json"
-    lora = read_value(path)
-    for key in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern",
-                "alpha_pattern", "layer_replication", "bias"):
-        if lora.get(key) not in (None, False, {}, [], "none"):
-            raise ValueError(f"{path}: {key} is {lora[key]!r}; only plain LoRA can be merged")
-    r = typed(lora.get("r"), int, f"{path}: r")
-    alpha = typed(lora.get("lora_alpha"), float, f"{path}: lora_alpha")
-    if r < 1:
-        raise ValueError(f"{path}: r is {r}; a rank of 1 or more is needed")
+    settings = checkpoints.adapter_settings(folder)
+    r = settings["r"]
     path = next(folder.glob("adapter_model.*"), folder / "adapter_model.safetensors")
     found = {PEFT_PREFIX.sub("", key): weight for key, weight in table_of([path]).items()}
     layers = {key.split(".lora_")[0] for key in found}
     layers &= {name.removesuffix(".weight") for name in table}
     wanted = {}
-    for layer in layers:
-        rows, columns = table[f"{layer}.weight"].meta.shape
-        wanted[f"{layer}.lora_A.weight"] = torch.empty(r, columns, device="meta")
-        wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, r, device="meta")
+    with named_errors(f"{path}: rank {r}"):
+        for layer in layers:
+            rows, columns = table[f"{layer}.weight"].meta.shape
+            wanted[f"{layer}.lora_A.weight"] = torch.empty(r, columns, device="meta")
+            wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, r, device="meta")
     check_weights(shapes_of(found), wanted, f"{path}: rank {r}, on --llm",
                   "pass the language model that it was trained on")
-    merge = partial(merged, scale=alpha / r)
+    merge = partial(merged, scale=settings["lora_alpha"] / r)
     for layer in layers:
         A, B = found[f"{layer}.lora_A.weight"], found[f"{layer}.lora_B.weight"]
         table[f"{layer}.weight"] = computed(merge, table[f"{layer}.weight"], A, B)
@@ -326,20 +319,16 @@ def check_setting(folder, name, found, allowed):
                          f"has one of {list(allowed)}")
 
 
-def original_view(raw, vision_config, folder):
-    """aspect and tiling as an original's config.json says them."""
+def original_view(raw, folder):
+    """aspect and tiling as an original's config.json says them; `check_meta` checks the latter."""
     ratio = raw.get("image_aspect_ratio") or "square"
     check_setting(folder, "image_aspect_ratio", ratio, OUR_ASPECT)
     if ratio != "anyres":
         return {"aspect": OUR_ASPECT[ratio], "tiling": None}
     merge_type = raw.get("mm_patch_merge_type", "flat")
     check_setting(folder, "mm_patch_merge_type", merge_type, ["spatial_unpad"])
-    size = vision_config.image_size
-    pinpoints = raw.get("image_grid_pinpoints")          # [[336, 672], ...], or that as text
-    sides = [int(side) for side in re.findall(r"\d+", json.dumps(pinpoints))]
-    if not sides or len(sides) % 2 or any(side == 0 or side % size for side in sides):
-        raise ValueError(f"{folder}: image_grid_pinpoints in config.json is {pinpoints!r}; pairs "
-                         f"of multiples of {size}, the pixels of the vision tower, are needed")
+    pinpoints = json.dumps(raw.get("image_grid_pinpoints"))      # [[336, 672], ...], or it as text
+    sides = [int(side) for side in re.findall(r"\d+", pinpoints)]
     pairs = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]   # (width, height)
     return {"aspect": "anyres", "tiling": {"pinpoints": pairs}}
 
@@ -354,7 +343,7 @@ def our_config(raw, vision_config, mlp, dtype, folder):
     check_setting(folder, "mm_vision_select_feature", feature, ["patch"])
     layer = raw.get("mm_vision_select_layer", -2)
     typed(layer, int, f"{folder}: mm_vision_select_layer in config.json")
-    view = original_view(raw, vision_config, folder)
+    view = original_view(raw, folder)
     kind = KIND_OF[model_type]
     known = AutoConfig.for_model(kind).to_dict().keys() | {"rope_theta", "rope_scaling"}
     known -= {"model_type", "architectures", "transformers_version", "dtype"}

@@ -365,7 +365,8 @@ def lora_folder(parts, r=4, alpha=8):
     torch.save(rest, folder / "non_lora_trainables.bin")
     (folder / "config.json").write_text(json.dumps(parts.config))
     settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none",
-                "modules_to_save": None, "fan_in_fan_out": False}
+                "modules_to_save": None, "lora_dropout": 0.05,
+                "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder, adapter
 
@@ -531,7 +532,8 @@ def test_a_setting_that_would_be_another_model_is_refused(tmp_path):
             ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature", "cls_patch"),
             ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer", "'-2'", "whole number"),
             ({"mm_vision_select_layer": 5}, "vision_feature_layer", "5"),
-            ({"image_grid_pinpoints": [[30, 56]]}, "image_grid_pinpoints", "multiples of 28"),
+            ({"image_grid_pinpoints": [[30, 56]]}, "pinpoints", "multiples of 28"),
+            ({"image_grid_pinpoints": None}, "pinpoints", "multiples of 28"),
             ({"mm_patch_merge_type": "flat"}, "mm_patch_merge_type", "flat", "spatial_unpad"),
             ({"mm_vision_tower": "nobody/clip"}, "--vision", "nobody/clip"),
             ({"mm_vision_tower": None}, "--vision"), ({"text_config": {}}, "ours already"),
@@ -548,9 +550,10 @@ def test_parts_without_their_base_or_on_another_are_refused(tmp_path):
     base, stage1 = parts.base(), parts.stage1()
     settings = lora / "adapter_config.json"
     plain = settings.read_text()
-    for key, value in (("use_dora", True), ("lora_alpha", "8"), ("r", 0)):
+    for key, value, word in (("use_dora", True, "use_dora"), ("lora_alpha", "8", "lora_alpha"),
+                             ("r", 0, "rank 0"), ("r", -1, "rank -1")):
         settings.write_text(json.dumps(json.loads(plain) | {key: value}))
-        assert_refused(out, ["--model", lora, "--llm", base], key)
+        assert_refused(out, ["--model", lora, "--llm", base], word)
     settings.write_text(plain)
     narrow = tiny_llm(vocab_size=259)
     config = narrow.config.to_dict() | {"hidden_size": 40, "head_dim": 10}
