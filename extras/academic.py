@@ -14,7 +14,8 @@ are the table KINDS of extras/academic_layouts.py; in its last rows, JSON lines 
 without choices, or with boxes in pixels:
 
     {"image": "a.jpg", "question": "What is it?", "answer": "a dog", "choices": ["a dog", "a cat"]}
-    {"image": "a.jpg", "phrase": "the dog on the left", "box": [x, y, width, height]}
+    {"image": "a.jpg", "phrase": "the dog on the left", "box": [x, y, width, height],
+     "width": 640, "height": 480}
 """
 import os
 import random
@@ -27,7 +28,6 @@ from typing import ClassVar, NamedTuple
 
 from extras.academic_layouts import read_academic
 from parts.files import IMAGE, read_json, run_command, run_main, typed, write_array, write_json
-from parts.pictures import image_path, image_size
 from parts.records import record_problem
 from parts.scienceqa import lettered
 
@@ -52,7 +52,6 @@ class Config:
     image_name: str = None          # as "val2014/{image_id:012d}.jpg"; default: LLaVA-1.5's folders
     skip_bad: bool = False          # leave bad records out and count them, rather than stop
     aspect: str = "pad"             # regions: padded to a square, or stretched as LLaVA-NeXT does
-    images: str = None              # regions: the pictures, where records lack width and height
     seed: int = 0                   # regions: which, and what is asked for, the phrase or the box
 
     CHOICES: ClassVar[dict] = {"format_prompt": ["auto", *FORMAT_PROMPTS],
@@ -99,18 +98,13 @@ def box_to_text(box, width, height, aspect="pad"):
     return str(corners)
 
 
-def ask_region(item, image, config, rng):
+def ask_region(item, config, rng):
     """A box asked for its phrase, or a phrase for its box (Diss. Sec. 4.3).
 
     OFFICIAL: one of the two, at random; with both in one conversation, the second question's answer
     would stand in the first.
     """
-    if "width" in item:
-        width, height = (typed(item[side], int, side) for side in ("width", "height"))
-    elif config.images:
-        width, height = image_size(image_path(config.images, image))
-    else:
-        raise ValueError("the picture's width and height are needed, here or by --images DIR")
+    width, height = (typed(item[side], int, side) for side in ("width", "height"))
     phrase = item["phrase"].strip().rstrip(".")
     if not phrase:
         raise ValueError(f"phrase {item['phrase']!r}: words are needed")
@@ -156,7 +150,7 @@ def ask_conversation(item, place):
 
 def picture_of(item, kind, place, record, config):
     """The name of an item's picture, or None for text alone."""
-    if "image" in item and not item["image"]:
+    if "conversations" in item and not item["image"]:
         return None
     if config.image_name or "image" not in item:
         field = kind.fields[0]
@@ -171,10 +165,10 @@ def ask_item(item, image, place, config, rng):
     if "conversations" in item:
         return ask_conversation(item, place)
     if "box" in item:
-        asked = [ask_region(item, image, config, rng)]
+        asked = [ask_region(item, config, rng)]
     else:
         asked = ask_question(item, config)
-    texts = [item.get("question", image)]
+    texts = [image, item.get("question", image)]
     for qa in asked:
         texts += [qa.question, qa.answer]
     for text in texts:
@@ -274,14 +268,13 @@ def convert_academic(config):
     if problems and not (config.skip_bad and groups):
         raise ValueError("\n".join([f"{n_bad:,} of {len(records):,} records are bad "
                                     "(--skip_bad leaves them out):", *shown]))
+    notes = [f"{n:,} {reason}" for reason, n in left.items()]
     if not groups:
-        found = ", ".join(f"{n:,} {reason}" for reason, n in left.items()) or "no question"
-        needed = f", and split {kind.split} is needed" if kind.split else ""
-        raise ValueError(f"{config.questions}: nothing in it to train on; found {found}{needed}")
+        raise ValueError(f"{config.questions}: nothing in it to train on; found {', '.join(notes)}")
     conversations = as_records(groups)
     write_json(config.out, conversations)
     print(f"{kind.name}: {len(records):,} records, {len(problems):,} left out")
-    for line in [*shown, *(f"{n:,} {reason}" for reason, n in left.items())]:
+    for line in [*shown, *notes]:
         print(line)
     n_pictures = len({image for image, _, _ in groups if image})
     ways = Counter(qa.way for asked in groups.values() for qa in asked)
@@ -335,39 +328,35 @@ def source_of(record, where):
     TextCaps) or vg. In coco/, the prompt of the first question: a_okvqa, refcoco, or vqa, which is
     VQAv2 and OK-VQA, whose records cannot be told apart; what has none is llava_instruct.
     """
-    image = typed(record, dict, where).get("image") or ""
-    turns = typed(record.get("conversations"), list, f"{where}: conversations")
-    if not image:
-        return "sharegpt"
-    folder = typed(image, str, f"{where}: image").split("/")[0]
-    if folder in MIXTURE_FOLDERS:
-        return folder
+    try:
+        image = record.get("image")
+        if not image:
+            return "sharegpt"
+        folder = image.split("/")[0]
+        if folder in MIXTURE_FOLDERS:
+            return folder
+        question = record["conversations"][0]["value"]
+        sources = [source for source, prompts in ON_COCO.items()
+                   if any(prompt in question for prompt in prompts)]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{where}: no record in LLaVA's format ({error!r})") from error
     if folder != "coco":
         raise ValueError(f"{where}: image {image!r} is in none of coco, "
                          f"{', '.join(MIXTURE_FOLDERS)}; LLaVA-1.5's mixture is needed")
-    first = typed(turns[0], dict, f"{where}: turn 0") if turns else {}
-    question = typed(first.get("value"), str, f"{where}: turn 0")
-    for source, prompts in ON_COCO.items():
-        if any(prompt in question for prompt in prompts):
-            return source
-    return "llava_instruct"
+    return sources[0] if sources else "llava_instruct"
 
 
 def split_mixture(config):
     """Split LLaVA-1.5's mixture by source: OUT/gqa.json, OUT/vqa.json, ..., each in its order."""
     sources = {name: [] for name in ("llava_instruct", "sharegpt", *MIXTURE_FOLDERS, *ON_COCO)}
-    total = 0
-    for record in read_json(config.data):
-        source = source_of(record, f"{os.path.basename(config.data)}[{total}]")
+    for i, record in enumerate(read_json(config.data)):
+        source = source_of(record, f"{os.path.basename(config.data)}[{i}]")
         sources[source].append(record)
-        total += 1
-    if not total:
-        raise ValueError(f"{config.data}: no records in it")
     for source, records in sources.items():
         if records:
             write_array(Path(config.out, f"{source}.json"), records)
         print(f"{source:<16}{len(records):>9,}")
-    print(f"{'all':<16}{total:>9,}")
+    print(f"{'all':<16}{sum(map(len, sources.values())):>9,}")
 
 
 # -----------------------------------------------------------------------------

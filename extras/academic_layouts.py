@@ -1,7 +1,7 @@
 """
 The official files of the data of LLaVA-1.5 (Diss. Sec. 4.3) and LLaVA-NeXT (Diss. Sec. 4.7), read.
 
-A file is known by its form and its fields, not by its name. Each record says one or more items:
+A file is known by its fields, not by its name. Each record says one or more items:
 
     {"question": "What is it?", "answer": "a dog"}           and "choices": ["a dog", "a cat"]
     {"phrase": "the dog on the left", "box": [x, y, width, height]}     and "width", "height"
@@ -23,9 +23,6 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 OCR_TOKENS = "\nReference OCR token: {}"
 # OURS: the words that ask for the text of a page; what LLaVA-NeXT asked is in no paper.
 READ_PAGE = "Read out all of the text in the picture."
-# what `pickle` raises for a file that it did not write
-NO_PICKLE = (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, AttributeError,
-             TypeError, OverflowError, MemoryError, RecursionError)
 
 
 # -----------------------------------------------------------------------------
@@ -118,8 +115,8 @@ def text_of_a_page(record, kind):
 
 
 def own_region(record, kind):
-    """JSON lines of your own: phrase and box, and width and height, if they are known."""
-    return [{field: record[field] for field in record if field != "image"}]
+    """JSON lines of your own: phrase and box, in a picture of width and height."""
+    return [record]
 
 
 def described_regions(record, kind):
@@ -152,7 +149,6 @@ def whole_conversation(record, kind):
 class Kind(NamedTuple):
     """What the file of one data set looks like."""
     name: str
-    form: str               # "list", or the field that holds it; "ids" is {id: record}
     fields: list            # the picture, what is asked, ..., the answer
     image_name: str         # the picture's place; an item that has an "image" knows better
     items: Callable = one_question     # function of (record, kind) -> what it says
@@ -171,34 +167,35 @@ class Kind(NamedTuple):
 
 COCO = "coco/train2017/{image_id:012d}.jpg"
 TEXTVQA = "textvqa/train_images/{image_id}.jpg"
-# Of LLaVA-1.5 the folders are those of the released mixture; so are they of NeXT, where known.
+# A record is of the first kind of which it has the fields: some have those of VQAv2, too. Of
+# LLaVA-1.5 the folders are those of the released mixture; so are they of NeXT, where known.
 KINDS = [
-    Kind("VQAv2 or OK-VQA", "questions", ["image_id", "question", "question_id"], COCO,
-         annotated_question, (("question_id", "annotations", "question_id"),), ("answers",)),
-    Kind("TextVQA", "data", ["image_id", "question", "answers"], TEXTVQA),
-    Kind("TextCaps", "data", ["image_id", "caption_str", "reference_strs"], TEXTVQA,
-         caption_with_text, (("image_id", "data", "image_id"),), once=True),
-    Kind("DocVQA", "data", ["image", "question", "docId", "answers"], "docvqa/{image}"),
-    Kind("GQA", "ids", ["imageId", "question", "answer"], "gqa/images/{imageId}.jpg"),
-    Kind("OCR-VQA", "ids", ["imageURL", "questions", "split", "answers"],
-         "ocr_vqa/images/{key}.jpg", questions_about_a_cover, split=1),
-    Kind("A-OKVQA", "list", ["image_id", "question", "choices", "correct_choice_idx"], COCO,
+    Kind("TextVQA", ["image_id", "question", "answers"], TEXTVQA),
+    Kind("TextCaps", ["image_id", "caption_str", "reference_strs"], TEXTVQA, caption_with_text,
+         (("image_id", "data", "image_id"),), once=True),
+    Kind("A-OKVQA", ["image_id", "question", "choices", "correct_choice_idx"], COCO,
          question_with_choices),
-    Kind("RefCOCO", "list", ["image_id", "sentences", "split", "ann_id"], COCO, referred_object,
+    Kind("VQAv2 or OK-VQA", ["image_id", "question", "question_id"], COCO, annotated_question,
+         (("question_id", "annotations", "question_id"),), ("answers",)),
+    Kind("GQA", ["imageId", "question", "answer"], "gqa/images/{imageId}.jpg"),
+    Kind("OCR-VQA", ["imageURL", "questions", "split", "answers"], "ocr_vqa/images/{key}.jpg",
+         questions_about_a_cover, split=1),
+    Kind("RefCOCO", ["image_id", "sentences", "split", "ann_id"], COCO, referred_object,
          (("ann_id", "annotations", "id"), ("image_id", "images", "id")),
          ("bbox", "width", "height"), "train"),
-    Kind("Visual Genome", "list", ["id", "regions"], "", described_regions,
-         (("id", "", "image_id"),), ("url", "width", "height"), most=10),
-    Kind("ChartQA", "list", ["imgname", "query", "label"], "chartqa/train/png/{imgname}"),
-    Kind("DVQA", "list", ["image", "question", "question_id", "template_id", "answer"],
+    Kind("Visual Genome", ["id", "regions"], "", described_regions, (("id", "", "image_id"),),
+         ("url", "width", "height"), most=10),
+    Kind("DocVQA", ["image", "question", "docId", "answers"], "docvqa/{image}"),
+    Kind("ChartQA", ["imgname", "query", "label"], "chartqa/train/png/{imgname}"),
+    Kind("DVQA", ["image", "question", "question_id", "template_id", "answer"],
          "dvqa/images/{image}"),
-    Kind("AI2D", "list", ["imageName", "questions"], "", questions_about_a_diagram),
-    Kind("SynthDoG", "list", ["file_name", "ground_truth"], "synthdog-en/images/{file_name}",
+    Kind("AI2D", ["imageName", "questions"], "", questions_about_a_diagram),
+    Kind("SynthDoG", ["file_name", "ground_truth"], "synthdog-en/images/{file_name}",
          text_of_a_page),
-    Kind("LAION-GPT-V", "list", ["image", "caption"], "laion-gpt4v/{image}", long_caption),
-    Kind("ShareGPT or ShareGPT4V", "list", ["conversations"], "", whole_conversation),
-    Kind("regions", "list", ["image", "phrase", "box"], "{image}", own_region),
-    Kind("questions", "list", ["image", "question", "answer"], "{image}"),
+    Kind("LAION-GPT-V", ["image", "caption"], "laion-gpt4v/{image}", long_caption),
+    Kind("ShareGPT or ShareGPT4V", ["conversations"], "", whole_conversation),
+    Kind("regions", ["image", "phrase", "box", "width", "height"], "{image}", own_region),
+    Kind("questions", ["image", "question", "answer"], "{image}"),
 ]
 
 
@@ -214,48 +211,44 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """RefCOCO's refs(unc).p, a pickle of Python 2, as what JSON can hold."""
+    """RefCOCO's refs(unc).p, a pickle of Python 2."""
     try:
         with open(path, "rb") as f:
-            data = PlainUnpickler(f, encoding="utf-8").load()
-        data = json.loads(json.dumps(data))
-    except NO_PICKLE as error:
+            return PlainUnpickler(f, encoding="utf-8").load()
+    except Exception as error:           # which they are for a file that is no pickle, is not said
         raise ValueError(f"{path}: no pickle of plain data: {error}") from error
-    return typed(data, list, path)
 
 
 def read_official(path):
-    """--questions as a list of values: a file, or a folder with one JSON file a picture (AI2D)."""
+    """--questions as a value: of a file, or of a folder with one JSON file a picture (AI2D)."""
     if Path(path).is_dir():
-        data = [read_value(file) for file in sorted(Path(path).glob("*.json"))]
-        if not data:
-            raise ValueError(f"{path}: no *.json in this folder; name a file, or AI2D's questions/")
-        return data
-    if Path(path).suffix in (".p", ".pkl") and Path(path).exists():
+        return [read_value(file) for file in sorted(Path(path).glob("*.json"))]
+    if Path(path).suffix in (".p", ".pkl"):
         return read_pickle(path)
-    return list(read_json(path))
+    data = list(read_json(path))
+    if len(data) == 1 and isinstance(data[0], dict) and not kind_of_record(data[0]):
+        data = data[0]                   # an object that holds all records, or is {id: record}
+        data = data.get("questions", data.get("data", data))
+    return data
+
+
+def kind_of_record(record):
+    return next((kind for kind in KINDS if kind.matches(record)), None)
 
 
 def read_academic(questions, annotations=None):
     """An official file as (its kind, {index or id: record}), with the fields of --annotations.
 
-    Raises ValueError for a file of no known kind, and for annotations that are missing, unneeded or
-    of another file.
+    Raises ValueError for a file of no known kind, and for annotations that are missing or of
+    another file.
     """
-    data = read_official(questions)
-    form = "list"
-    lists = [kind for kind in KINDS if kind.form == "list"]
-    if len(data) == 1 and isinstance(data[0], dict) and not any(k.matches(data[0]) for k in lists):
-        form = next((field for field in ("questions", "data") if field in data[0]), "ids")
-        data = data[0] if form == "ids" else typed(data[0][form], list, questions)
-    records = data if form == "ids" else dict(enumerate(data))
-    kinds = [kind for kind in KINDS if kind.form == form]
-    kind = next((k for record in records.values() for k in kinds if k.matches(record)), None)
+    records = read_official(questions)
+    if not isinstance(records, dict):
+        records = dict(enumerate(typed(records, list, questions)))
+    kind = next(filter(None, map(kind_of_record, records.values())), None)
     if kind is None:
         raise ValueError(f"{questions}: no record is of a known kind, the file begins "
-                         f"{str(data)[:200]}; known are {'; '.join(map(str, KINDS))}")
-    if annotations and not kind.joins:
-        raise ValueError(f"{questions}: {kind} needs no --annotations; all is in the file itself")
+                         f"{str(records)[:200]}; known are {'; '.join(map(str, KINDS))}")
     if kind.joined and not annotations:
         raise ValueError(f"{questions}: {kind} has {', '.join(kind.joined)} in a file of their "
                          "own, --annotations FILE")
