@@ -24,13 +24,16 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import CLIPImageProcessorPil
 
-from extras.retrieve import (
-    load_clip,
-    open_index,
-    read_facts,
-    tokenise_for_clip,
+from extras.retrieve import load_clip, open_index, tokenise_for_clip
+from parts.files import (
+    check_least,
+    read_lines,
+    read_value,
+    run_command,
+    run_main,
+    typed,
+    typed_fields,
 )
-from parts.files import check_least, read_lines, run_command, run_main, typed
 from parts.gated import gate
 from parts.ranks import DTYPES, Machine, Optimizer, share_of
 from parts.run import Run, config_table, theta_table
@@ -210,18 +213,15 @@ class ReactSteps(Dataset):
 
 
 def read_retrieved(folder):
-    """(report.json, corpus, pairs (n,)) of what was retrieved. ValueError if they do not match."""
-    kinds = {"index": str, "crc": int, "pairs": int, "corpus": int, "queries": int}
-    report = read_facts(Path(folder, "report.json"), kinds, "retrieve")
+    """(report.json, corpus, pairs (n,)) of what was retrieved. ValueError for another corpus."""
+    path = Path(folder, "report.json")
+    report = typed_fields(read_value(path), path, index=str, crc=int, corpus=int, queries=int)
     facts, corpus, _ = open_index(report["index"])
+    if facts["crc"] != report["crc"]:
+        raise ValueError(f"{path} is of another corpus than {report['index']}; retrieve again")
     path = Path(folder, "retrieved.jsonl")
-    rows = read_lines(path)
-    pairs = np.array([typed(row.get("pair"), int, f"{path}: pair") for row in rows], int)
-    known = np.intersect1d(pairs, np.arange(len(corpus)))
-    if facts["crc"] != report["crc"] or not len(known) == len(pairs) == report["pairs"]:
-        raise ValueError(f"--retrieved {folder}: {len(pairs)} pairs, and report.json is of another "
-                         f"corpus, or of {report['pairs']} pairs; retrieve again")
-    return report, corpus, pairs
+    pairs = [typed(row.get("pair"), int, f"{path}: pair") for row in read_lines(path)]
+    return report, corpus, np.array(pairs)
 
 
 def react_optimizer(theta, config, machine):

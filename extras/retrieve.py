@@ -36,13 +36,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from parts.annotations import read_caption_pairs
 from parts.checkpoints import kind_of, load_part
 from parts.files import (
     check_least,
     distinct_keys,
     library,
     lock_folder,
-    read_json,
     read_lines,
     read_text,
     read_value,
@@ -56,6 +56,7 @@ from parts.files import (
 from parts.gated import GatedCLIP
 from parts.pictures import PICTURE_EXTENSIONS, image_path, load_image
 from parts.ranks import choose_device, choose_dtype
+from parts.run import fingerprints
 from parts.shards import tar_members
 from parts.views import preprocess
 
@@ -63,33 +64,25 @@ MAX_FLAT = 10_000            # pairs; more are searched by HNSW
 MAX_HNSW = 10_000_000        # pairs; 23 GB at 512 dimensions; more are compressed
 ROWS = 2 ** 16               # features in memory at once
 KEYS = {"image": "T2I", "text": "T2T"}
-INDEX_FACTS = {"clip": str, "fingerprint": int, "corpus": list, "images": str, "sizes": dict,
-               "crc": int, "pairs": int, "kind": str, "done": int}
+INDEX_FACTS = {"clip": str, "fingerprint": int, "images": str, "corpus": dict, "crc": int,
+               "done": int}
 
 
 def import_faiss():
     return library("faiss", "retrieval", "faiss-cpu")
 
 
-def read_facts(path, kinds, command):
-    """The JSON object that a command left in its folder, with a value of a type for each key."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent}: no {path.name}; needed is the --out folder of "
-                                f"python -m extras.retrieve {command}")
-    return typed_fields(read_value(path), path, **kinds)
-
-
 # -----------------------------------------------------------------------------
 # CLIP
 
 
-def load_clip(name, dtype=torch.float32):
+def load_clip(name):
     """(CLIP, its tokenizer) from a hub id or a folder, gated or not. ValueError if it is none."""
     kind = kind_of(name, "clip")
     if kind != "clip":
         raise ValueError(f"--clip {name}: its model_type is {kind!r}; retrieval and gated blocks "
                          "are CLIP's, so pass one with both towers, whose model_type is 'clip'")
-    clip = load_part(GatedCLIP, name, dtype, "clip")
+    clip = load_part(GatedCLIP, name, torch.float32, "clip")
     return clip.eval(), AutoTokenizer.from_pretrained(name)
 
 
@@ -121,10 +114,7 @@ def text_features(clip, tokenizer, texts):
 
 def fingerprint_of(clip):
     """A number that tells the weights of one CLIP from those of another."""
-    crc = 0
-    for _, weight in sorted(clip.state_dict().items()):
-        crc = zlib.crc32(weight.cpu().float().numpy().tobytes(), crc)
-    return crc
+    return zlib.crc32(repr(fingerprints(clip)).encode())
 
 
 # -----------------------------------------------------------------------------
@@ -162,29 +152,31 @@ def pairs_in_tar(path, left_out):
 
     A .txt is the text, or else the caption of a .json. Pictures stay where they lie in the shard.
     """
-    members = {"picture": {}, ".txt": {}, ".json": {}}
-    try:
-        with open(path, "rb") as f:
+    samples = {}
+    with open(path, "rb") as f:
+        try:
             for member in tar_members(path):
                 name, extension = os.path.splitext(member.name)
                 kind = "picture" if extension.lower() in PICTURE_EXTENSIONS else extension
-                if kind not in members:
+                if kind not in ("picture", ".txt", ".json"):
                     continue
-                if name in members[kind] or not member.isfile():
+                if not member.isfile() or kind in samples.get(name, {}):
                     left_out.append((f"{path}: {member.name}", "no file, or there a second time"))
-                elif kind == "picture":
-                    members[kind][name] = member.offset_data, member.size
+                    continue
+                sample = samples.setdefault(name, {})
+                if kind == "picture":
+                    sample[kind] = member.offset_data, member.size
                 else:
                     f.seek(member.offset_data)
-                    members[kind][name] = f.read(member.size)
-    except (tarfile.TarError, OSError) as error:
-        left_out.append((path, f"not a complete, uncompressed tar file: {error}"))
-    pictures, texts, records = members.values()
-    for name in sorted((texts.keys() | records.keys()) - pictures.keys()):
-        left_out.append((f"{path}: {name}", "no picture beside it"))
-    for name, place in pictures.items():
-        text = texts[name] if name in texts else caption_in(records.get(name))
-        yield Pair(path, *place, text)
+                    sample[kind] = f.read(member.size)
+        except (tarfile.TarError, OSError) as error:
+            left_out.append((path, f"not a complete, uncompressed tar file: {error}"))
+    for name, sample in samples.items():
+        if "picture" in sample:
+            text = sample[".txt"] if ".txt" in sample else caption_in(sample.get(".json"))
+            yield Pair(path, *sample["picture"], text)
+        else:
+            left_out.append((f"{path}: {name}", "no picture beside it"))
 
 
 def caption_in(record):
@@ -195,28 +187,12 @@ def caption_in(record):
         return None
 
 
-def pairs_in_folder(folder):
-    """x.jpg beside x.txt."""
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in PICTURE_EXTENSIONS:
-            text = file.with_suffix(".txt")
-            yield Pair(str(file), 0, -1, text.read_bytes() if text.is_file() else None)
-
-
-def pairs_in_list(path, images, left_out):
-    """The pairs of lines of picture, tab, text; or of JSON (image, caption)."""
-    rows = read_json(path)
-    if path.suffix == ".tsv":
-        cells = (line.partition("\t") for line in io.StringIO(read_text(path)))
-        rows = ({"image": picture, "caption": text} for picture, _, text in cells)
-    for number, row in enumerate(rows):
-        try:
-            picture = typed(typed(row, dict, "a row").get("image"), str, "image")
-            file = image_path(images, picture)
-        except ValueError as error:
-            left_out.append((f"{path}[{number}]", str(error)))
-        else:
-            yield Pair(file, 0, -1, row.get("caption"))
+def pairs_in_list(source, images):
+    """The pairs of a table, of JSON lines, or of a folder. Raises ValueError for a bad line."""
+    if os.path.isdir(source):
+        images = source
+    for name, text in read_caption_pairs(source):
+        yield Pair(image_path(images, name), 0, -1, text)
 
 
 def clean_text(text):
@@ -233,18 +209,10 @@ def clean_text(text):
 def read_pairs(sources, images, left_out):
     """Yield the pairs of all sources; what cannot be one goes to `left_out`, as (where, why)."""
     for source in sources:
-        path = Path(source)
-        if not path.exists():
-            raise FileNotFoundError(f"{source}: no such file or folder")
-        if path.is_dir():
-            pairs = pairs_in_folder(path)
-        elif path.suffix == ".tar":
+        if source.endswith(".tar"):
             pairs = pairs_in_tar(source, left_out)
-        elif path.suffix in (".tsv", ".json", ".jsonl"):
-            pairs = pairs_in_list(path, images, left_out)
         else:
-            raise ValueError(f"{source}: a corpus is a folder, or a file named .tsv, .json, .jsonl "
-                             "or .tar")
+            pairs = pairs_in_list(source, images)
         for pair in pairs:
             try:
                 text = clean_text(pair.text)
@@ -272,7 +240,7 @@ class Corpus:
 
 
 def list_pairs(out, config):
-    """Write pairs.jsonl, ends.npy and left_out.jsonl. Returns the pairs' checksum and number."""
+    """Write pairs.jsonl, ends.npy and left_out.jsonl. Returns the checksum of the pairs."""
     ends, crc, left_out = [0], 0, []
     with open(out / "pairs.jsonl", "wb") as f:
         for pair in read_pairs(config.corpus, config.images, left_out):
@@ -284,13 +252,13 @@ def list_pairs(out, config):
     if len(ends) == 1:
         raise ValueError(f"{' '.join(config.corpus)}: no pair of a picture and a text in it; "
                          f"{left_out_report(left_out)}")
-    return crc, len(ends) - 1
+    return crc
 
 
-def left_out_report(left_out, most=5):
+def left_out_report(left_out):
     """What was left out, for people: how many, and a few of them."""
     lines = [f"{len(left_out)} left out"]
-    lines += [f"{where}: {why}" for where, why in left_out[:most]]
+    lines += [f"{where}: {why}" for where, why in left_out[:5]]
     return "\n  ".join(lines)
 
 
@@ -348,7 +316,6 @@ def encode_pairs(clip, tokenizer, corpus, first, config):
 def index_corpus(config):
     """Features and an index of a corpus of image-text pairs (Diss. Eqs. 2.2, 2.3)."""
     faiss = import_faiss()               # missing, it is better met before the hours of encoding
-    check_least(config, batch_size=1, workers=0)
     clip, tokenizer = load_clip(config.clip)
     with lock_folder(config.out) as out:
         facts = begin_index(out, config, fingerprint_of(clip))
@@ -366,17 +333,15 @@ def index_corpus(config):
             write_json(out / "index.json", facts)
 
         is_readable = features["image"].any(1)
+        good = np.flatnonzero(is_readable)
         bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
         left_out = read_lines(out / "left_out.jsonl", kind=list)
         left_out += [(pair.where, pair.problem()) for pair in bad]
-        report = left_out_report(left_out)
-        if not is_readable.any():
-            raise ValueError(f"{out}: not one of {len(corpus)} pictures can be read; {report}")
         for key in KEYS:
-            index = build_index(features[key], np.flatnonzero(is_readable), facts["kind"])
+            index = build_index(features[key], good, kind_for(len(good)))
             faiss.write_index(index, str(out / f"{key}.faiss"))
         write_lines(out / "left_out.jsonl", left_out)
-    print(f"{out}: {is_readable.sum():,} pairs, {facts['kind']}; {report}")
+    print(f"{out}: {len(good):,} pairs, {kind_for(len(good))}; {left_out_report(left_out)}")
 
 
 def begin_index(out, config, fingerprint):
@@ -384,26 +349,25 @@ def begin_index(out, config, fingerprint):
 
     Raises ValueError if that was begun with another CLIP or corpus.
     """
-    asked = {"fingerprint": fingerprint, "corpus": list(config.corpus), "images": config.images,
-             "sizes": file_sizes(config.corpus)}
+    asked = {"fingerprint": fingerprint, "images": config.images,
+             "corpus": sizes_of(config.corpus)}
     path = out / "index.json"
     if not path.exists():
-        crc, n = list_pairs(out, config)
-        facts = {"clip": config.clip, **asked, "crc": crc, "pairs": n, "kind": kind_for(n),
-                 "done": 0}
+        facts = {"clip": config.clip, **asked, "crc": list_pairs(out, config), "done": 0}
         write_json(path, facts)
         return facts
-    facts = read_facts(path, INDEX_FACTS, "index")
+    facts = typed_fields(read_value(path), path, **INDEX_FACTS)
     if facts | asked != facts:
         raise ValueError(f"{out} was begun with another CLIP or corpus, {facts['clip']} and "
-                         f"{facts['pairs']} pairs of {facts['corpus']}; take another --out")
-    print(f"{out}: going on at pair {facts['done']} of {facts['pairs']}")
+                         f"{facts['corpus']}; take another --out")
+    print(f"{out}: going on at pair {facts['done']}")
     return facts
 
 
-def file_sizes(sources):
-    """{file: bytes} of the sources that are files: what tells a corpus that has changed since."""
-    return {source: os.path.getsize(source) for source in sources if os.path.isfile(source)}
+def sizes_of(sources):
+    """{source: its bytes, or 0 for a folder}, which tells a corpus that has changed since."""
+    return {source: os.path.getsize(source) if os.path.isfile(source) else 0
+            for source in sources}
 
 
 # -----------------------------------------------------------------------------
@@ -455,22 +419,19 @@ def search_index(index, queries, k):
 def open_index(folder):
     """(index.json, Corpus, the indices of the readable pairs) of an index folder.
 
-    Raises ValueError if it is unfinished or damaged, or if the corpus has changed since.
+    Raises ValueError if it is unfinished, or if the corpus has changed since.
     """
-    folder = Path(folder)
-    facts = read_facts(folder / "index.json", INDEX_FACTS, "index")
-    if not (folder / "text.faiss").is_file():    # the last to be written
-        raise ValueError(f"{folder}: {facts['done']} of {facts['pairs']} pairs are encoded; the "
-                         "same index command goes on")
-    now = file_sizes(facts["sizes"])
-    if now != facts["sizes"]:
-        raise ValueError(f"{folder} is not of this corpus any more: it had {facts['sizes']} bytes "
-                         f"when it was indexed, and has {now} now; index it again")
+    path = Path(folder, "index.json")
+    facts = typed_fields(read_value(path), path, **INDEX_FACTS)
     corpus = Corpus(folder)
-    u = np.load(folder / "image.npy", mmap_mode="r")
-    crc = zlib.crc32(np.memmap(corpus.file, mode="r"))
-    if crc != facts["crc"] or not len(corpus) == len(u) == facts["pairs"]:
-        raise ValueError(f"{folder}: pairs.jsonl or a file beside it is damaged; index again")
+    if not Path(folder, "text.faiss").is_file():         # the last to be written
+        raise ValueError(f"{folder}: {facts['done']} of {len(corpus)} pairs are encoded; the same "
+                         "index command goes on")
+    now = sizes_of(facts["corpus"])
+    if now != facts["corpus"]:
+        raise ValueError(f"{folder} is not of this corpus any more: it had {facts['corpus']} bytes "
+                         f"when it was indexed, and has {now} now; index it again")
+    u = np.load(Path(folder, "image.npy"), mmap_mode="r")
     return facts, corpus, np.flatnonzero(u.any(1))
 
 
@@ -521,11 +482,7 @@ def find_pairs(config, queries, v, good):
     """{pair: {class: [(template, key, score), ...]}} of all that the queries v (Q, D) hit."""
     hits = {}
     for key in config.keys:
-        file = os.path.join(config.index, f"{key}.faiss")
-        try:
-            index = import_faiss().read_index(file)
-        except RuntimeError as error:
-            raise ValueError(f"{file}: {error}; index the corpus again") from error
+        index = import_faiss().read_index(os.path.join(config.index, f"{key}.faiss"))
         scores, rows = search_index(index, v, config.k)
         for q, (name, t, _) in enumerate(queries):
             for score, row in zip(scores[q].tolist(), rows[q].tolist(), strict=True):
@@ -558,19 +515,15 @@ def retrieve_pairs(config):
 
     out = Path(config.out)
     write_lines(out / "retrieved.jsonl", [{"pair": i, "hits": hits[i]} for i in sorted(hits)])
-    about = {}
-    for name, pairs in ranked.items():
-        mean = float(np.mean(pairs, 0)[0])
-        best = [corpus[i].text for _, i in pairs[:3]]
-        about[name] = {"pairs": len(pairs), "mean_score": round(mean, 4), "best": best}
+    counts = {name: len(pairs) for name, pairs in ranked.items()}
     report = {"index": config.index, "crc": facts["crc"], "clip": config.clip, "k": config.k,
               "keys": [KEYS[key] for key in config.keys], "queries": len(queries),
-              "pairs": len(hits), "corpus": len(good), "classes": about}
+              "pairs": len(hits), "corpus": len(good), "classes": counts}
     write_json(out / "report.json", report)
     draw_grid(out / "grid.png", {name: ranked[name][:6] for name in classes[:12]}, corpus)
-    sizes = [len(pairs) for pairs in ranked.values()]
     print(f"{out}: {len(queries):,} queries ({len(classes)} classes x {len(templates)} templates) "
-          f"hit {len(hits):,} of {len(good):,} pairs; a class has {min(sizes)} to {max(sizes)}")
+          f"hit {len(hits):,} of {len(good):,} pairs; a class has {min(counts.values())} to "
+          f"{max(counts.values())}")
 
 
 def draw_grid(path, ranked, corpus):
