@@ -47,14 +47,15 @@ def check_apart(train, test):
                          f"{min(both)}")
 
 
-def labels_of(pairs, classes, where):
-    """y (pairs,): the number of each pair's class name. Raises ValueError for other names."""
+def read_labelled(source, images, classes):
+    """(pairs, y (pairs,)) of a part, y the numbers of class names. ValueError for other names."""
+    pairs = read_all([source], images)
     number = {name: c for c, name in enumerate(classes)}
     unknown = sorted({pair.text for pair in pairs} - set(classes))
     if unknown:
-        raise ValueError(f"{where}: {len(unknown)} class names of the pictures are not among the "
+        raise ValueError(f"{source}: {len(unknown)} class names of the pictures are not among the "
                          f"classes, e.g. {unknown[:3]}")
-    return torch.tensor([number[pair.text] for pair in pairs])
+    return pairs, torch.tensor([number[pair.text] for pair in pairs])
 
 
 def choose_shots(y, shots, seed):
@@ -78,45 +79,34 @@ def choose_shots(y, shots, seed):
     return torch.cat(chosen)
 
 
-def read_task(row, where, folder, needs_train):
-    """The data set of one record of a list, which lies in `folder`."""
+def read_task(row, where, folder, shots, seed):
+    """The data set of one record of a list, which lies in `folder`; without `shots`, to test on."""
     row = {"images": "."} | typed(row, dict, where)
     keys = ["test", "classes", "templates", "images"]
-    if needs_train:
+    if shots:
         keys.append("train")
     typed_fields(row, where, **dict.fromkeys([*keys, "name"], str))
     files = {key: str(folder / row[key]) for key in keys}
     classes = read_terms(files["classes"], "class names")
-    test = read_all([files["test"]], files["images"])
-    task = Task(
-        name=row["name"],
-        classes=classes,
-        templates=read_templates(files["templates"]),
-        test=test,
-        y_test=labels_of(test, classes, files["test"]),
-    )
-    if needs_train:
-        train = read_all([files["train"]], files["images"])
+    test, y_test = read_labelled(files["test"], files["images"], classes)
+    task = Task(row["name"], classes, read_templates(files["templates"]), test, y_test)
+    note = f"{task.name}: {len(test):,} pictures to test on, {len(classes)} classes"
+    if shots:
+        train, y = read_labelled(files["train"], files["images"], classes)
         check_apart(train, test)
-        task = task._replace(train=train, y_train=labels_of(train, classes, files["train"]))
+        chosen = choose_shots(y, shots, seed)
+        task = task._replace(train=[train[i] for i in chosen], y_train=y[chosen])
+        note += (f"; {len(chosen):,} of {len(train):,} pictures to learn from, of "
+                 f"{len(y.unique())} classes")
+    print(note)
     return task
 
 
 def read_datasets(path, shots=None, seed=0):
     """The tasks of a list, with the examples of `shots` to learn from, or without any."""
-    path = Path(path)
-    tasks = []
-    for i, row in enumerate(read_json(path)):
-        task = read_task(row, f"{path}[{i}]", path.parent, bool(shots))
-        note = f"{task.name}: {len(task.test):,} pictures to test on, {len(task.classes)} classes"
-        if shots:
-            chosen = choose_shots(task.y_train, shots, seed)
-            note += (f"; {len(chosen):,} of {len(task.train):,} pictures to learn from, of "
-                     f"{len(task.y_train.unique())} classes")
-            task = task._replace(train=[task.train[i] for i in chosen],
-                                 y_train=task.y_train[chosen])
-        print(note)
-        tasks.append(task)
+    folder = Path(path).parent
+    tasks = [read_task(row, f"{path}[{i}]", folder, shots, seed)
+             for i, row in enumerate(read_json(path))]
     names = [task.name for task in tasks]
     if not names or len({*names, "mean"}) <= len(names):
         raise ValueError(f"{path}: data sets {names}; one or more are needed, each with a name of "

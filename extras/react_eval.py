@@ -10,6 +10,7 @@ What a customised CLIP can do, beside the CLIP that it was (Diss. Ch. 2).
 
 LIST.json names the data sets to classify (extras/elevater.py): one, as ImageNet, or 20.
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -101,34 +102,32 @@ def readable_batches(pairs, clip, config):
         yield X_v.to(clip.device)
 
 
-def load_model(name, config):
-    clip, tokenizer = load_clip(name)
-    return clip.to(choose_device(config.device)), tokenizer
-
-
-def show_table(table, config):
-    """Print {model: {column: share}} in percent, and write it to --out."""
-    rows = [["percent", *table[config.models[0]]]]
-    for name, row in table.items():
-        rows.append([name, *(f"{100 * share:.1f}" for share in row.values())])
+def compare(config, score):
+    """Print {column: share} = score(clip, tokenizer) of each model in percent, and write --out."""
+    table = {}
+    for name in config.models:
+        clip, tokenizer = load_clip(name)
+        table[name] = score(clip.to(choose_device(config.device)), tokenizer)
+    rows = [["percent", *table[name]]]
+    for name, shares in table.items():
+        rows.append([name, *(f"{100 * share:.1f}" for share in shares.values())])
     print(layout(rows))
     if config.out:
         write_json(config.out, table)
 
 
-def compare_on(tasks, config, score):
-    """The table of `score` for each model and task, from the model as it was saved each time.
+def compare_on(tasks, config, accuracy_of):
+    """The table of accuracies on each task, and of their mean.
 
     OURS: top-1, as on ImageNet; ELEVATER's 20 sets have metrics of their own, and its toolkit.
     """
-    table = {}
-    for name in config.models:
-        row = table[name] = {}
+    def score(clip, tokenizer):
+        row = {}
         for task in tasks:
-            clip, tokenizer = load_model(name, config)
-            row[task.name] = score(clip, tokenizer, task, config)
+            row[task.name] = accuracy_of(copy.deepcopy(clip), tokenizer, task, config)
         row["mean"] = sum(row.values()) / len(tasks)
-    show_table(table, config)
+        return row
+    compare(config, score)
 
 
 # -----------------------------------------------------------------------------
@@ -307,13 +306,12 @@ def compare_retrieval(config):
         train = read_all(config.train, config.images)
         check_apart(train, test)
     print(f"{len(test):,} texts to retrieve; {len(train):,} to fine-tune on")
-    table = {}
-    for name in config.models:
-        clip, tokenizer = load_model(name, config)
+
+    def score(clip, tokenizer):
         if train:
             fine_tune_contrastively(clip, tokenizer, train, config)
-        table[name] = retrieval_recalls(clip, tokenizer, test, config)
-    show_table(table, config)
+        return retrieval_recalls(clip, tokenizer, test, config)
+    compare(config, score)
 
 
 # -----------------------------------------------------------------------------
@@ -326,12 +324,11 @@ def compare_segmentation(config):
     classes = read_terms(config.classes, "class names")
     templates = read_templates(config.templates)
     print(f"{len(pairs):,} pictures with masks of {len(classes)} classes")
-    table = {}
-    for name in config.models:
-        clip, tokenizer = load_model(name, config)
+
+    def score(clip, tokenizer):
         W = class_vectors(clip, tokenizer, classes, templates)               # (C, D)
-        table[name] = segmentation_score(clip, W, pairs, config)
-    show_table(table, config)
+        return segmentation_score(clip, W, pairs, config)
+    compare(config, score)
 
 
 COMMANDS = {
