@@ -103,13 +103,9 @@ def test_a_pair_that_would_train_on_nonsense_is_an_error_that_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["p.tsv"]
 
 
-@pytest.mark.parametrize("flags, says", [
-    ([], "in 3 of the 1 captions; lower --least"), (["--least", "0"], "--least 0"),
-    (["--most", "0"], "--most 0")])
-def test_a_filter_that_would_keep_nothing_says_so(tmp_path, flags, says):
+def test_a_filter_that_would_keep_nothing_says_so(tmp_path):
     """And writes nothing."""
     (tmp_path / "p.tsv").write_text("1.jpg\ta bus\n")
-    with pytest.raises(ValueError, match=says):
-        concept_filter.main(["--pairs", str(tmp_path / "p.tsv"), "--out", str(tmp_path / "f"),
-                             *flags])
+    with pytest.raises(ValueError, match="in 3 of the 1 captions; lower --least"):
+        concept_filter.main(["--pairs", str(tmp_path / "p.tsv"), "--out", str(tmp_path / "f")])
     assert not (tmp_path / "f").exists()
