@@ -182,9 +182,8 @@ def noted_problem(problems, where, kind):
     """Note (place, what is wrong in this block), and go on behind it."""
     try:
         yield
-    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        problems.append((where, f"cannot be used as {kind} ({reason})"))
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        problems.append((where, f"cannot be used as {kind} ({error!r})"))
     except ValueError as error:
         problems.append((where, str(error)))
 

@@ -55,7 +55,7 @@ from parts.files import (
 )
 from parts.gated import GatedCLIP
 from parts.pictures import PICTURE_EXTENSIONS, image_path, load_image
-from parts.ranks import choose_device, choose_dtype
+from parts.ranks import Machine, choose_device
 from parts.run import fingerprints
 from parts.shards import tar_members
 from parts.views import preprocess
@@ -303,11 +303,12 @@ def encode_pairs(clip, tokenizer, corpus, first, config):
 
     u, v (B, D) float16, of length 1, or 0 where there is no picture.
     """
-    dtype, _ = choose_dtype("auto", clip.device)
+    machine = Machine(config.device)
+    clip.to(machine.device)
     for X, texts, is_readable in read_batches(corpus, first, clip, config):
         ids = tokenise_for_clip(texts, tokenizer, clip.config.text_config)
-        with torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
-            u, v, _ = clip(X.to(clip.device), ids.to(clip.device))
+        with machine.forward(clip):
+            u, v, _ = clip(X.to(machine.device), ids.to(machine.device))
         u, v = (features.half().cpu() * is_readable[:, None] for features in (u, v))
         yield first, u, v
         first += len(X)
@@ -324,7 +325,6 @@ def index_corpus(config):
         mode = "r+" if facts["done"] else "w+"
         features = {key: np.lib.format.open_memmap(out / f"{key}.npy", mode, np.float16, shape)
                     for key in KEYS}
-        clip.to(choose_device(config.device))
         for start, u, v in encode_pairs(clip, tokenizer, corpus, facts["done"], config):
             facts["done"] = start + len(u)
             for key, part in (("image", u), ("text", v)):

@@ -264,27 +264,22 @@ def test_two_ranks_customise_as_one(retrieved, clip, tmp_path):
         assert together == pytest.approx(alone, rel=1e-3), "gradients are missing or doubled"
 
 
-def test_damaged_retrieved_pairs_are_named(retrieved, clip, tmp_path):
-    """Those of another corpus, wrong types: all is checked before step 0."""
-    folder = shutil.copytree(retrieved, tmp_path / "pairs")
-    (folder / "retrieved.jsonl").write_text('{"pair": "3"}\n')
-    with pytest.raises(ValueError, match="pair: '3' where a whole number belongs"):
-        react.main(training(folder, clip, tmp_path / "out"))
-    test_retrieve.change_facts(folder / "report.json", crc=1)
-    with pytest.raises(ValueError, match="is of another corpus"):
-        react.main(training(folder, clip, tmp_path / "out"))
-    (folder / "report.json").unlink()
-    with pytest.raises(FileNotFoundError, match="report.json: no such file"):
-        react.main(training(folder, clip, tmp_path / "out"))
-
-
 def test_a_customisation_that_cannot_be_right_does_not_start(retrieved, clip, tmp_path):
-    """A batch larger than the pairs, a folder that holds a run."""
-    with pytest.raises(ValueError, match="at most the"):
-        react.main(training(retrieved, clip, tmp_path, "--global_batch_size", "4096"))
-    (tmp_path / "log.jsonl").touch()
-    with pytest.raises(ValueError, match="holds a run already"):
-        react.main(training(retrieved, clip, tmp_path))
+    """A batch larger than the pairs, wrong types, pairs of another corpus, a folder with a run."""
+    folder = shutil.copytree(retrieved, tmp_path / "pairs")
+
+    def is_refused(message, *more):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            react.main(training(folder, clip, tmp_path / "out", *more))
+    is_refused("at most the", "--global_batch_size", "4096")
+    (folder / "retrieved.jsonl").write_text('{"pair": "3"}\n')
+    is_refused("pair: '3' where a whole number belongs")
+    test_retrieve.change_facts(folder / "report.json", crc=1)
+    is_refused("is of another corpus")
+    (folder / "report.json").unlink()
+    is_refused("report.json: no such file")
+    (tmp_path / "out" / "log.jsonl").touch()
+    is_refused("holds a run already")
 
 
 # -----------------------------------------------------------------------------

@@ -276,31 +276,24 @@ def test_what_is_retrieved_is_the_brute_force_top_k_each_once(clip, corpus, inde
     assert (tmp_path / "grid.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("terms, flag, message", [
-    ("red\nred\n", "classes", "class names are needed, one a line, each once"),
-    ("a photo\n", "templates", "is no template")])
-def test_terms_that_cannot_be_meant_are_refused(
-        clip, corpus, index, tmp_path, terms, flag, message):
-    """A class that is there twice, a template without a place for it."""
-    (tmp_path / "terms.txt").write_text(terms)
-    with pytest.raises(ValueError, match=message):
-        run_retrieve(clip, corpus, index, tmp_path / "out", **{flag: tmp_path / "terms.txt"})
-
-
 def change_facts(path, **facts):
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
 def test_what_does_not_belong_together_is_refused(clip, corpus, index, tmp_path):
-    """Features of another model, no index, one of a corpus that has changed, a changed file."""
-    with pytest.raises(ValueError, match="is not the model that"):
-        run_retrieve(save_clip(tmp_path / "clip", seed=1), corpus, index, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="index.json"):
-        run_retrieve(clip, corpus, tmp_path, tmp_path / "out")
+    """A class there twice, no template, features of another model, a corpus that has changed."""
     folder = shutil.copytree(index, tmp_path / "index")
+
+    def is_refused(message, clip=clip, folder=folder, **flags):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run_retrieve(clip, corpus, folder, tmp_path / "out", **flags)
+    terms = tmp_path / "terms.txt"
+    terms.write_text("red\nred\n")
+    is_refused("class names are needed, one a line, each once", classes=terms)
+    is_refused("is no template", templates=corpus / "classes.txt")
+    is_refused("is not the model that", clip=save_clip(tmp_path / "clip", seed=1))
+    is_refused("index.json: no such file", folder=tmp_path)
     change_facts(folder / "index.json", corpus={__file__: 1})
-    with pytest.raises(ValueError, match="is not of this corpus any more"):
-        run_retrieve(clip, corpus, folder, tmp_path / "out")
+    is_refused("is not of this corpus any more")
     change_facts(folder / "index.json", done="64")
-    with pytest.raises(ValueError, match="done: '64' where a whole number belongs"):
-        run_retrieve(clip, corpus, folder, tmp_path / "out")
+    is_refused("done: '64' where a whole number belongs")
