@@ -277,7 +277,7 @@ def test_a_customisation_that_cannot_be_right_does_not_start(retrieved, clip, tm
     test_retrieve.change_facts(folder / "report.json", crc=1)
     is_refused("is of another corpus")
     (folder / "report.json").unlink()
-    is_refused("report.json: no such file")
+    is_refused("No such file.*report.json")
     (tmp_path / "out" / "log.jsonl").touch()
     is_refused("holds a run already")
 
