@@ -82,13 +82,21 @@ def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path):
     ({"conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}]}, "turn 1 (gpt) holds"),
     ({"conversations": [TURNS[0], {"from": "gpt", "value": "\ud83d"}]}, "surrogate"),
     ({"conversations": [TURNS[0], {"from": "gpt"}]}, "turn 1 is not {from, value}"),
-    ({"image": ["1.jpg", "2.jpg"]}, "1 <image> tags for 2 images"), ({"image": [7]}, "file name")])
+    ({"conversations": [TURNS[0] | {"from": "user"}, TURNS[1]]}, "turn 0 is from 'user' where"),
+    ({"conversations": [TURNS[0] | {"image": "1.jpg"}, TURNS[1]]}, "turn 0 has 'image', which is"),
+    ({"image": ["1.jpg", "2.jpg"]}, "1 <image> tags for 2 images"), ({"image": [7]}, "file name"),
+    ({"image": 0}, "image is 0"), ({"image": {"path": "1.jpg"}}, "image is {"),
+    ({"image": None, "images": ["1.jpg", "2.jpg"]}, "1 <image> tags for 2 images"),
+    ({"video": "clip.mp4"}, "'video' is not read"), ({"Image": "1.jpg"}, "'Image' is not read"),
+    ({"audio": "a.wav"}, "'audio' is not read"), ({"system": "Meow."}, "'system' is not read")])
 def test_what_is_wrong_with_a_record_is_said(change, says):
-    """Before step 0, by the check, and never as a loss that is zero."""
+    """Before step 0, by the check, and never as a loss that is zero; a clip is not trained on as
+    text alone, whatever its key."""
     record = RECORD | change if isinstance(change, dict) else change
     assert says in record_problem(record, "images")
-    assert record_problem(RECORD, "images") is None
     assert "--images" in record_problem(RECORD, None)
+    fine = RECORD | {"video": None, "images": [], "audio": "", "source": "web", "id": [7]}
+    assert record_problem(fine, "images") is None
 
 
 def test_records_are_found_and_named(tmp_path):
