@@ -16,11 +16,9 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from parts.shards import Place
+from parts.shards import PICTURE_EXTENSIONS, Place
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")       # all that Pillow is let to read
-# Extensions that may stand for each other, see `image_path`.
-PICTURE_EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 # All that Pillow's decoders raise; the last three come with damaged EXIF and TIFF.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError,
               struct.error, TypeError, KeyError)
@@ -100,8 +98,6 @@ def high_bytes(image):
 def open_image(source):
     """A picture from a path or from an http(s) address. Raises as `load_image` does."""
     if not source.startswith(("http://", "https://")):
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"image {source}: no such file")
         return load_image(source)
     import requests  # only here: training reads no addresses
 

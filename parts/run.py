@@ -228,10 +228,9 @@ class Run:
     def read_state(self, path):
         """What a state's text says, where it is whole and of this run; else ValueError."""
         state = read_value(path / "state.json")
-        kinds = {"step": int, "data": int, "config": dict, "scaler": dict, "shapes": dict,
-                 "frozen": dict, "parts": dict}
-        typed_fields(state, path / "state.json", **kinds)
         now = self.facts()
+        kinds = {field: type(value) for field, value in now.items()}
+        typed_fields(state, path / "state.json", step=int, parts=dict, **kinds)
         differ = [f"--{flag} {now['config'].get(flag)} (was {state['config'].get(flag)})"
                   for flag in differing(state["config"], now["config"]) if flag not in NOT_COMPARED]
         if differ:

@@ -222,7 +222,7 @@ TEXT, PICTURE = {"type": "text", "text": "What?"}, {"type": "image"}
      "'http://x.org/a.jpg' is an address; download it"),
     (ask([{"type": "image", "image": {"bytes": 7}}, TEXT]), "a picture is {'bytes': 7}"),
     (ask([{"type": "image", "url": "data:image/png;base64,!!"}, TEXT]), "not a readable picture"),
-    (ask([{"type": "image", "url": "data:image/png,abc"}, TEXT]), "base64, belongs"),
+    (ask([{"type": "image", "url": "data:image/png,abc"}, TEXT]), "not a readable picture"),
     (ask(None), "message 0: content is None"), (ask("") | {"messages": {}}, "no conversations"),
     (ask("What?") | {"messages": ["a"]}, "message 0 is not {role, content}"),
     (ask("What?", {"role": "tool", "content": "5"}), "turn 0 is from 'tool'"),
