@@ -28,7 +28,7 @@ from typing import ClassVar, NamedTuple
 
 from extras.academic_layouts import read_academic
 from parts.files import IMAGE, read_json, run_command, run_main, typed, write_array, write_json
-from parts.records import record_problem
+from parts.records import normal_record
 from parts.scienceqa import lettered
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -140,9 +140,7 @@ def ask_question(item, config):
 
 def ask_conversation(item, place):
     """The turns of a conversation, which stays alone; a picture goes before its first question."""
-    problem = record_problem(item, "images")
-    if problem:
-        raise ValueError(problem)
+    normal_record(item)                  # raises ValueError for what training refuses
     texts = [turn["value"].replace(IMAGE, "").strip() for turn in item["conversations"]]
     return [QA("conversation", place, question, answer)
             for question, answer in zip(texts[::2], texts[1::2], strict=True)]

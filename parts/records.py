@@ -118,7 +118,11 @@ class Records:
 
     def problem(self, i, record, folder):
         """What is wrong with the form of sample i, or None; `folder` is that of --images."""
-        return self.problems.get(self.texts[i]) or lacks_folder(record["image"], folder)
+        problem = self.problems.get(self.texts[i])
+        is_file = any(isinstance(name, str) for name in record["image"])
+        if not problem and is_file and folder is None:
+            return "has an image, but no image folder is given (--images DIR)"
+        return problem
 
     def source(self, i):
         """Which file sample i is from, and its index there."""
@@ -269,21 +273,6 @@ def name_in_part(part):
         if part.get(key):
             raise ValueError(f"a picture is {part[key]!r:.80}, no file name and no data: URL")
     return None
-
-
-def lacks_folder(names, folder):
-    """What is wrong if some pictures are files and no folder is given, or None."""
-    if folder is None and any(isinstance(name, str) for name in names):
-        return "has an image, but no image folder is given (--images DIR)"
-    return None
-
-
-def record_problem(record, folder):
-    """The first thing that is wrong with a record's form, or None; folder is that of --images."""
-    try:
-        return lacks_folder(normal_record(record)["image"], folder)
-    except ValueError as error:
-        return str(error)
 
 
 def unread_keys(value, *read):

@@ -8,7 +8,7 @@ import generate_data
 from extras import concept_filter
 from parts.annotations import read_caption_pairs
 from parts.files import brief_instructions, read_json
-from parts.records import record_problem
+from parts.records import normal_record
 
 
 def test_phrases_are_the_words_between_function_words():
@@ -63,7 +63,7 @@ def test_filter_and_expand_make_stage_1s_file(tmp_path):
         question, answer = record["conversations"]
         assert question["value"].replace("<image>", "").strip() in brief_instructions()
         assert answer["value"] == rows[int(record["id"])].split("\t")[0]
-        assert not record_problem(record, ".")
+        normal_record(record)
 
 
 def test_a_caption_that_holds_a_stop_is_left_out_and_counted(tmp_path, capsys):

