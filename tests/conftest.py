@@ -8,6 +8,7 @@ import re
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -279,7 +280,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "sample", "matplotlib.pyplot"])
 
 
-def be_script(script, argv, folder, stdin, stdout, file_size):
+def be_script(script, argv, folder, stdin, stdout, file_size, environment):
+    os.environ.update(environment)
     os.setsid()                          # a group of its own, as a terminal's foreground job has
     # its own processes start as they would without the fork server
     multiprocessing.set_start_method(None, force=True)
@@ -298,7 +300,7 @@ def be_script(script, argv, folder, stdin, stdout, file_size):
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def start_script(folder, script, *argv, stdin="", file_size=None, fifo=False):
+def start_script(folder, script, *argv, stdin="", file_size=None, fifo=False, environment=()):
     """Start a script ("train.py") or a module ("extras.react") with `folder` as its working folder.
 
     Returns the process. Its output goes to folder/output, which is a FIFO if `fifo`; `file_size`
@@ -307,7 +309,7 @@ def start_script(folder, script, *argv, stdin="", file_size=None, fifo=False):
     (folder / "input").write_text(stdin)
     (folder / "output").unlink(missing_ok=True)
     os.mkfifo(folder / "output") if fifo else (folder / "output").touch()
-    args = (script, argv, folder, folder / "input", folder / "output", file_size)
+    args = (script, argv, folder, folder / "input", folder / "output", file_size, environment)
     process = FORKS.Process(target=be_script, args=args)
     process.start()
     return process
@@ -318,6 +320,26 @@ def run_script(folder, script, *argv, **options):
     process = start_script(folder, script, *argv, **options)
     process.join(120)
     return process.exitcode, (folder / "output").read_text()
+
+
+def run_ranks(folder, ranks, script, *argv):
+    """Run a script in several processes that train together, without torchrun's own start; returns
+    what rank 0 shows."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        home = folder / f"rank_{rank}_of_{ranks}"
+        home.mkdir()
+        environment = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in environment.items()}
+        processes.append(start_script(home, script, *argv, environment=environment))
+    for process in processes:
+        process.join(200)
+    shown = [(folder / f"rank_{rank}_of_{ranks}/output").read_text() for rank in range(ranks)]
+    assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(shown)[-5000:]
+    return shown[0]
 
 
 @contextmanager
@@ -350,11 +372,10 @@ def killed_when(condition, folder, argv, delay=0.0, script="train.py"):
     return process.exitcode != 0
 
 
-def torchrun(ranks, argv, *options, code=0, meanwhile=lambda process: None,
-             script=f"{ROOT}/train.py"):
+def torchrun(ranks, argv, *options, code=0, meanwhile):
     """What `torchrun` over so many processes shows; it must end, with that exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={ranks}", *options, str(script), *argv]
+               f"--nproc_per_node={ranks}", *options, f"{ROOT}/train.py", *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
     process = subprocess.Popen(command, env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

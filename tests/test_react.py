@@ -7,7 +7,7 @@ import pytest
 import test_retrieve
 import torch
 import torch.nn.functional as F
-from conftest import byte_tokenizer, killed_when, lines, run_script, save_parts, torchrun
+from conftest import byte_tokenizer, killed_when, lines, run_ranks, run_script, save_parts
 from test_retrieve import run_index, run_retrieve
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
@@ -257,7 +257,7 @@ def test_two_ranks_customise_as_one(retrieved, clip, tmp_path):
     """The global batch's features are gathered with gradients."""
     more = ["--lr", "0.01", "--train", "full"]
     react.main(training(retrieved, clip, tmp_path / "one", *more))
-    torchrun(2, training(retrieved, clip, tmp_path / "two", *more), "-m", script="extras.react")
+    run_ranks(tmp_path, 2, "extras.react", *training(retrieved, clip, tmp_path / "two", *more))
     logs = [[(record["loss"], record["grad_norm"], record["tau"]) for record in lines(path)]
             for path in (tmp_path / "one/log.jsonl", tmp_path / "two/log.jsonl")]
     for alone, together in zip(*logs, strict=True):
