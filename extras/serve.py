@@ -405,6 +405,8 @@ class Server:
     async def completions(self, request):
         """OpenAI's chat API: https://platform.openai.com/docs/api-reference/chat"""
         question = await self.read(request)
+        if question.answer:
+            raise Refusal("'answer' is not supported here, but in /attention")
         if self.config.moderation:
             await self.moderate_question(question)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()),
