@@ -35,18 +35,14 @@ def box_line(category, box, counts):
     What reaches out of the picture is cut off, and counted. Raises ValueError for a box that is
     inverted or outside, as one in pixels is.
     """
-    x1, y1, x2, y2 = four_numbers(box, "bbox")
-    meets_picture = x1 < x2 and y1 < y2 and x1 < 1 and y1 < 1 and x2 > 0 and y2 > 0
-    if not meets_picture or min(box) < -0.5 or max(box) > 1.5:
+    x1, y1, x2, y2 = (min(max(number, 0.0), 1.0) for number in four_numbers(box, "bbox"))
+    has_area = x1 < x2 and y1 < y2       # in the picture
+    if not has_area or min(box) < -0.5 or max(box) > 1.5:
         raise ValueError(f"box {box} of {category!r}; [x1, y1, x2, y2] as fractions of the "
                          "picture, 0 to 1, with x1 < x2 and y1 < y2, is needed")
     if min(box) < -0.001 or max(box) > 1.001:
         counts["boxes cut off at their picture's edge"] += 1
-    rounded = []
-    for fraction in box:
-        inside = min(max(float(fraction), 0.0), 1.0)
-        rounded.append(round(inside, 3))
-    return f"{category}: {rounded}"
+    return f"{category}: {[round(float(edge), 3) for edge in (x1, y1, x2, y2)]}"
 
 
 def box_lines(things, counts, skip_bad=False):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from parts.files import read_json, read_lines, typed_fields, write_lines
 from parts.pictures import check_image, image_path, load_image
 from parts.records import image_names
-from parts.scoring import id_of
+from parts.scoring import check_ids, id_of
 
 
 def read_questions(path, folder):
@@ -81,17 +81,14 @@ class AnswerFile:
         return answers
 
     def unanswered(self):
-        done = Counter(answer_key(record) for record in self.answers)
+        answered = [answer_key(record) for record in self.answers]
+        check_ids(self.path, answered, map(question_key, self.questions), partial=True)
+        done = Counter(answered)
         left = []
         for question in self.questions:
-            key = question_key(question)
-            if done[key] > 0:
-                done[key] -= 1
-            else:
+            done[question_key(question)] -= 1
+            if done[question_key(question)] < 0:
                 left.append(question)
-        if done.total() > 0:
-            raise ValueError(f"{self.path} answers {done.total()} questions that the file of "
-                             "questions does not ask; name another file")
         return sorted(left, key=likeness)
 
     def batches(self, size):

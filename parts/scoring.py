@@ -66,7 +66,7 @@ def check_ids(path, found, wanted, partial=False):
     surplus = list(answered - asked)
     if missing or surplus:
         raise ValueError(
-            f"{path}: of {len(wanted):,} questions {len(missing):,} have no answer"
+            f"{path}: of {asked.total():,} questions {len(missing):,} have no answer"
             f"{examples(missing)}; {len(surplus):,} are answered too often, or not asked"
             f"{examples(surplus)}. Are these the answers to these questions, all of them?")
 
