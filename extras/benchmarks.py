@@ -593,18 +593,15 @@ def mmmu_data(config):
     """MMMU's rows as questions; `image_1` is a path in --images.
 
     OFFICIAL: MMMU's own run of LLaVA-1.5 writes options as (A), (B), ..., and shows the first of
-    several pictures alone. So it is here; how many questions have several is printed.
+    several pictures alone. So it is here.
     """
-    rows = read_mmmu(read_labels(config.labels, "*.json*"))
     questions = []
-    for name, row in rows.items():
+    for name, row in read_mmmu(read_labels(config.labels, "*.json*")).items():
         options = []
         if row["question_type"] == CHOICE:
             options = [*lettered(row["options"], "({}) {}"), ""]
         questions.append(question_row(name, row["image_1"], [row["question"]], options))
     save_questions(config, questions)
-    several = sum(bool(row.get("image_2")) for row in rows.values())
-    print(f"{several:,} of them have several pictures, of which the first is shown")
 
 
 def score_mmmu(config, labels):
@@ -689,7 +686,6 @@ def score_mathvista(config, labels):
         value = value_named(problem, text)
         pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))
-    print("unparsed answers are counted as wrong")
     return tally(pairs)
 
 
@@ -766,35 +762,31 @@ def score_vizwiz(config, labels):
 
     A question_id is the place in the official annotations; without them, as --questions has it.
     """
-    rows = [row for rows in labels.values() for row in rows]
-    questions = {}
-    for i, row in enumerate(rows):
-        typed_fields(row, f"--labels[{i}]", image=str, question=str)
-        questions[str(i)] = row | {"text": row["question"]}
-    if not labels:
-        questions = asked_for_server(config, "image", "text")
-    answers = read_answers(config.answers, questions)
-    texts = [answers[name]["text"] for name in questions]
-    return vqa_scores(config, questions.values(), texts, "image")
+    if labels:
+        rows = [row for rows in labels.values() for row in rows]
+        questions = dict(enumerate(rows))
+        for i, row in questions.items():
+            typed_fields(row, f"--labels[{i}]", image=str)
+    else:
+        questions = asked_for_server(config, "image")
+    return vqa_scores(config, questions.values(), texts_by_id(config, questions), "image")
 
 
 def score_gqa(config, labels):
     """GQA: lower case and without full stops at its end, the answer equals the label.
 
-    Only the balanced questions count; others may be answered.
+    Only the balanced questions count; the server gets all.
     """
     questions = read_label_objects(labels, answer=str, isBalanced=bool)
-    answers = []
-    for name, _, text in read_predictions(config.answers):
-        answers.append((name, text.rstrip(".").lower()))
-    balanced = {name: label for name, label in questions.items() if label["isBalanced"]}
-    counted = [pair for pair in answers if pair[0] not in questions or pair[0] in balanced]
-    texts = match_answers(list(balanced), counted, config.answers)
+    texts = texts_by_id(config, questions)
     pairs = []
-    for label, text in zip(balanced.values(), texts, strict=True):
-        pairs.append(("accuracy", text == label["answer"].lower()))
-    if config.upload:                            # its server wants the others, too
-        upload = [{"questionId": name, "prediction": text} for name, text in answers]
+    upload = []
+    for (name, label), text in zip(questions.items(), texts, strict=True):
+        answer = text.rstrip(".").lower()
+        upload.append({"questionId": name, "prediction": answer})
+        if label["isBalanced"]:
+            pairs.append(("accuracy", answer == label["answer"].lower()))
+    if config.upload:
         write_json(config.upload, upload, indent=None)
     return tally(pairs)
 

@@ -10,7 +10,7 @@ import string
 from pathlib import Path
 
 from parts.files import IMAGE, read_value, typed, typed_fields, write_json
-from parts.scoring import check_ids, layout, percent, read_by_id, score_rows
+from parts.scoring import check_ids, layout, percent, read_by_id, score_cells, score_rows
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 LETTERS = ["A", "B", "C", "D", "E"]
@@ -119,7 +119,7 @@ def print_methods(scores, unparsed, published, path):
         prefix = ""
         if method != "ours":
             prefix = f"{method}."
-            rows.append([method, *score_rows(method, row, (), {})[1][1:]])
+            rows.append([method, *[score_cells(score)[0] for score in row.values()]])
         numbers |= {prefix + column: percent(score) for column, score in row.items()}
     print(layout(rows + table[4:]))
     print("low, high: 95% interval of ours (Wilson); below the ensembles, as published")

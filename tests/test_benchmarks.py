@@ -169,7 +169,7 @@ def test_seed_bench_wants_the_letter_alone_and_all_kinds_for_all(tmp_path):
 CHOOSE = {"id": "Art_1", "question": "<image 1> Which?", "question_type": "multiple-choice",
           "answer": "B", "options": "['red', 'blue']", "image_1": "1.jpg"}
 NUMBER = CHOOSE | {"id": "Art_2", "question_type": "open", "options": "[]",
-                   "answer": "['24/7', '3.429']", "image_2": True}
+                   "answer": "['24/7', '3.429']"}
 
 
 @pytest.mark.parametrize("label, text, right", [
@@ -185,7 +185,7 @@ def test_mmmus_answers_are_read_as_published(tmp_path, label, text, right):
     assert scores["accuracy"] == 100 * right
 
 
-def test_mmmus_rows_become_questions_and_are_scored(tmp_path, capsys):
+def test_mmmus_rows_become_questions_and_are_scored(tmp_path):
     """The published prompt: options as (A), (B) and a blank line; an open one asks for a word."""
     write_lines(tmp_path / "rows.jsonl", [CHOOSE, NUMBER])
     questions = questions_of(tmp_path, "mmmu", "rows.jsonl")
@@ -194,7 +194,6 @@ def test_mmmus_rows_become_questions_and_are_scored(tmp_path, capsys):
         "text": "<image 1> Which?\n(A) red\n(B) blue\n\n"
                 "Answer with the option's letter from the given choices directly."}
     assert questions[1]["text"] == f"<image 1> Which?{SHORT}"
-    assert "1 of them have several pictures" in capsys.readouterr().out
     answers = [q | {"text": text} for q, text in zip(questions, "B7", strict=True)]
     assert score(tmp_path, "mmmu", answers, labels="rows.jsonl")["accuracy"] == 50
 
