@@ -182,10 +182,11 @@ def match_answers(wanted, found, source, missing_ok=False):
     return [left[key].pop() if left[key] else None for key in wanted]
 
 
-def texts_by_id(config, ids, missing_ok=False):
-    """The texts of --answers to these ids, in their order."""
+def with_texts(config, records, missing_ok=False):
+    """[(id, record, the text of its answer in --answers), ...] of {id: record}."""
     found = [(name, text) for name, _, text in read_predictions(config.answers)]
-    return match_answers(list(map(str, ids)), found, config.answers, missing_ok=missing_ok)
+    texts = match_answers(list(map(str, records)), found, config.answers, missing_ok)
+    return list(zip(records, records.values(), texts, strict=True))
 
 
 def tally(pairs):
@@ -408,14 +409,14 @@ def score_mmbench(config, labels):
     to chance; here it is wrong. --upload writes the result sheet, .xlsx.
     """
     rows = read_mmbench(labels)
-    texts = texts_by_id(config, rows)
+    answered = with_texts(config, rows)
     if config.upload:
-        write_sheet(config.upload, rows.values(), texts)
+        write_sheet(config.upload, answered)
     if not any(row.get("answer") for row in rows.values()):
         return {}                                # a test split
     groups = defaultdict(dict)                   # {question: {row: is it right?}}
     pairs = []
-    for (index, row), text in zip(rows.items(), texts, strict=True):
+    for index, row, text in answered:
         letter = option_of(text, options_of(row))
         pairs.append(("unparsed", letter is None))
         groups[index % ROTATION][index] = letter == one_of(LETTERS, row.get("answer"), index)
@@ -428,18 +429,18 @@ def score_mmbench(config, labels):
     return tally(pairs) | tally(sorted(levels))
 
 
-def write_sheet(path, rows, texts):
+def write_sheet(path, answered):
     """Write MMBench's result sheet, .xlsx: columns for its server, with `prediction`.
 
     It cannot hold control characters: they become "?".
     """
     openpyxl = library("openpyxl", ".xlsx", "openpyxl")
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
-    names = [name for name in next(iter(rows)) if name not in dropped]
+    names = [name for name in answered[0][1] if name not in dropped]
     names.insert(6, "prediction")                # behind the options
     book = openpyxl.Workbook()
     book.active.append(names)
-    for row, text in zip(rows, texts, strict=True):
+    for _, row, text in answered:
         record = row | {"prediction": openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE.sub("?", text)}
         book.active.append([record[name] for name in names])
         for cell in book.active[book.active.max_row]:
@@ -482,9 +483,8 @@ def score_seed_bench(config, labels):
     kinds = {questions[name]["data_type"] for name in questions if name in answered}
     asked = {name: question for name, question in questions.items()
              if question["data_type"] in kinds}
-    texts = texts_by_id(config, asked, config.official)
     pairs = []
-    for (name, question), text in zip(asked.items(), texts, strict=True):
+    for name, question, text in with_texts(config, asked, config.official):
         right = text == one_of(LETTERS, question["answer"], name)
         pairs += [("all", right), (question["data_type"], right)]
         pairs.append(("unparsed", text not in LETTERS))
@@ -610,10 +610,8 @@ def score_mmmu(config, labels):
     --labels holds the rows of the data set as JSON. OFFICIAL: a choice that cannot be read is drawn
     at random; here it is wrong.
     """
-    rows = read_mmmu(labels)
-    texts = texts_by_id(config, rows)
     pairs = []
-    for (name, row), text in zip(rows.items(), texts, strict=True):
+    for name, row, text in with_texts(config, read_mmmu(labels)):
         truths = listed_value(row.get("answer"))
         letter = ""
         if row["question_type"] == CHOICE:
@@ -679,10 +677,8 @@ def score_mathvista(config, labels):
 
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
-    problems = read_mathvista(labels)
     pairs = []
-    texts = texts_by_id(config, problems)
-    for problem, text in zip(problems.values(), texts, strict=True):
+    for _, problem, text in with_texts(config, read_mathvista(labels)):
         value = value_named(problem, text)
         pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))
@@ -708,12 +704,12 @@ def asked_for_server(config, *fields):
     return read_by_id(config.questions, *fields)
 
 
-def vqa_scores(config, rows, texts, key):
+def vqa_scores(config, answered, key):
     """The accuracy on rows with human answers; for the server, all texts by the rows' `key`."""
     upload = []
     pairs = []
-    has_humans = any("answers" in row for row in rows)
-    for row, text in zip(rows, texts, strict=True):
+    has_humans = any("answers" in row for _, row, _ in answered)
+    for _, row, text in answered:
         upload.append({key: row[key], "answer": normalise(text or "")})
         if has_humans:
             answers = typed(row.get("answers"), list, f"--labels: answers of {row[key]}")
@@ -736,9 +732,10 @@ def score_vqav2(config, labels):
         rows = read_label_records(labels, "annotations", "question_id", answers=list)
     else:
         rows = asked_for_server(config, "text")
-    texts = texts_by_id(config, rows, missing_ok=not labels)
-    print(f"{texts.count(None):,} of {len(texts):,} questions have no answer")
-    return vqa_scores(config, rows.values(), texts, "question_id")
+    answered = with_texts(config, rows, missing_ok=not labels)
+    missing = sum(text is None for _, _, text in answered)
+    print(f"{missing:,} of {len(answered):,} questions have no answer")
+    return vqa_scores(config, answered, "question_id")
 
 
 def score_textvqa(config, labels):
@@ -747,14 +744,14 @@ def score_textvqa(config, labels):
     LLaVA-1.5's prompts hold a line `Reference OCR token: ...`; without it, it is another setting.
     """
     rows = read_label_records(labels, "data", "question_id", image_id=str, question=str,
-                              answers=list).values()
+                              answers=list)
     predictions = read_predictions(config.answers)
-    wanted = [(row["image_id"], bare_question(row["question"]).lower()) for row in rows]
+    wanted = [(row["image_id"], bare_question(row["question"]).lower()) for row in rows.values()]
     found = [((name, bare_question(prompt).lower()), text) for name, prompt, text in predictions]
     texts = match_answers(wanted, found, config.answers)
     with_ocr = sum("Reference OCR token:" in prompt for _, prompt, _ in predictions)
     print(f"{with_ocr:,} of {len(predictions):,} prompts hold OCR tokens")
-    return vqa_scores(config, rows, texts, "question_id")
+    return vqa_scores(config, list(zip(rows, rows.values(), texts, strict=True)), "question_id")
 
 
 def score_vizwiz(config, labels):
@@ -769,7 +766,7 @@ def score_vizwiz(config, labels):
             typed_fields(row, f"--labels[{i}]", image=str)
     else:
         questions = asked_for_server(config, "image")
-    return vqa_scores(config, questions.values(), texts_by_id(config, questions), "image")
+    return vqa_scores(config, with_texts(config, questions), "image")
 
 
 def score_gqa(config, labels):
@@ -777,11 +774,10 @@ def score_gqa(config, labels):
 
     Only the balanced questions count; the server gets all.
     """
-    questions = read_label_objects(labels, answer=str, isBalanced=bool)
-    texts = texts_by_id(config, questions)
     pairs = []
     upload = []
-    for (name, label), text in zip(questions.items(), texts, strict=True):
+    labels = read_label_objects(labels, answer=str, isBalanced=bool)
+    for name, label, text in with_texts(config, labels):
         answer = text.rstrip(".").lower()
         upload.append({"questionId": name, "prediction": answer})
         if label["isBalanced"]:
