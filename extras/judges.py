@@ -139,20 +139,19 @@ def grade_mm_vet(config):
     labels = read_mm_vet(config.labels)
     answers = read_mm_vet_answers(config.answers, labels)
     left = [(name, run) for name in labels for run in range(config.runs)]
-
-    def request_of(name, run, attempt):
-        return grade_request(config, labels[name], answers[name], f"{name}-run{run}", attempt)
-
-    if is_preview([request_of(*pair, 0) for pair in left], config):
-        return
     replies = {}
     for attempt in range(TRIES):
-        if not left:
-            break
-        requests = {pair: request_of(*pair, attempt) for pair in left}
+        requests = {}
+        for name, run in left:
+            requests[name, run] = grade_request(config, labels[name], answers[name],
+                                                f"{name}-run{run}", attempt)
+        if attempt == 0 and is_preview(list(requests.values()), config):
+            return
         found = replies_for(list(requests.values()), config.grades, config)
         replies |= {pair: found[request.key] for pair, request in requests.items()}
         left = [pair for pair in left if is_no_grade(replies[pair])]
+        if not left:
+            break
     grades = {}
     for name in labels:
         given = [replies[name, run] for run in range(config.runs)]
