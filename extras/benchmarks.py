@@ -478,9 +478,8 @@ def score_seed_bench(config, labels):
     """
     questions = read_label_records(labels, "questions", "question_id", data_type=str, answer=str)
     answered = {name for name, _, _ in read_predictions(config.answers)}
-    if config.official:
-        answered = questions
-    kinds = {questions[name]["data_type"] for name in questions if name in answered}
+    kinds = {question["data_type"] for name, question in questions.items()
+             if config.official or name in answered}
     asked = {name: question for name, question in questions.items()
              if question["data_type"] in kinds}
     pairs = []

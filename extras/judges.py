@@ -255,9 +255,11 @@ def spearman(x, y):
     ranks = []
     for values in (x, y):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
+        rank = (np.cumsum(count) - (count - 1) / 2)[place]
+        ranks.append(rank - rank.mean())
+    x, y = ranks
     with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(ranks)[0, 1])
+        return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
 def paired_scores(first, second, names):
@@ -285,14 +287,14 @@ def calibrate(config):
             continue
         A, B, failed = paired_scores(first, second, names)
         reference, answers = (A - B).mean(0)
-        found = {"questions": len(A), "failed": failed, "relative A": relative_score(A)[0],
-                 "relative B": relative_score(B)[0], "reference, mean A - B": reference,
-                 "answers, mean A - B": answers, "answers, Spearman": spearman(A[:, 1], B[:, 1])}
+        found = {"questions": len(A), "failed": failed, "relative": relative_score(A)[0],
+                 "relative_against": relative_score(B)[0], "reference_difference": reference,
+                 "mean_difference": answers, "spearman": spearman(A[:, 1], B[:, 1])}
         numbers |= {f"{kind}.{name}": value for name, value in found.items()}
-        rows.append([kind, *[f"{value:g}" for value in found.values()]])
-    head = ["", *found]
+        rows.append([kind, *[f"{value:.4g}" for value in found.values()]])
+    table = layout(list(zip(["", *found], *rows, strict=True)))
     text = (f"A: {judges_of(first)} ({config.reviews})\nB: {judges_of(second)} "
-            f"({config.against})\n{layout(list(zip(head, *rows, strict=True)))}")
+            f"({config.against})\n{table}\ndifferences: mean of A's scores less B's, of 10")
     print_numbers(numbers, text, config.json)
 
 

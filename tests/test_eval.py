@@ -78,9 +78,9 @@ def test_a_judge_is_held_against_another_by_kind(tmp_path):
     run(judges, "calibrate", "--reviews", tmp_path / "a.jsonl", "--against", tmp_path / "b.jsonl",
         "--json", tmp_path / "s.json")
     found = json.loads((tmp_path / "s.json").read_text())
-    assert found["conv.relative A"] == 62.5 and found["conv.relative B"] == 50
-    assert found["conv.answers, Spearman"] == -0.5 and found["detail.answers, Spearman"] == 1
-    assert found["all.questions"] == 6 and found["all.answers, mean A - B"] == 0.5
+    assert (found["conv.relative"], found["conv.relative_against"]) == (62.5, 50)
+    assert (found["conv.spearman"], found["detail.spearman"]) == (-0.5, 1)
+    assert (found["all.questions"], found["all.mean_difference"]) == (6, 0.5)
 
 
 @pytest.mark.parametrize("change, says", [
