@@ -331,7 +331,7 @@ def shown_to(tower, name):
     for file in ("preprocessor_config.json", "processor_config.json"):   # of transformers 4, 5
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         if path:
-            settings = typed(read_value(path), dict, path)
+            settings = read_value(path)
             found |= typed(settings.get("image_processor", settings), dict, path)
     aspect, size = tower.shown["aspect"], found.get("size")
     if found.get("do_pad"):
