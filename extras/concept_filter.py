@@ -122,7 +122,7 @@ def concept_filter(phrases, most=100, least=3, seed=0):
 def plot_coverage(path, frequencies, least):
     """How often phrases occur, the most frequent first. frequencies: {label: counts}."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5))
     ax = figure.subplots()
     for label, counts in frequencies.items():
         falling = np.sort(counts)[::-1]
