@@ -4,24 +4,22 @@ How fast, and in how much memory: this code beside what one would run otherwise.
     python -m extras.bench train --size 135m --stage 2     seconds and memory of a training step
     python -m extras.bench generate --size 135m            tokens a second of greedy answers
     python -m extras.bench data                            padding; pictures a second
-    python -m extras.bench index                           REACT's retrieval: recall, seconds
 
 Beside us stands transformers' LlavaForConditionalGeneration, in the loop that a careful user would
-write (padded batches in random order, labels, AdamW), and, with --beside DIR, another checkout of
-this project. Every contestant is a process of its own, and they take turns. They start from the
-same weights and samples, and no time is printed unless losses, or tokens, are equal. A ratio is the
-median over neighbouring turns, with its range. Weights and pixels are random, lengths look like
-those of the published data (`draw_lengths`). Figures: docs/speed.md.
+write (padded batches in random order, labels, AdamW). Each of the two is a process of its own, and
+they take turns. They start from the same weights and samples, and no time is printed unless losses,
+or tokens, are equal. A ratio is the median over neighbouring turns, with its range. Weights and
+pixels are random, lengths look like those of the published data (`draw_lengths`). Figures:
+docs/speed.md.
 """
 import io
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from timeit import timeit
 from typing import ClassVar
 
@@ -37,7 +35,6 @@ from transformers import (
 )
 
 from data import collate, micro_batches, plan_epoch
-from extras import retrieve
 from model import LLaVA
 from parts.checkpoints import load_tokenizer
 from parts.engine import Engine
@@ -78,25 +75,14 @@ class Config:
     size: str = "135m"                  # of f_phi; up to this g is small, so that f_phi's counts
     stage: int = 2
     global_batch_size: int = 8          # samples a step
-    micro_batch_size: int = None        # samples at once, of a step or of generate (default: all)
+    micro_batch_size: int = 8           # samples at once, of a step or of generate
     repeats: int = 5                    # timed turns of each contestant, after some to warm up
     compile: bool = True                # ours trains with train.py --compile
-    beside: str = None                  # another checkout of this project
     new_tokens: int = 64                # of generate
     device: str = "auto"                # cuda, mps or cpu
     dtype: str = "auto"                 # bf16, fp16 or fp32
 
     CHOICES: ClassVar = {"size": list(SIZES), "stage": [1, 2], "dtype": ["auto", *DTYPES]}
-
-
-def complete(config):
-    """The configuration with its micro-batch. Raises ValueError if that does not divide."""
-    check_least(config, global_batch_size=1, micro_batch_size=1, repeats=1, new_tokens=2)
-    at_once = min(config.micro_batch_size or config.global_batch_size, config.global_batch_size)
-    if config.global_batch_size % at_once:
-        raise ValueError(f"--micro_batch_size {at_once} does not divide --global_batch_size "
-                         f"{config.global_batch_size}; all contestants take as many at once")
-    return replace(config, micro_batch_size=at_once)
 
 
 # -----------------------------------------------------------------------------
@@ -143,16 +129,16 @@ def draw_epoch(size, stage, N, rng, n=20_000):
     return drawn, np.array([N + sum(map(sum, lengths)) for lengths in drawn])
 
 
-def random_sample(model, lengths, rng):
-    """A sample of those lengths: random ids behind a random picture."""
-    view = view_from(model.meta, model.g.config)
-    ids = [model.image_id] * view.N
-    labels = [IGNORE] * view.N
+def random_sample(model, view, lengths, rng, width=None, height=None):
+    """A sample of those lengths: random ids behind a random picture, a square if it has no size."""
+    width, height = width or view.size, height or view.size
+    ids = [model.image_id] * view.tokens(width, height)
+    labels = [IGNORE] * len(ids)
     for question, answer in lengths:
         new = rng.integers(4, model.image_id, question + answer).tolist()
         ids += new
         labels += [IGNORE] * question + new[question:]
-    pixels = rng.integers(0, 256, (view.size, view.size, 3), np.uint8)
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
     picture = (rng.random(), Image.fromarray(pixels))    # its name is another for each
     return {"where": "", "input_ids": ids, "labels": labels, "pictures": [picture]}
 
@@ -169,23 +155,26 @@ def draw_batches(model, config, in_order):
     samples = []
     for batch in plan:
         batch = batch[np.argsort(lengths[batch])]
-        samples += [random_sample(model, drawn[i], rng) for i in batch]
+        samples += [random_sample(model, view, drawn[i], rng) for i in batch]
     if not in_order:
         warm = WARM * config.global_batch_size
         timed = warm + rng.permutation(len(samples) - warm)
         samples[warm:] = [samples[i] for i in timed]
+    batches = []
     n = config.micro_batch_size
-    batches = [collate(samples[i:i + n], view) for i in range(0, len(samples), n)]
-    n = config.global_batch_size // n
-    return [batches[i:i + n] for i in range(0, len(batches), n)]
+    for start in range(0, len(samples), config.global_batch_size):
+        batch = samples[start:start + config.global_batch_size]
+        batches.append([collate(batch[i:i + n], view) for i in range(0, len(batch), n)])
+    return batches
 
 
 def draw_prompts(model, config):
     """Questions at once, padded on the left."""
     rng = np.random.default_rng(0)
+    view = view_from(model.meta, model.g.config)
     lengths = rng.integers(45, 70, config.micro_batch_size).tolist()
-    samples = [random_sample(model, [(length, 0)], rng) for length in lengths]
-    return collate(samples, view_from(model.meta, model.g.config), side="left")
+    samples = [random_sample(model, view, [(length, 0)], rng) for length in lengths]
+    return collate(samples, view, side="left")
 
 
 # -----------------------------------------------------------------------------
@@ -321,56 +310,36 @@ def generate_answers(config, machine, theirs, prompts, image_id):
     return lambda k: time_answers(answer, config.new_tokens, machine.device)
 
 
-CONTESTANTS = {
-    "train": {"ours": our_training, "beside": our_training, "transformers": their_training},
-    "generate": {"ours": our_answers, "beside": our_answers, "transformers": their_answers},
-}
-
-
 # -----------------------------------------------------------------------------
 # Processes that take turns
 
 
-def take_turns(job):
-    """What a contestant's process does: it reads numbers of turns and replies, a line each."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                        # what libraries print is no reply
-    config = Config(**job["config"])
-    turn = CONTESTANTS[job["command"]][job["contestant"]](config, job["weights"])
-    print("0", file=replies, flush=True)     # it is ready
-    for line in sys.stdin:
-        reply = turn(int(line)) | {"peak": peak_memory(choose_device(config.device))}
-        print(json.dumps(reply), file=replies, flush=True)
+@cache
+def prepared(contestant, config, weights):
+    """turn(k) of a contestant, prepared once in its process."""
+    return contestant(config, weights)
 
 
-def race(command, config):
-    """Let contestants take turns: {contestant: {what it reports: of each timed turn}}."""
-    names = [name for name in CONTESTANTS[command] if name != "beside" or config.beside]
+def take_turn(contestant, config, weights, k):
+    """What a contestant's process does."""
+    report = prepared(contestant, config, weights)(k)
+    return report | {"peak": peak_memory(choose_device(config.device))}
+
+
+def race(contestants, config):
+    """Let {name: contestant} take turns: {name: {what it reports: of each timed turn}}."""
+    check_least(config, global_batch_size=1, micro_batch_size=1, repeats=1, new_tokens=2)
+    reports = {name: [] for name in contestants}
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = stack.enter_context(TemporaryDirectory())
         random_llava(config).save_pretrained(folder)
-        processes = {}
-        for name in names:
-            job = {"command": command, "contestant": name, "weights": folder,
-                   "config": asdict(config)}
-            processes[name] = stack.enter_context(subprocess.Popen(
-                [sys.executable, "-m", "extras.bench", "turns", json.dumps(job)], text=True,
-                cwd=config.beside if name == "beside" else ROOT, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE))
-            read_reply(name, processes[name])
-        replies = {name: [] for name in names}
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+                 for name in contestants}
         for k in range(WARM + config.repeats):
-            for name, process in processes.items():
-                print(k, file=process.stdin, flush=True)
-                replies[name].append(read_reply(name, process))
-    return {name: to_arrays(found[WARM:]) for name, found in replies.items()}
-
-
-def read_reply(name, process):
-    line = process.stdout.readline()
-    if not line:
-        raise ValueError(f"{name}: this contestant failed; its error stands above")
-    return json.loads(line)
+            for name, contestant in contestants.items():
+                turn = pools[name].submit(take_turn, contestant, config, folder, k)
+                reports[name].append(turn.result())
+    return {name: to_arrays(found[WARM:]) for name, found in reports.items()}
 
 
 def to_arrays(replies):
@@ -385,13 +354,12 @@ def ratio_of(theirs, ours):
 
 def bench_train(config):
     """Seconds and memory of a training step, and how many times as long as ours others take."""
-    config = complete(config)
     print(config)
-    replies = race("train", config)
-    ours = replies["ours"]
+    reports = race({"ours": our_training, "transformers": their_training}, config)
+    ours = reports["ours"]
     tolerance = 2e-2 if config.dtype in ("bf16", "fp16") else 1e-4
     print(f"{'':<14}{'s/step':>8}{'tokens/s':>10}{'padding':>9}{'peak GB':>9}   time, ours = 1")
-    for name, found in replies.items():
+    for name, found in reports.items():
         assert np.isclose(mean_loss(found), mean_loss(ours), tolerance), f"{name}: another loss"
         pace = found["seconds"] / found["real"]
         speed = 1 / pace.mean()
@@ -409,13 +377,13 @@ def mean_loss(found):
 
 def bench_generate(config):
     """Greedy answers of --new_tokens tokens: tokens a second behind the first, of equal tokens."""
-    config = complete(config)
     print(config)
     for n in sorted({1, config.micro_batch_size}):
-        replies = race("generate", replace(config, micro_batch_size=n))
-        ours = replies["ours"]
+        reports = race({"ours": our_answers, "transformers": their_answers},
+                       replace(config, micro_batch_size=n))
+        ours = reports["ours"]
         print(f"{n} at once: tokens/s   s to the first   time behind it, ours = 1")
-        for name, found in replies.items():
+        for name, found in reports.items():
             assert np.array_equal(found["ids"], ours["ids"]), f"{name}: other tokens than ours"
             speed = n * (config.new_tokens - 1) / np.median(found["seconds"])
             first = np.median(found["first"])
@@ -435,7 +403,6 @@ def padding_of(lengths, batches):
 
 def bench_data(config):
     """Padding of an epoch's micro-batches, on 1 and on 8 ranks; pictures a second of one core."""
-    config = complete(config)
     for stage, G, budget in ((1, 128, 8192), (2, 32, 8192), (2, 128, 8192)):
         rng = np.random.default_rng(0)
         _, lengths = draw_epoch("135m", stage, 256, rng, n=100_000)
@@ -445,7 +412,7 @@ def bench_data(config):
         shuffled = padding_of(lengths, rng.permutation(len(lengths)).reshape(-1, 16))
         print(f"stage {stage}, batch {G}, {budget} tokens at once: padding {one:.2%} on 1 rank, "
               f"{eight:.2%} on 8; in random batches of 16 {shuffled:.1%}")
-    bench_pictures(config)
+    print(picture_speed(config.repeats))
 
 
 def batches_of_ranks(plan, lengths, budget, world_size):
@@ -458,8 +425,8 @@ def batches_of_ranks(plan, lengths, budget, world_size):
     return batches
 
 
-def bench_pictures(config, size=224, n=40):
-    """A JPEG of COCO's size, read and preprocessed, beside transformers' processor."""
+def picture_speed(repeats, size=224, n=40):
+    """A JPEG of COCO's size, read and preprocessed, beside transformers' processor, in words."""
     square = {"height": size, "width": size}
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
     file = io.BytesIO()
@@ -473,62 +440,20 @@ def bench_pictures(config, size=224, n=40):
         return processor(Image.open(file).convert("RGB"), return_tensors="pt").pixel_values[0]
 
     assert torch.equal(ours(), theirs()), "other pixels"
-    times = [(timeit(ours, number=n), timeit(theirs, number=n)) for _ in range(config.repeats)]
+    times = [(timeit(ours, number=n), timeit(theirs, number=n)) for _ in range(repeats)]
     our_times, their_times = np.array(times).T
     speed = n / np.median(our_times)
-    print(f"JPEG of 640 x 480 to {size} x {size}: ours {speed:.0f} pictures/s a core; "
-          f"CLIPImageProcessorPil takes {ratio_of(their_times, our_times)} times as long; "
-          "equal pixels")
-
-
-# -----------------------------------------------------------------------------
-# REACT's retrieval
-
-
-def clusters(n, queries, D=512, centres=200, seed=0):
-    """Unit vectors around centres, and queries nearer to these: (n, D) float16, float32."""
-    rng = np.random.default_rng(seed)
-
-    def unit(x):
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-    def near(count, distance):
-        noise = rng.standard_normal((count, D), dtype=np.float32)
-        return unit(middles[rng.integers(centres, size=count)] + distance * noise)
-
-    middles = unit(rng.standard_normal((centres, D), dtype=np.float32))
-    return near(n, 0.08).astype(np.float16), near(queries, 0.03)
-
-
-def recall(index, exact, queries, k=50):
-    """The share of the k nearest vectors that an index finds."""
-    _, found = retrieve.search_index(index, queries, k)
-    _, truth = retrieve.search_index(exact, queries, k)
-    return np.mean([len(set(a) & set(b)) / k for a, b in zip(found, truth, strict=True)])
-
-
-def bench_index(config):
-    """HNSW beside exact search (Diss. Ch. 2): what it finds, and how long it takes."""
-    features, queries = clusters(200_000, 1000)
-    exact = retrieve.build_index(features, np.arange(len(features)), "flat")
-    began = time.perf_counter()
-    hnsw = retrieve.build_index(features, np.arange(len(features)), "hnsw")
-    built = time.perf_counter()
-    retrieve.search_index(hnsw, queries, 50)
-    searched = time.perf_counter()
-    print(f"200,000 vectors: indexed by HNSW in {built - began:.0f} s, 1,000 queries in "
-          f"{searched - built:.1f} s, recall@50 {recall(hnsw, exact, queries):.4f}")
+    return (f"JPEG of 640 x 480 to {size} x {size}: ours {speed:.0f} pictures/s a core; "
+            f"CLIPImageProcessorPil takes {ratio_of(their_times, our_times)} times as long; "
+            "equal pixels")
 
 
 COMMANDS = {"train": (bench_train, Config), "generate": (bench_generate, Config),
-            "data": (bench_data, Config), "index": (bench_index, Config)}
+            "data": (bench_data, Config)}
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["turns"]:
-        return take_turns(json.loads(argv[1]))
-    return run_command(COMMANDS, argv, __doc__)
+    run_command(COMMANDS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 What a GPU does, in nine minutes: one table for docs/unmeasured.md.
 
-    bash runs/gpu.sh                     is python -m extras.gpu_table table --out out/gpu.md
+    bash runs/gpu.sh                     is python -m extras.gpu_table --out out/gpu.md
 
 No network, no data: random weights at real shapes, lengths like the published data's. Every row is
 a process of its own, in which transformers' loop or `generate` runs behind ours; one that fails, or
@@ -25,21 +25,21 @@ from transformers import LlavaForConditionalGeneration
 
 from extras import bench
 from parts import checkpoints, lora
-from parts.files import ROOT, run_command, run_main
+from parts.files import ROOT, run_main, typed_flags
 from parts.ranks import Machine, choose_device
 from parts.run import peak_memory
 
 # dense bf16 FLOP/s and bytes/s of memory, by a part of the GPU's name
 PEAKS = {"A100-SXM4-80": (312e12, 2.04e12), "A100": (312e12, 1.56e12), "H200": (989e12, 4.8e12),
          "H100 PCIe": (756e12, 2.0e12), "H100": (989e12, 3.35e12), "B200": (2250e12, 8e12)}
-HEAD = "| row | s | tokens/s | MFU or bandwidth | peak GB | attention | beside ours |"
+COLUMNS = ("s", "tokens/s", "MFU or bandwidth", "peak GB", "attention", "beside ours")
 WAYS = ("full", "lora", "frozen")        # of stage 2; frozen is stage 1: W alone trains
 FULL_7B = 130e9                          # bytes of a GPU on which all of 7B trains
 ROW_SECONDS = 120                        # after which a row is given up
 
 
 @dataclass(frozen=True)
-class Table:
+class Config:
     out: str = "out/gpu.md"
     minutes: float = 9.0                # no row begins when they are over, and none outlasts them
     sizes: list[str] = ("0.6b", "7b")   # of f_phi
@@ -48,8 +48,6 @@ class Table:
     new_tokens: int = 128               # of an answer
     answers: int = 16                   # at once, after one alone
     compile: bool = True                # every row with --compile, too
-    device: str = "auto"                # cuda, mps or cpu
-    dtype: str = "auto"                 # bf16, fp16 or fp32
 
 
 def plan_rows(config, memory):
@@ -128,9 +126,16 @@ def after_warming_up(turn, numbers):
     return bench.to_arrays([turn(k) for k in numbers])
 
 
+def table_cells(seconds, speed, share, device, attention="-"):
+    """What a row of the table says, as text."""
+    return {"s": f"{seconds:.4g}", "tokens/s": f"{speed:,.0f}",
+            "MFU or bandwidth": "-" if np.isnan(share) else f"{share:.1%}",
+            "peak GB": f"{peak_memory(device) / 1e9:.1f}", "attention": attention}
+
+
 def train_row(config, row):
     """A training step of a way, eager or compiled; beside it transformers' loop, eager."""
-    machine = Machine(config.device, config.dtype)
+    machine = Machine()
     stage = 1 if row["way"] == "frozen" else 2
     settings = bench.Config(size=row["size"], stage=stage, global_batch_size=config.samples,
                             micro_batch_size=config.samples, repeats=config.repeats,
@@ -145,27 +150,27 @@ def train_row(config, row):
     kernel = "-" if row["compiled"] else chosen_kernel(partial(turn, 0))
     found = after_warming_up(turn, numbers)
     seconds = np.median(found["seconds"])
+    speed = found["real"].sum() / found["seconds"].sum()
     drawn = bench.draw_batches(model, settings, in_order=True)
     batches = [batch for k in numbers for batch in drawn[k]]
     share = flops_of(model, row["way"], batches) / config.repeats / peaks_of(machine.device)[0]
-    result = {"s": seconds, "tokens/s": found["real"].sum() / found["seconds"].sum(),
-              "share": share / seconds, "peak": peak_memory(machine.device), "attention": kernel}
+    cells = table_cells(seconds, speed, share / seconds, machine.device, kernel)
     if row["compiled"] or row["way"] == "lora" or large:
-        return result
+        return cells
     batches = bench.draw_batches(model, settings, in_order=False)
     del turn
     model.f_phi.to("meta")               # ours makes room for theirs
     gc.collect()
     theirs = bench.their_steps(machine, theirs_of(model, machine, stage).train(), batches)
     other = after_warming_up(theirs, numbers)
-    ratio = (other["seconds"].sum() / other["real"].sum()) * result["tokens/s"]
-    return result | {"beside": f"transformers' loop {ratio:.2f} x the time"}
+    ratio = (other["seconds"].sum() / other["real"].sum()) * speed
+    return cells | {"beside ours": f"transformers' loop {ratio:.2f} x the time"}
 
 
 @torch.no_grad()
 def answer_row(config, row):
     """Greedy answers, eager or compiled; beside them transformers' generate."""
-    machine = Machine(config.device, config.dtype)
+    machine = Machine()
     settings = bench.Config(size=row["size"], micro_batch_size=row["at_once"],
                             new_tokens=config.new_tokens)
     model = random_model(row["size"], machine.device, machine.dtype)
@@ -174,25 +179,23 @@ def answer_row(config, row):
     turn = bench.engine_answers(settings, machine, model, row["compiled"])
     times = after_warming_up(turn, range(3))["seconds"]
     step = np.median(times) / (config.new_tokens - 1)
-    result = {"s": step, "tokens/s": row["at_once"] / step, "peak": peak_memory(machine.device),
-              "share": n_bytes / step / peaks_of(machine.device)[1], "attention": "-"}
+    share = n_bytes / step / peaks_of(machine.device)[1]
+    cells = table_cells(step, row["at_once"] / step, share, machine.device)
     if row["compiled"]:
-        return result
+        return cells
     theirs = theirs_of(model, machine).to(machine.dtype).eval()
     prompts = bench.draw_prompts(model, settings)
     other = bench.generate_answers(settings, machine, theirs, prompts, model.image_id)
     ratio = np.median(after_warming_up(other, range(3))["seconds"]) / np.median(times)
-    return result | {"beside": f"transformers' generate {ratio:.2f} x the time"}
+    return cells | {"beside ours": f"transformers' generate {ratio:.2f} x the time"}
 
 
-def run_row(job):
-    """A row's process: its result as the last line."""
-    config, row = Table(**job["config"]), job["row"]
-    if row["job"] == "pictures":
-        bench.bench_pictures(bench.Config(repeats=3))
-    else:
-        result = {"train": train_row, "answer": answer_row}[row["job"]](config, row)
-        print(json.dumps(result))
+def pictures_row(config, row):
+    """Pictures read and preprocessed by one core, beside transformers' processor."""
+    return {"beside ours": bench.picture_speed(repeats=3)}
+
+
+ROWS = {"train": train_row, "answer": answer_row, "pictures": pictures_row}
 
 
 # -----------------------------------------------------------------------------
@@ -201,41 +204,36 @@ def run_row(job):
 
 def line_of(row, config, seconds):
     """A row of the table, as a process of so many seconds at most found it."""
-    names = [str(value) for key, value in row.items() if key not in ("job", "compiled")]
-    name = " ".join([row["job"], *names, "--compile" if row.get("compiled") else ""]).strip()
+    name = " ".join(str(value) for key, value in row.items() if key != "compiled")
+    if row.get("compiled"):
+        name += " --compile"
     job = json.dumps({"config": asdict(config), "row": row})
     try:
         done = subprocess.run([sys.executable, "-m", "extras.gpu_table", "row", job], cwd=ROOT,
                               capture_output=True, text=True, timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        return f"| {name} | no time was left |  |  |  |  |  |"
-    shown = done.stderr if done.returncode else done.stdout
-    last = shown.strip().splitlines()[-1]
-    if done.returncode:
-        return f"| {name} | failed: {last[:120]} |  |  |  |  |  |"
-    if row["job"] == "pictures":
-        return f"| {name} |  |  |  |  |  | {last} |"
-    found = json.loads(last)
-    share = "-" if np.isnan(found["share"]) else f"{found['share']:.1%}"
-    return (f"| {name} | {found['s']:.4g} | {found['tokens/s']:,.0f} | {share} | "
-            f"{found['peak'] / 1e9:.1f} | {found['attention']} | {found.get('beside', '')} |")
+        cells = {"s": "no time was left"}
+    else:
+        shown = done.stderr if done.returncode else done.stdout
+        last = shown.strip().splitlines()[-1]
+        cells = {"s": f"failed: {last[:120]}"} if done.returncode else json.loads(last)
+    return "| ".join([f"| {name} ", *(f"{cells.get(column, '')} " for column in COLUMNS), ""])
 
 
 def write_rows(config):
     """All rows that the minutes allow, one after another, into --out and on the terminal."""
     began = time.monotonic()
-    device = choose_device(config.device)
+    device = choose_device()
     memory, hardware = 0, platform.processor() or platform.machine()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, hardware = properties.total_memory, f"{properties.name}, CUDA {torch.version.cuda}"
     head = [f"{hardware}, {memory / 1e9:.0f} GB; torch {torch.__version__}, transformers "
             f"{transformers.__version__}; {time.strftime('%Y-%m-%d')}; `{' '.join(sys.argv)}`, "
-            "random weights", "", HEAD, "|" + " --- |" * 7]
+            "random weights", "", f"| row | {' | '.join(COLUMNS)} |", "|" + " --- |" * 7]
     os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
     with open(config.out, "w") as f:
-        for line in head:
-            print(line, file=f)
+        print(*head, sep="\n", file=f)
         for row in plan_rows(config, memory):
             left = 60 * config.minutes - (time.monotonic() - began)
             line = line_of(row, config, min(left, ROW_SECONDS))
@@ -243,14 +241,13 @@ def write_rows(config):
             print(line, file=f, flush=True)
 
 
-COMMANDS = {"table": (write_rows, Table)}
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["row"]:
-        return run_row(json.loads(argv[1]))
-    return run_command(COMMANDS, argv, __doc__)
+    if argv[:1] != ["row"]:
+        return write_rows(Config(**typed_flags(Config, argv, __doc__)))
+    job = json.loads(argv[1])
+    cells = ROWS[job["row"]["job"]](Config(**job["config"]), job["row"])
+    print(json.dumps(cells))             # of a row's process: its cells as the last line
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -29,7 +28,7 @@ from transformers.models.llama import modeling_llama
 from data import collate
 from extras import bench
 from parts import lora
-from parts.files import IGNORE, run_command, run_main
+from parts.files import run_command, run_main
 from parts.ranks import RECOMPUTED, Machine, Optimizer, groups_of, init_device_mesh, local_shard
 from parts.views import set_view, view_of
 from train import RECIPES, count_answer_tokens, resolve, update
@@ -150,12 +149,10 @@ def settings_of(config):
 
 def batch_of(model, view, config):
     """As many samples as the budget holds, each with a picture, its last tokens scored."""
-    ids = [model.image_id] * view.tokens(*PICTURE)
-    ids += [5] * (config.length - len(ids))
-    labels = [IGNORE] * (config.length - config.answers) + ids[-config.answers:]
-    picture = Image.new("RGB", PICTURE)
-    samples = [{"where": "", "input_ids": ids, "labels": labels, "pictures": [(i, picture)]}
-               for i in range(max(1, config.micro_batch_tokens // config.length))]
+    rng = np.random.default_rng(0)
+    before = config.length - view.tokens(*PICTURE) - config.answers
+    samples = [bench.random_sample(model, view, [(before, config.answers)], rng, *PICTURE)
+               for _ in range(max(1, config.micro_batch_tokens // config.length))]
     return collate(samples, view)
 
 

@@ -4,4 +4,4 @@
 set -e
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-python -m extras.gpu_table table "$@"
+python -m extras.gpu_table "$@"

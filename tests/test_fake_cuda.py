@@ -41,8 +41,8 @@ print(json.dumps(found))
 BENCH = """
 import json
 from extras import bench
-config = bench.complete(bench.Config(size="toy", global_batch_size=4, micro_batch_size=2, repeats=2,
-                                     compile=False, new_tokens=6))
+config = bench.Config(size="toy", global_batch_size=4, micro_batch_size=2, repeats=2, compile=False,
+                      new_tokens=6)
 steps = []
 bench.clock = fake_cuda.counted(bench.clock, steps)      # around what is timed
 turn = bench.our_training(config, {folder!r})
@@ -123,8 +123,7 @@ def test_answers_are_the_CPUs_and_no_mask_meets_grouped_queries(library):
 def test_the_bench_measures_on_the_device(library, tmp_path):
     """Its steps and answers; a step waits once, a word of an answer twice: is it finite, and which
     is it."""
-    config = bench.complete(bench.Config(size="toy"))
-    bench.random_llava(config).save_pretrained(tmp_path)
+    bench.random_llava(bench.Config(size="toy")).save_pretrained(tmp_path)
     steps, losses, ids = printed(library, BENCH.format(folder=str(tmp_path)))
     assert len(set(losses)) == 4 and len(ids) == 2 and len(ids[0]) == 6
     assert waits(steps)[1::2][:4] == [1] * 4, steps

@@ -15,7 +15,7 @@ from extras import bench, gpu_table
 def test_the_rows_are_those_that_a_gpu_can_hold():
     """All of 7B trains on 141 GB alone; what is large comes first, for minutes may end."""
     names = {memory: [" ".join(map(str, row.values())) for row in
-                      gpu_table.plan_rows(gpu_table.Table(), memory)] for memory in (80e9, 150e9)}
+                      gpu_table.plan_rows(gpu_table.Config(), memory)] for memory in (80e9, 150e9)}
     assert "train 7b full False" in names[150e9] and "train 7b full False" not in names[80e9]
     for memory, rows in names.items():
         assert rows[0] == "pictures" and "answer 7b 16 True" in rows
@@ -64,7 +64,7 @@ def test_one_command_fills_the_table(tmp_path):
 
 def test_a_row_that_fails_or_has_no_time_says_so():
     """The others still come."""
-    config = gpu_table.Table(device="cpu")
+    config = gpu_table.Config()
     bad = gpu_table.line_of({"job": "train", "size": "none", "way": "full"}, config, 60)
     assert bad.startswith("| train none full | failed: KeyError")
     assert "no time was left" in gpu_table.line_of({"job": "pictures"}, config, 0)

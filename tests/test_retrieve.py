@@ -226,18 +226,35 @@ def test_an_index_that_was_killed_goes_on_bit_for_bit(clip, corpus, index, tmp_p
     assert len(retrieve.open_index(tmp_path)[1]) == 64, "the refused command changed the index"
 
 
+def clusters(n, queries, D):
+    """Unit vectors around centres, and queries nearer to these: (n, D) float16, float32."""
+    rng = np.random.default_rng(0)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def near(count, distance):
+        noise = rng.standard_normal((count, D), dtype=np.float32)
+        return unit(middles[rng.integers(200, size=count)] + distance * noise)
+
+    middles = unit(rng.standard_normal((200, D), dtype=np.float32))
+    return near(n, 0.08).astype(np.float16), near(queries, 0.03)
+
+
 @pytest.mark.parametrize("kind, D, least", [
     ("hnsw", 128, 0.98), pytest.param("compressed", 4, 0.5, marks=pytest.mark.slow)])
 def test_an_index_finds_what_exact_search_finds(kind, D, least):
-    """recall@50 on clustered vectors; `python -m extras.bench index` has 200,000 of them."""
-    from extras.bench import clusters, recall
+    """recall@50 on clustered vectors. Of 200,000 of 512 dimensions docs/react.md has the figure."""
     kinds = [retrieve.kind_for(n) for n in (9_999, 10_000, 10_000_000, 10_000_001)]
     assert kinds == ["flat", "hnsw", "hnsw", "compressed"]
     features, queries = clusters(3_000, 100, D=D)
     rows = np.arange(len(features))
     exact = retrieve.build_index(features, rows, "flat")
     approximate = retrieve.build_index(features, rows, kind)
-    assert recall(approximate, exact, queries) >= least
+    _, found = retrieve.search_index(approximate, queries, 50)
+    _, truth = retrieve.search_index(exact, queries, 50)
+    recall = np.mean([len(set(a) & set(b)) / 50 for a, b in zip(found, truth, strict=True)])
+    assert recall >= least
     if kind == "compressed":
         assert faiss.extract_index_ivf(approximate).code_size == D // 2, "half a byte a dimension"
 
