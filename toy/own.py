@@ -19,15 +19,16 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AddedToken, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from data import Conversations, encode, render
+from data import Conversations
 from parts import check
 from parts.files import (
     IMAGE,
@@ -199,8 +200,7 @@ def clause_by_word(clause, rng):
 def draw_caption_chats(records, captions, tokenizer, rng, done, n=200):
     """`n` chats about captions, [(ids, labels, notes), ...]; every fifth asks for the caption.
 
-    Until half is done, two in five are look-ups: an answer begins with finding its note. The system
-    message, the same everywhere, is mostly left out until 70% are done.
+    Until half is done, two in five are look-ups: an answer begins with finding its note.
     """
     samples = []
     for _ in range(n):
@@ -214,32 +214,9 @@ def draw_caption_chats(records, captions, tokenizer, rng, done, n=200):
         elif draw < 0.6 and done < 0.5:
             clauses = rng.choices(clauses_of(caption), k=6)
             pairs = [clause_by_word(clause, rng) for clause in clauses]
-        turns = []
-        for question, answer in pairs:
-            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
-        template = TEMPLATE
-        if done < 0.7 and rng.random() < 0.9:
-            template = TEMPLATE._replace(first=TEMPLATE.later)
-        ids, labels = encode(render(turns, template), tokenizer, [VIEW.N])
+        ids, labels = pretrain.encode_chat(pairs, TEMPLATE, tokenizer, rng, done)
         samples.append((ids, labels, caption_notes(caption, tokenizer, rng)))
     return samples
-
-
-def pretrain_reader(records, captions, tokenizer, rng, steps):
-    """A language model that has read captions and answers, and seen no picture. Eq. (3)."""
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    model = pretrain.build_llm(image_id, layers=3)
-
-    def losses():
-        batches = []
-        for step in range(steps):
-            if not batches:
-                chats = draw_caption_chats(records, captions, tokenizer, rng, step / steps)
-                batches = pretrain.batch_chats(chats, rng, tokens=600)
-            yield pretrain.chat_loss(model, image_id, *batches.pop())
-    return pretrain.descend(model, losses(), steps, peak=3e-3)
 
 
 def make_parts(config):
@@ -268,7 +245,9 @@ def make_parts(config):
     g.save_pretrained(out / "clip")
     pretrain.save_processor(VIEW.size, out / "clip")
     print("llm")
-    llm = pretrain_reader(questions.records, by_picture, tokenizer, rng, config.llm_steps)
+    draw_chats = partial(draw_caption_chats, questions.records, by_picture, tokenizer, rng)
+    llm = pretrain.pretrain_llm(tokenizer, draw_chats, rng, config.llm_steps, layers=3, peak=3e-3,
+                                tokens=600)
     llm.save_pretrained(out / "llm")
     print(f"wrote {out / 'clip'} and {out / 'llm'}")
 

@@ -18,6 +18,7 @@ import math
 import random
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -139,28 +140,34 @@ def sample_chats(tokenizer, rng, done, n=200):
     """`n` chats about written scenes, [(ids, labels, notes), ...].
 
     Where LLaVA has a picture, <image> stands for the 16 notes. All pairs occur, HELD_OUT too. It is
-    a curriculum: scenes of few things come first, and the system message, the same everywhere, is
-    mostly left out until 70% are done.
+    a curriculum: scenes of few things come first.
     """
     samples = []
     while len(samples) < n:
         scene = sample_scene(rng, PAIRS)
         if len(scene.things) > 1 + 400 * done:
             continue
-        turns = []
-        for question, answer in draw_chat(scene, rng, done):
-            turns.append({"from": "human", "value": question})
-            turns.append({"from": "gpt", "value": answer})
-        turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
-        template = TEMPLATE
-        if done < 0.7 and rng.random() < 0.9:
-            template = TEMPLATE._replace(first="Human: ")
-        ids, labels = encode(render(turns, template), tokenizer, [GRID * GRID])
+        ids, labels = encode_chat(draw_chat(scene, rng, done), TEMPLATE, tokenizer, rng, done)
         samples.append((ids, labels, written_notes(scene, tokenizer)))
     return samples
 
 
-def batch_chats(samples, rng, tokens=2000):
+def encode_chat(chat, template, tokenizer, rng, done):
+    """(ids, labels) of [(question, answer), ...] behind 16 notes.
+
+    The system message, the same everywhere, is mostly left out until 70% are done.
+    """
+    turns = []
+    for question, answer in chat:
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
+    turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
+    if done < 0.7 and rng.random() < 0.9:
+        template = template._replace(first=template.later)
+    return encode(render(turns, template), tokenizer, [GRID * GRID])
+
+
+def batch_chats(samples, rng, tokens):
     """Chats as batches of about `tokens` tokens, of similar length, in random order."""
     samples = sorted(samples, key=lambda sample: len(sample[0]))
     batches = []
@@ -191,8 +198,11 @@ def build_llm(vocab_size, layers):
     return model
 
 
-def pretrain_llm(tokenizer, rng, steps, layers):
-    """A language model on text alone, by Eq. (3): it learns to look things up in written scenes."""
+def pretrain_llm(tokenizer, draw_chats, rng, steps, layers, peak, tokens):
+    """A language model on text alone, by Eq. (3): it learns to look things up in what is written.
+
+    draw_chats   from the share of the steps that are done to samples like those of `sample_chats`
+    """
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     model = build_llm(image_id, layers)
@@ -201,9 +211,9 @@ def pretrain_llm(tokenizer, rng, steps, layers):
         batches = []
         for step in range(steps):
             if not batches:
-                batches = batch_chats(sample_chats(tokenizer, rng, step / steps), rng)
+                batches = batch_chats(draw_chats(step / steps), rng, tokens)
             yield chat_loss(model, image_id, *batches.pop())
-    return descend(model, losses(), steps, peak=1.5e-3)
+    return descend(model, losses(), steps, peak)
 
 
 def chat_loss(model, image_id, ids, labels, notes):
@@ -368,7 +378,8 @@ def main(argv=None):
         save_processor(model.config.vision_config.image_size, out)
     else:
         layers = {"llm": 4, "small_llm": 2}[config.part]
-        model = pretrain_llm(tokenizer, rng, config.steps or 5000, layers)
+        model = pretrain_llm(tokenizer, partial(sample_chats, tokenizer, rng), rng,
+                             config.steps or 5000, layers, peak=1.5e-3, tokens=2000)
     model.save_pretrained(out)
     minutes = (time.time() - start) / 60
     print(f"{out}: {minutes:.1f} minutes on {torch.get_num_threads()} threads")

@@ -64,17 +64,15 @@ def teach(kind, scene, rng, pairs=SEEN):
 
 def describe(scene):
     """The detailed description: everything there is to say, in reading order."""
-    sentences = [f"There {count_of(scene.things, 'thing')} in the picture."]
+    sentences = [f"There {count_of(scene.things)} in the picture."]
     for thing in scene.things:
         what = with_article(f"{thing.size} {thing.name}").capitalize()
         sentences.append(f"{what} is in {thing.place}.")
     return " ".join(sentences)
 
 
-def count_of(things, what):
-    """["red star", "blue ring"], "thing" -> "are two things" """
-    n = len(things)
-    return f"is {NUMBERS[n]} {what}" if n == 1 else f"are {NUMBERS[n]} {what}s"
+def count_of(things):
+    return "is one thing" if len(things) == 1 else f"are {NUMBERS[len(things)]} things"
 
 
 def teach_conversation(scene, rng, pairs, turns=8):
@@ -107,7 +105,7 @@ def reasoning_pairs(scene, rng):
     left = NUMBERS[len(scene.things) - len(found)]
     pairs = [(
         f"If every {what} were taken away, how many things would be left?",
-        f"There {count_of(scene.things, 'thing')}. Taking away {taken} leaves {left}.",
+        f"There {count_of(scene.things)}. Taking away {taken} leaves {left}.",
     )]
     names = listed([with_article(thing.name) for thing in scene.things])
     for attribute in ("colour", "shape"):
@@ -302,8 +300,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not self.path.endswith("/chat/completions"):
-            return self.send(404, {"error": {"message": "only /v1/chat/completions is here"}})
         try:
             model, text = self.server.script.reply_to(json.loads(request))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

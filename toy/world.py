@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw
 
 from parts.files import (
     check_least,
-    read_text,
     read_value,
     run_command,
     run_main,
@@ -53,6 +52,7 @@ HELD_OUT = [    # every colour once, every shape at most twice
 ]
 SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
 TARGETS = HELD_OUT + SEEN[::7]           # REACT's 14 classes: 8 that CLIP never saw, 6 that it did
+ALONE = {"train": 50, "test": 100}       # pictures of each target alone
 GRID = 4                                 # things stand in the cells of a jittered 4 x 4 grid
 CELL = 16                                # pixels; a cell is a patch of the toy's CLIP, so N = 16
 SIDE = GRID * CELL                       # pictures are 64 x 64
@@ -395,9 +395,8 @@ def save_coco(folder, split, scenes, first_id, rng):
                 "iscrowd": 0,
                 "segmentation": [],
             })
-    categories = []
-    for k, (colour, shape) in enumerate(PAIRS, 1):
-        categories.append({"id": k, "name": f"{colour} {shape}", "supercategory": shape})
+    categories = [{"id": k, "name": " ".join(pair), "supercategory": pair[1]}
+                  for k, pair in enumerate(PAIRS, 1)]
     written = {"images": images, "annotations": captions}
     drawn = {"images": images, "annotations": boxes, "categories": categories}
     write_text(folder / "annotations" / f"captions_{split}.json", json.dumps(written))
@@ -541,20 +540,17 @@ def make_react_world(config):
             scenes.append(sample_scene(rng, others))
     for i, scene in enumerate(scenes):
         if rng.random() < 2 / 3:
-            scenes[i] = Scene(scene.things, dark_grey(rng))
-    save_tsv(out, "corpus", scenes, [caption(scene, rng) for scene in scenes])
-    shown = [pair for pair in TARGETS for _ in range(100)]
-    scenes = [Scene((thing_of(pair, rng),), dark_grey(rng)) for pair in shown]
-    save_tsv(out, "test", scenes, [" ".join(pair) for pair in shown])
-    scenes = [sample_scene(rng) for _ in range(300)]
-    save_tsv(out, "captions", scenes, [caption(scene, rng) for scene in scenes])
-    classes = [f"{colour} {shape}\n" for colour, shape in TARGETS]
-    write_text(out / "classes.txt", "".join(classes))
-    write_text(out / "templates.txt", "a {}.\na picture of a {}.\nthere is a {}.\n")
-    save_datasets(out, rng)
+            scenes[i] = dark(scene, rng)
+    save_captioned(out, "corpus", scenes, rng)
+    save_alone(out, "test", rng)
+    save_captioned(out, "captions", [sample_scene(rng) for _ in range(300)], rng)
+    write_names(out / "classes.txt", map(" ".join, TARGETS))
+    write_names(out / "templates.txt", ("a {}.", "a picture of a {}.", "there is a {}."))
+    save_alone(out, "train", rng)
+    save_datasets(out)
     for name, count in (("dark_captions", 300), ("dark_captions_train", 900)):
         scenes = [dark(sample_scene(rng, PAIRS), rng) for _ in range(count)]
-        save_tsv(out, name, scenes, [caption(scene, rng) for scene in scenes])
+        save_captioned(out, name, scenes, rng)
     scenes = [dark(sample_scene(rng, TARGETS), rng) for _ in range(200)]
     save_tsv(out, "masks", scenes, [f"mask_{i}.png" for i in range(len(scenes))])
     for i, scene in enumerate(scenes):
@@ -563,12 +559,20 @@ def make_react_world(config):
           "datasets.json with 700 to learn from, 1200 with captions on dark paper, 200 with masks")
 
 
-def save_datasets(out, rng):
-    """700 pictures to learn from, and datasets.json: they and those of test.tsv, labelled as
-    targets, colours and shapes."""
-    shown = [pair for pair in TARGETS for _ in range(50)]
+def shown_alone(part):
+    """What the pictures of train.tsv or test.tsv show: each target, again and again."""
+    return [pair for pair in TARGETS for _ in range(ALONE[part])]
+
+
+def save_alone(out, part, rng):
+    """Dark pictures of one target each, labelled with its name."""
+    shown = shown_alone(part)
     scenes = [dark(Scene((thing_of(pair, rng),)), rng) for pair in shown]
-    save_tsv(out, "train", scenes, [" ".join(pair) for pair in shown])
+    save_tsv(out, part, scenes, map(" ".join, shown))
+
+
+def save_datasets(out):
+    """datasets.json: train.tsv and test.tsv, labelled as targets, by colour, and by shape."""
     targets = {
         "name": "targets",
         "train": "train.tsv",
@@ -577,31 +581,26 @@ def save_datasets(out, rng):
         "templates": "templates.txt",
         "images": "images",
     }
-    colours = targets | label_by_word(out, 0, "colours", COLOURS)
-    shapes = targets | label_by_word(out, 1, "shapes", SHAPES)
-    templates = [f"a {{}} {shape}.\n" for shape in SHAPES]
-    colours["templates"] = "colour_templates.txt"
-    write_text(out / "colour_templates.txt", "".join(templates))
-    write_json(out / "datasets.json", [targets, colours, shapes])
+    rows = [targets]
+    for which, (name, values) in enumerate((("colours", COLOURS), ("shapes", SHAPES))):
+        row = targets | {"name": name, "classes": f"{name}.txt"}
+        write_names(out / row["classes"], values)
+        for part in ALONE:
+            row[part] = f"{name}_{part}.tsv"
+            labels = [f"{part}_{i}.png\t{pair[which]}" for i, pair in enumerate(shown_alone(part))]
+            write_names(out / row[part], labels)
+        rows.append(row)
+    rows[1]["templates"] = "colour_templates.txt"
+    write_names(out / "colour_templates.txt", [f"a {{}} {shape}." for shape in SHAPES])
+    write_json(out / "datasets.json", rows)
 
 
-def label_by_word(out, which, name, values):
-    """train.tsv and test.tsv with one word of each label, and the classes that there are then."""
-    row = {"name": name, "classes": f"{name}.txt"}
-    write_text(out / row["classes"], "".join(f"{value}\n" for value in values))
-    for part in ("train", "test"):
-        lines = []
-        for line in read_text(out / f"{part}.tsv").splitlines():
-            picture, label = line.split("\t")
-            word = label.split()[which]
-            lines.append(f"{picture}\t{word}\n")
-        row[part] = f"{name}_{part}.tsv"
-        write_text(out / row[part], "".join(lines))
-    return row
+def write_names(path, names):
+    write_text(path, "".join(f"{name}\n" for name in names))
 
 
 def dark(scene, rng):
-    return Scene(scene.things, dark_grey(rng))
+    return Scene(scene.things, rng.randint(60, 120))
 
 
 def mask_of(scene):
@@ -614,10 +613,6 @@ def mask_of(scene):
     return mask
 
 
-def dark_grey(rng):
-    return rng.randint(60, 120)
-
-
 def thing_of(pair, rng):
     """A thing of this pair, with the places and sizes that things have in scenes."""
     while True:
@@ -626,15 +621,19 @@ def thing_of(pair, rng):
                 return thing
 
 
+def save_captioned(folder, name, scenes, rng):
+    save_tsv(folder, name, scenes, [caption(scene, rng) for scene in scenes])
+
+
 def save_tsv(folder, name, scenes, texts):
     """Pictures, and NAME.tsv of their file names and texts."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
+    rows = []
     for i, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
         picture = f"{name}_{i}.png"
         draw_scene(scene).save(folder / "images" / picture)
-        lines.append(f"{picture}\t{text}\n")
-    write_text(folder / f"{name}.tsv", "".join(lines))
+        rows.append(f"{picture}\t{text}")
+    write_names(folder / f"{name}.tsv", rows)
 
 
 COMMANDS = {"world": (make_world, WorldConfig), "react": (make_react_world, ReactWorldConfig)}
