@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from eval import relative_scores
-from parts.files import check_least, read_lines, read_value, run_command, run_main, write_lines
-from toy.report import in_spread, rows_made, score_answers
+from parts.files import check_least, read_value, run_command, run_main, write_lines
+from toy.report import held_out_of, plot_loss, print_table, rows_made
 from toy.world import KINDS, SEEN, WAYS_TO_ASK, picture_name, read_coco, with_article
 
 SPLITS = ("random", "popular", "adversarial")
+POPE_COLUMNS = ("f1", "accuracy", "yes")
 ROWS = {      # files held_out_ROW.jsonl; changes are from the first row
     "quarter": "a quarter of the instructions",
     "stage1": "stage 1 alone",
@@ -111,61 +113,46 @@ class LabTable:
     seeds: list[str] = ("0", "1", "2")
 
 
-def kinds_of(row, seeds):
-    """(seeds, 1 + kinds): percent of the held-out questions answered word for word."""
-    scores = []
-    for seed in seeds:
-        questions = seed / "world" / "questions_held_out.jsonl"
-        found, _ = score_answers(questions, seed / f"held_out_{row}.jsonl")
-        scores.append(list(found.values()))
-    return np.array(scores)
-
-
-def print_rows(seeds):
-    """Each row's accuracy, its change from the first row, and the means of the kinds."""
-    table = rows_made(ROWS, seeds, "held_out_{}.jsonl")
-    scores = {row: kinds_of(row, seeds) for row in table}
-    print(f"held-out questions, percent right\n{'':31s}  all            change        ",
-          *(f"{kind:>9s}" for kind in KINDS))
-    for row, name in table.items():
-        change = scores[row] - scores["quarter"]
-        print(f"{name:31s}", in_spread(scores[row][:, 0]), in_spread(change[:, 0]),
-              " ".join(f"{score:9.1f}" for score in scores[row][:, 1:].mean(0)), sep="  ")
-
-
-def print_table(config):
+def print_labs(config):
     """The labs' tables over the seeds: means and standard deviations."""
     seeds = [Path(config.out, f"seed{seed}") for seed in config.seeds]
-    print(f"{len(seeds)} seeds: mean ± standard deviation\n")
-    if rows_made({"quarter": 0}, seeds, "held_out_{}.jsonl"):
-        print_rows(seeds)
+    print(f"{len(seeds)} seeds: mean ± standard deviation, in percent")
+    table = rows_made(ROWS, seeds, "held_out_{}.jsonl")
+    if "quarter" in table:
+        scores = {row: held_out_of(row, seeds, part=str) for row in table}
+        rows = [(name, scores[row][:, 0], (scores[row] - scores["quarter"])[:, 0],
+                 *scores[row][:, 1:].T) for row, name in table.items()]
+        print_table("held-out questions, right word for word", ("all", "change", *KINDS), rows)
+
     if rows_made({"full": 0}, seeds, "pope_{}.json"):
-        print("\nPOPE of the row full: F1, accuracy, share of yes, in percent")
         found = [read_value(seed / "pope_full.json") for seed in seeds]
-        for split in SPLITS:
-            columns = ([scores[f"{split}.{name}"] for scores in found]
-                       for name in ("f1", "accuracy", "yes"))
-            print(f"{split:12s}", *(in_spread(np.array(column)) for column in columns))
-    for row, name in rows_made(JUDGES, seeds, "swapped_{}.jsonl").items():
-        print_orders(row, name, seeds)
-    if rows_made(RETRIEVED, seeds, "react/{}.json"):
-        print("\nREACT on what was retrieved; pairs, then percent right")
+        rows = [(split, *(np.array([scores[f"{split}.{name}"] for scores in found])
+                          for name in POPE_COLUMNS)) for split in SPLITS]
+        print_table("POPE of the row full", POPE_COLUMNS, rows)
+
+    rows = [(name, *orders_of(row, seeds))
+            for row, name in rows_made(JUDGES, seeds, "swapped_{}.jsonl").items()]
+    if rows:
+        print_table("relative scores of the row full with the reference first, last; their 95% "
+                    "intervals (questions redrawn) with it first, at each seed",
+                    ("first", "last", *(seed.name for seed in seeds)), rows)
+
+    rows = []
     for row, name in rows_made(RETRIEVED, seeds, "react/{}.json").items():
         found = [customised(seed / "react", row) for seed in seeds]
-        print(f"{name:26s}", *(f"{what} {in_spread(np.array([scores[what] for scores in found]))}  "
-                               for what in found[0]))
+        rows.append((name, *(np.array([scores[what] for scores in found]) for what in found[0])))
+    if rows:
+        print_table("REACT on what was retrieved", found[0], rows)
 
 
-def print_orders(row, name, seeds):
-    """A judge's relative scores of the row full, the reference first and last, and intervals."""
+def orders_of(row, seeds):
+    """A judge's relative scores of the row full: two arrays over seeds, then intervals as text."""
     first = [relative_scores([str(seed / f"reviews_{row}.jsonl")])[0] for seed in seeds]
     last = [relative_scores([str(seed / f"swapped_{row}.jsonl")])[0] for seed in seeds]
-    orders = (np.array([scores["all.relative"] for scores in found]) for found in (first, last))
-    print(f"\n{name}: relative score with the reference first, last",
-          *map(in_spread, orders), sep="  ")
+    for found in (first, last):
+        yield np.array([scores["all.relative"] for scores in found])
     for scores in first:
-        print(f"    one seed: {scores['all.relative']:.1f}, 95% interval (questions redrawn) "
-              f"{scores['all.relative_low']:.1f} to {scores['all.relative_high']:.1f}")
+        yield f"{scores['all.relative_low']:.1f} to {scores['all.relative_high']:.1f}"
 
 
 def customised(folder, row):
@@ -179,29 +166,23 @@ def customised(folder, row):
 class LabCurves:
     out: str                             # folder of runs/course.sh
     picture: str                         # file to write
-    seed: int = 0
 
 
 def draw_curves(config):
-    """The training losses of stage 2, a line a lab, on a light card."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """The training losses of stage 2 at seed 0, a line a lab, on a light card."""
     from toy.figures import CARD  # only here: the tables need no torch
-    figure, axes = plt.subplots(figsize=(8, 4), facecolor=CARD, layout="constrained")
-    seed = Path(config.out, f"seed{config.seed}")
+    figure = Figure(figsize=(8, 4), facecolor=CARD, layout="constrained")
+    axes = figure.subplots()
+    seed = Path(config.out, "seed0")
     for row, name in rows_made(ROWS, [seed], "{}/log.jsonl").items():
-        log = [line for line in read_lines(seed / row / "log.jsonl") if "loss" in line]
-        steps = [line["step"] for line in log]
         if row not in STAGE_1:
-            axes.semilogy(steps, [line["loss"] for line in log], label=name, lw=1)
+            plot_loss(axes, seed / row, label=name, lw=1)
     axes.set(xlabel="step", ylabel="loss over what is scored", facecolor=CARD)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(config.picture, dpi=130, facecolor=CARD)
 
 
-COMMANDS = {"pope": (write_pope, Pope), "table": (print_table, LabTable),
+COMMANDS = {"pope": (write_pope, Pope), "table": (print_labs, LabTable),
             "draw": (draw_curves, LabCurves)}
 
 

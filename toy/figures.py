@@ -9,6 +9,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
 from data import encode, render
 from model import LLaVA
 from parts.files import IGNORE, run_main
@@ -29,16 +32,13 @@ ANSWER = "The star is blue."
 
 
 def new_figure(width, height):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(width, height), facecolor=CARD)
+    figure = Figure(figsize=(width, height), facecolor=CARD)
+    axes = figure.subplots()
     axes.set_axis_off()
     return figure, axes
 
 
 def draw_box(axes, x, y, width, height, colour, text, size=9):
-    from matplotlib.patches import Rectangle
     axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=INK, linewidth=0.8))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size,
               color=INK)

@@ -8,11 +8,10 @@ is run once, in order, and its output is put under it: in a page to read, and in
 """
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 
-from parts.files import run_main, write_text
+from parts.files import run_main, write_json, write_text
 
 MARKDOWN = "# %% [markdown]\n"
 CODE = "# %%\n"
@@ -76,7 +75,7 @@ def main(argv=None):
     folder = Path(argv[0] if argv else "docs")
     page, notebook = make_pages(Path(__file__).with_name("walk.py").read_text())
     write_text(folder / "walk.md", page)
-    write_text(folder / "walk.ipynb", json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "walk.ipynb", notebook)
 
 
 if __name__ == "__main__":

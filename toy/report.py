@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from eval import relative_scores
 from parts.files import read_json, read_lines, run_command, run_main, write_json, write_text
+from parts.scoring import read_answers, read_by_id
 from toy.teacher import JUDGE
 from toy.vqa import WAYS, is_short, short_answer
 from toy.world import KINDS
@@ -58,24 +60,23 @@ SHARES = {"tenth": 0.1, "half": 0.5, "full": 1.0}      # of the data: the disser
 def score_answers(questions_file, answers_file, part=str):
     """({"all": percent, kind: percent, ...}, rows): exact matches of answers with the truth.
 
-    `part` takes from both what has to match. Raises ValueError if answers are missing, or too many.
+    `part` takes from both what has to match. Raises ValueError unless each question has one answer.
     """
-    questions = read_lines(questions_file)
-    answers = read_lines(answers_file)
-    texts = {answer["question_id"]: answer["text"].strip() for answer in answers}
-    missing = [row["question_id"] for row in questions if row["question_id"] not in texts]
-    if missing or len(answers) > len(questions):
-        raise ValueError(f"{answers_file}: {len(answers)} answers to the {len(questions)} "
-                         f"questions of {questions_file}, {len(missing)} have none; run sample.py "
-                         "on that file again")
+    questions = read_by_id(questions_file, "text", "category", "truth")
+    answers = read_answers(answers_file, questions)
     rows = []
-    for question in questions:
-        text = texts[question["question_id"]]
+    for name, question in questions.items():
+        text = answers[name]["text"].strip()
         rows.append({**question, "answer": text, "right": part(text) == part(question["truth"])})
+    return scores_by_kind(rows), rows
+
+
+def scores_by_kind(rows):
+    """{"all": percent, kind: percent, ...}"""
     scores = {"all": percent_right(rows)}
     for kind in KINDS:
         scores[kind] = percent_right([row for row in rows if row["category"] == kind])
-    return scores, rows
+    return scores
 
 
 def percent_right(rows):
@@ -119,25 +120,25 @@ def write_report(config):
 
 def draw_report(out, rows, title):
     """report.png: three questions of each kind with their answers, and both stages' loss curves."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(13, 11.5), layout="constrained")
+    figure = Figure(figsize=(13, 11.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(4, 1))
     for column, kind in zip(above.subplots(3, len(KINDS)).T, KINDS, strict=True):
         right = [row for row in rows if row["category"] == kind and row["right"]]
         wrong = [row for row in rows if row["category"] == kind and not row["right"]]
-        shown = wrong[:1] + right[:2]    # where some are wrong, one of the three is
-        if not wrong:
-            shown = right[:3]
+        shown = [*wrong[:1], *right]     # where some are wrong, one of the three is
         for axes, row in zip(column, shown, strict=False):
             draw_answer(axes, row, out / "world" / "images")
     for stage, axes in zip((1, 2), below.subplots(1, 2), strict=True):
-        log = [row for row in read_lines(out / f"stage{stage}" / "log.jsonl") if "loss" in row]
-        axes.semilogy([row["step"] for row in log], [row["loss"] for row in log], lw=0.8)
+        plot_loss(axes, out / f"stage{stage}", lw=0.8)
         axes.set(title=f"stage {stage}: training loss", xlabel="step")
     figure.suptitle(title)
     figure.savefig(out / "report.png", dpi=110)
+
+
+def plot_loss(axes, run, **style):
+    """The training loss of a run's folder, over its steps."""
+    log = [row for row in read_lines(run / "log.jsonl") if "loss" in row]
+    axes.semilogy([row["step"] for row in log], [row["loss"] for row in log], **style)
 
 
 def draw_answer(axes, row, images):
@@ -157,10 +158,24 @@ class Runs:
 def print_family(config):
     """The systems on larger pictures: accuracies by kind of question."""
     out = Path(config.out)
-    answers = {path.stem.removeprefix("held_out_"): path for path in out.glob("held_out_*.jsonl")}
-    for system in sorted(answers):
-        scores, _ = score_answers(out / "world" / "questions_held_out.jsonl", answers[system])
-        print(f"{system:10s} {in_line(scores)}")
+    rows = []
+    for answers in sorted(out.glob("held_out_*.jsonl")):
+        scores, _ = score_answers(out / "world" / "questions_held_out.jsonl", answers)
+        rows.append((answers.stem.removeprefix("held_out_"), *scores.values()))
+    print_table("held-out questions, percent right", ("all", *KINDS), rows)
+
+
+def print_table(title, columns, rows):
+    """Rows of (name, cell, ...); an array over seeds is shown by mean and standard deviation."""
+    print(f"\n{title}\n{'':40s}", *(f"{column:>14s}" for column in columns))
+    for name, *cells in rows:
+        print(f"{name:40s}", *(f"{cell_text(cell):>14s}" for cell in cells))
+
+
+def cell_text(cell):
+    if isinstance(cell, np.ndarray):
+        return f"{cell.mean():.1f} ± {cell.std():.1f}"
+    return "-" if cell is None else str(cell)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,80 +238,66 @@ def bench_of(row, seeds):
     return np.array([list(of_seed.values()) for of_seed in scores])
 
 
-def held_out_of(row, seeds):
-    """(seeds, 2): a row's accuracy on all held-out questions, and on relations.
+def held_out_of(row, seeds, part=conclusion):
+    """(seeds, 1 + kinds): a row's accuracy on all held-out questions, and on each kind.
 
-    Conclusions alone count, as in ScienceQA.
+    By default conclusions alone count, as in ScienceQA.
     """
     right = []
     for seed in seeds:
         questions = seed / "world" / "questions_held_out.jsonl"
-        scores, _ = score_answers(questions, seed / f"held_out_{row}.jsonl", conclusion)
-        right.append([scores["all"], scores["relation"]])
+        scores, _ = score_answers(questions, seed / f"held_out_{row}.jsonl", part)
+        right.append(list(scores.values()))
     return np.array(right)
 
 
 def print_ablations(config):
     """Tables 4 and 8 in miniature, mean and standard deviation over seeds, beside the paper's."""
     seeds = seed_folders(config.out)
-    print(f"\nTable 4 (data), relative scores on the toy's bench, {JUDGE}, {len(seeds)} seeds; "
-          "paper: LLaVA-Bench (COCO)")
+    print(f"{len(seeds)} seeds; changes are from the first row")
     table = rows_made(TABLE_4, seeds, "reviews_{}.jsonl")
     ours = {row: bench_of(row, seeds) for row in table}
     columns = ("conversation", "detailed description", "complex reasoning", "all")
     for k, column in enumerate(columns):
         paper = {row: (name, values[k]) for row, (name, *values) in table.items()}
-        print_column(column, paper, {row: ours[row][:, k] for row in table}, 1)
+        title = f"Table 4 (data), {column}: relative scores, {JUDGE}; paper: LLaVA-Bench (COCO)"
+        print_changes(title, paper, {row: ours[row][:, k] for row in table})
 
-    print(f"\nTable 8 (design), accuracy on held-out toy questions, {len(seeds)} seeds; "
-          "paper: ScienceQA")
     table = rows_made(TABLE_8, seeds, "held_out_{}.jsonl")
     ours = {row: held_out_of(row, seeds) for row in table}
-    for k, column in enumerate(("all questions", "relations, the kind that reasons")):
-        print_column(column, table, {row: ours[row][:, k] for row in table}, 2)
+    relation = 1 + KINDS.index("relation")
+    for k, column in ((0, "all questions"), (relation, "relations, the kind that reasons")):
+        title = f"Table 8 (design), {column}: accuracy on held-out toy questions; paper: ScienceQA"
+        print_changes(title, table, {row: ours[row][:, k] for row in table})
 
 
-def print_column(column, paper, ours, digits):
-    """One column of a table: our scores and their change from the row "full", then the paper's.
+def print_changes(title, paper, ours):
+    """Our scores and their change from the row "full", then the paper's.
 
     paper     {row: (name, score)}
     ours      {row: (seeds,)}
     """
-    if "full" not in ours:
-        return
-    print(f"\n{column:40s}         ours           change   paper  change")
+    rows = []
     for row, (name, score) in paper.items():
-        line = f"{name:40s} {ours[row].mean():5.1f} ± {ours[row].std():4.1f}"
-        if row == "full":
-            print(f"{line}                   {score:6.{digits}f}")
-            continue
-        change = ours[row] - ours["full"]
-        theirs = score - paper["full"][1]
-        print(f"{line}   {change.mean():+6.1f} ± {change.std():4.1f}   {score:6.{digits}f}  "
-              f"{theirs:+6.{digits}f}  {verdict_on(change, theirs)}".rstrip())
+        change = ours[row] - ours.get("full", np.nan)
+        theirs = round(score - paper.get("full", (None, np.nan))[1], 2)
+        verdict = "" if row == "full" else verdict_on(change, theirs)
+        rows.append((name, ours[row], change, score, theirs, verdict))
+    print_table(title, ("ours", "change", "paper's", "change", ""), rows)
 
 
 def verdict_on(change, theirs):
-    """What a row says of a change over seeds beside the paper's, where they are not alike.
+    """What a row says of a change over seeds where its sign is not the paper's.
 
     A change is clear if it is beyond two standard errors over the seeds.
     """
     if abs(change.mean()) <= 2 * change.std(ddof=1) / len(change) ** 0.5:
         return "no clear change here"
-    ratio = change.mean() / theirs
-    if ratio < 0:
-        return "DISAGREES with the paper"
-    if ratio > 3:
-        return f"{ratio:.0f} times the paper's"
-    return "less than a third of the paper's" if ratio < 1 / 3 else ""
+    return "DISAGREES with the paper" if change.mean() * theirs < 0 else ""
 
 
 # ------------------------------------------------------------------------------------------------
 # Ch. 4 of the dissertation in miniature
-
-
-def in_spread(values):
-    return f"{values.mean():5.1f} ± {values.std():4.1f}"
 
 
 def exam_scores(row, way, seeds):
@@ -311,14 +312,14 @@ def exam_scores(row, way, seeds):
     for seed in seeds:
         file = seed / f"exam_{way}-{row}.jsonl"
         scores, rows = score_answers(seed / "vqa" / f"exam_{way}.jsonl", file, short_answer)
-        short = [is_short(asked["answer"]) for asked in rows]
-        for asked, brief in zip(rows, short, strict=True):
-            in_form = brief if way == "format" else asked["answer"] == asked["truth"]
-            asked["right"] = asked["right"] and in_form
-        of_kind = {kind: percent_right([asked for asked in rows if asked["category"] == kind])
-                   for kind in ("relation", "existence")}
-        counted.append([percent_right(rows), scores["all"], 100 * np.mean(short),
-                        of_kind["relation"], of_kind["existence"]])
+        for row_asked in rows:
+            row_asked["brief"] = is_short(row_asked["answer"])
+            full = row_asked["answer"] == row_asked["truth"]
+            row_asked["right"] &= row_asked["brief"] if way == "format" else full
+        as_asked = scores_by_kind(rows)
+        counted.append([as_asked["all"], scores["all"],
+                        100 * np.mean([row_asked["brief"] for row_asked in rows]),
+                        as_asked["relation"], as_asked["existence"]])
     names = ("as asked", "any form", "a word", "relations", "yes/no")
     return dict(zip(names, np.array(counted).T, strict=True))
 
@@ -326,43 +327,43 @@ def exam_scores(row, way, seeds):
 def print_road(config):
     """The dissertation's Tables 4.1b, 4.2 and Fig. 4.4 in miniature; the types in equal shares."""
     seeds = seed_folders(config.out)
-    print(f"\nTable 4.2 of the dissertation, percent right over {len(seeds)} seeds; its GQA, MME, "
-          f"MM-Vet\n{'':36s} relations      yes/no         a word         in full        "
-          "words where a sentence is due")
+    rows = []
     for row, (name, *paper) in rows_made(TABLE_4_2, seeds, "exam_format-{}.jsonl").items():
         word = exam_scores(row, "format", seeds)
         full = exam_scores(row, "normal", seeds)
-        ours = (word["relations"], word["yes/no"], word["as asked"], full["as asked"],
-                full["a word"])
-        print(f"{name:36s}", *map(in_spread, ours), *paper, sep="  ")
+        ours = (word["relations"], word["yes/no"], word["as asked"], full["as asked"])
+        rows.append((name, *ours, full["a word"], *paper))
+    print_table(f"Table 4.2 of the dissertation, percent right over {len(seeds)} seeds, then how "
+                "often a word comes where a sentence is due",
+                ("relations", "yes/no", "a word", "in full", "a word for it", "GQA", "MME",
+                 "MM-Vet"), rows)
 
-    print("\nTable 4.1b: how many answers are right, in whatever form; how many are a word")
-    models = dict.fromkeys(("stage1", "full", "row1", "row2"))
+    rows = []
     for way in WAYS:
+        models = dict.fromkeys(("stage1", "full", "row1", "row2"))
         for model in rows_made(models, seeds, f"exam_{way}-{{}}.jsonl"):
             scores = exam_scores(model, way, seeds)
-            print(f"{model:8s} {way:10s} right {in_spread(scores['any form'])}  "
-                  f"a word {in_spread(scores['a word'])}")
+            rows.append((f"{model}, {way}", scores["any form"], scores["a word"]))
+    print_table("Table 4.1b: answers that are right in whatever form, and that are a word",
+                ("right", "a word"), rows)
 
-    print("\nFig. 4.4: share of the data, held-out accuracy, and that in percent of the last one")
-    shares = rows_made(SHARES, seeds, "held_out_{}.jsonl")
-    right = {row: held_out_of(row, seeds)[:, 0] for row in shares}
-    for row, share in shares.items():
-        most = right[list(shares)[-1]]
-        print(f"{share:4.1f}  {in_spread(right[row])}   {in_spread(100 * right[row] / most)}")
-
+    right = {row: held_out_of(row, seeds)[:, 0]
+             for row in rows_made(SHARES, seeds, "held_out_{}.jsonl")}
+    rows = [(f"{SHARES[row]} of the data", right[row], 100 * right[row] / right[list(right)[-1]])
+            for row in right]
+    print_table("Fig. 4.4: held-out accuracy, and in percent of the last one's",
+                ("right", "of the last"), rows)
     if len(rows_made({"row0": 0, "uniform": 0}, seeds, "reviews_{}.jsonl")) == 2:
         print_types(seeds)
 
 
 def print_types(seeds):
     """Sec. 4.2's "uniformly sampled": the three types as they come, and in equal shares."""
-    print("\na tenth of the data: types as they come (58 : 23 : 77), in equal shares, the change")
-    as_is, equal = (np.hstack([bench_of(row, seeds), held_out_of(row, seeds)[:, :1]])
+    as_is, equal = (np.hstack([bench_of(row, seeds), held_out_of(row, seeds)[:, :1]]).T
                     for row in ("row0", "uniform"))
-    for k, name in enumerate((*ASPECTS, "held out")):
-        columns = (as_is[:, k], equal[:, k], equal[:, k] - as_is[:, k])
-        print(f"{name:10s}", *map(in_spread, columns), sep="   ")
+    rows = zip((*ASPECTS, "held out"), as_is, equal, equal - as_is, strict=True)
+    print_table("a tenth of the data: types as they come (58 : 23 : 77), and in equal shares",
+                ("as they come", "equal shares", "change"), rows)
 
 
 COMMANDS = {
