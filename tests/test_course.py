@@ -1,8 +1,7 @@
-"""docs/course.md: labs name what there is, their changes apply and do what they say."""
+"""docs/course.md: labs name what there is, their changes apply."""
 import ast
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,48 +20,6 @@ CHANGES = {text.split(":")[0]: text
            for text in re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)}
 PARTS = ("Question", "Read", "Predict", "Minutes", "Measured", "In the text",
          "Where the miniature differs")
-CLAIMS = {     # what is so after a change
-    "unfrozen": """
-from model import LLaVA
-from train import RECIPES
-model = LLaVA.from_parts("toy/pretrained/clip", "toy/pretrained/llm")
-assert any(name.startswith("f_phi") for name in model.set_stage(1))
-assert RECIPES["toy"]["stage1"]["lr_W"] == 1e-2 and RECIPES["toy"]["stage1"]["lr"] == 5e-4""",
-    "labels": """
-from data import encode
-from parts.files import IGNORE
-from parts.checkpoints import load_tokenizer
-tokenizer = load_tokenizer("toy/pretrained/llm")
-ids, labels = encode([("Is it?<image>", False), ("Yes.", True)], tokenizer, [3])
-image = tokenizer.convert_tokens_to_ids("<image>")
-for i, label in zip(ids, labels):
-    assert label == IGNORE if i in (image, tokenizer.bos_token_id) else label == i""",
-    "random": """
-from train import RECIPES
-assert RECIPES["toy"]["image_position"] == "random" """,
-    "last": """
-from data import arrange
-[turn] = arrange([{"from": "human", "value": "<image>\\nWhy?"}], "first", None)
-assert turn["value"] == "Why?\\n<image>" """,
-    "asked_last": """
-from sample import human_turn
-assert human_turn("Why?", 1)["value"] == "Why?\\n<image>" """,
-    "first_wins": """
-from toy.teacher import review
-from toy.world import Scene, Thing
-scene = Scene((Thing("red", "star", (2, 2, 10, 10)),))
-answers = {"Assistant 1": "The star is blue.", "Assistant 2": "The star is blue."}
-first, second = review("What colour is the star?", answers, scene).split()[:2]
-assert float(first) == float(second) + 2""",
-}
-
-
-def copy_with(name, folder):
-    """A copy of the files that a change touches, with the change."""
-    for file in re.findall(r"^--- a/(\S+)", CHANGES[name], re.MULTILINE):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(Path(ROOT, file).read_bytes())
-    subprocess.run(["git", "apply"], input=CHANGES[name], text=True, cwd=folder, check=True)
 
 
 def test_there_are_twelve_short_labs_with_all_their_parts():
@@ -91,7 +48,7 @@ def test_the_script_and_the_page_have_the_same_changes():
     script = Path(ROOT, "runs/course.sh").read_text(encoding="utf-8")
     used = set(re.findall(r"\bchanged (\w+) ", script.split("\nlab() {")[1]))
     used |= set(re.search(r"for place in (.*?);", script)[1].split())
-    assert used == set(CHANGES) == set(CLAIMS)
+    assert used == set(CHANGES)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -99,27 +56,13 @@ def test_a_change_is_small_and_applies(name, tmp_path):
     """At most ten changed lines, to the code as it is."""
     changed = re.findall(r"^[+-](?!\+\+|--)", CHANGES[name], re.MULTILINE)
     assert 0 < len(changed) <= 10
-    copy_with(name, tmp_path)
-    for file in tmp_path.rglob("*.py"):
-        ast.parse(file.read_text(encoding="utf-8"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_does_what_its_lab_says(name, tmp_path):
-    """And nothing says so in the code that is there without it."""
-    copy_with(name, tmp_path)
-    (tmp_path / "toy").mkdir(exist_ok=True)
-    for pattern in ("*.py", "parts", "extras", "prompts", "toy/*"):
-        for file in Path(ROOT).glob(pattern):
-            place = tmp_path / file.relative_to(ROOT)
-            if not place.exists():
-                place.symlink_to(file)
-    for folder, holds in ((tmp_path, True), (Path(ROOT), False)):
-        done = subprocess.run([sys.executable, "-c", CLAIMS[name]], cwd=folder,
-                              env={"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True)
-        assert (done.returncode == 0) == holds, f"in {folder}: {done.stderr[-1000:]}"
+    files = re.findall(r"^--- a/(\S+)", CHANGES[name], re.MULTILINE)
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(Path(ROOT, file).read_bytes())
+    subprocess.run(["git", "apply"], input=CHANGES[name], text=True, cwd=tmp_path, check=True)
+    for file in files:
+        ast.parse((tmp_path / file).read_text(encoding="utf-8"))
 
 
 def test_pope_asks_for_what_is_there_and_for_what_is_not(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT as root
 from PIL import Image
 
-from toy import pages
+from toy import figures, pages
 
 ROOT = Path(root)
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -46,9 +46,7 @@ def test_the_notebook_runs_from_its_own_folder(tmp_path):
 @pytest.mark.slow
 def test_the_drawings_are_made(tmp_path):
     """python -m toy.figures draws on a light card, with words and several colours."""
-    done = subprocess.run([sys.executable, "-m", "toy.figures", tmp_path], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    figures.main([str(tmp_path)])
     for name in ("splice.png", "stages.png"):
         with Image.open(tmp_path / name) as made, Image.open(ROOT / "docs" / name) as kept:
             assert made.size == kept.size, f"run python -m toy.figures: {name}"
