@@ -426,7 +426,7 @@ def load(cls, folder, dtype=torch.float32):
     the folder holds no checkpoint, ValueError for keys that are missing or left over.
     """
     if has_file(folder, "adapter_config.json") and not has_file(folder, "config.json"):
-        model = load_adapter(cls, folder, dtype or torch.float32)
+        model = load_adapter(cls, folder, dtype)
     else:
         model = load_whole(cls, folder, dtype)
     if has_file(folder, "generation_config.json"):
