@@ -172,14 +172,11 @@ def bare_question(prompt):
 def match_answers(wanted, found, source, missing_ok=False):
     """The values of `found`, [(key, value), ...], in the order of the keys that are wanted.
 
-    What is asked more than once is found in order. Raises ValueError, see `check_ids`; with
-    `missing_ok` a missing value is None.
+    Raises ValueError, see `check_ids`; with `missing_ok` a missing value is None.
     """
     check_ids(source, [key for key, _ in found], wanted, missing_ok)
-    left = defaultdict(list)
-    for key, value in reversed(found):
-        left[key].append(value)
-    return [left[key].pop() if left[key] else None for key in wanted]
+    values = dict(found)
+    return [values.get(key) for key in wanted]
 
 
 def with_texts(config, records, missing_ok=False):
