@@ -260,8 +260,6 @@ def convert_academic(config):
     groups, problems, left = group_by_picture(kind, records, config)
     shown = [f"{where}: {reason}" for where, reason in problems[:MOST_SHOWN]]
     n_bad = len({where for where, _ in problems})
-    if len(problems) > MOST_SHOWN:
-        shown.append(f"... and {len(problems) - MOST_SHOWN} more")
     if problems and not (config.skip_bad and groups):
         raise ValueError("\n".join([f"{n_bad:,} of {len(records):,} records are bad "
                                     "(--skip_bad leaves them out):", *shown]))
