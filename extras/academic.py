@@ -243,7 +243,7 @@ def items_of(kind, record, rng, left):
     if kind.split is not None:
         split = typed(record["split"], type(kind.split), "split")
         if split != kind.split:
-            left[f"of split {split}"] += 1
+            left[f"of split {split}, not {kind.split}"] += 1
             return []
     items = kind.items(record, kind)
     if not items:

@@ -137,7 +137,7 @@ def test_each_kind_of_file_is_known_by_its_form_and_not_by_its_name(kind, conver
     assert [texts(record) for record in records] == [expected]
     assert records[0].get("image") == image
     if kind == "OCR-VQA":
-        assert "\n1 of split 3\n" in printed, "the test's covers were not counted"
+        assert "\n1 of split 3, not 1\n" in printed, "the test's covers were not counted"
     if kind == "TextCaps":
         assert "\n1 about a picture that has one\n" in printed
 
@@ -347,12 +347,12 @@ def test_refcoco_is_read_from_its_pickle_and_from_json_alike(convert, tmp_path):
     """Every name that people gave, of the training split, at most ten in a conversation."""
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(REFS, protocol=2))
     records, printed = convert(None, INSTANCES, "--questions", tmp_path / "refs(unc).p")
-    assert printed.startswith("RefCOCO: 8 records, 0 left out\n1 of split val\n1 of split testA")
+    assert printed.startswith("RefCOCO: 8 records, 0 left out\n1 of split val, not train\n")
     assert [len(texts(r)) for r in records] == [20, 4]
     assert {r["image"] for r in records} == {"coco/train2017/000000000007.jpg"}
     assert any("[0.1, 0.35, 0.3, 0.65]" in text for text in texts(records[0]))
     assert convert(REFS, INSTANCES)[0] == records
-    with pytest.raises(ValueError, match="nothing in it to train on; found 1 of split val"):
+    with pytest.raises(ValueError, match="nothing in it to train on; found 1 of split val, not"):
         convert(REFS[6:], INSTANCES)
     with pytest.raises(ValueError, match="bbox, width, height in a file of their own"):
         convert(REFS)
