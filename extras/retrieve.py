@@ -335,8 +335,9 @@ def index_corpus(config):
         is_readable = features["image"].any(1)
         good = np.flatnonzero(is_readable)
         bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
-        left_out = read_lines(out / "left_out.jsonl", kind=list)
+        left_out = [tuple(row) for row in read_lines(out / "left_out.jsonl", kind=list)]
         left_out += [(pair.where, pair.problem()) for pair in bad]
+        left_out = list(dict.fromkeys(left_out))         # who runs it again finds them there
         for key in KEYS:
             index = build_index(features[key], good, kind_for(len(good)))
             faiss.write_index(index, str(out / f"{key}.faiss"))
