@@ -4,6 +4,7 @@ garbage. `python data.py check` prints what is found; train.py refuses to start 
 """
 import argparse
 import functools
+import itertools
 import os
 
 import numpy as np
@@ -38,27 +39,26 @@ def inspect_data(data, workers=0):
     no tokenizer, tokens are 0; where a sample is bad, all is 0 but MISSING.
     """
     problems = {}
-    names = {}                           # as an ordered set
+    images = {}                          # of each sample of good form
     for i, record in enumerate(data.records):
         problem = data.records.problem(i, record, data.folder)
         if problem:
             problems[i] = problem
         else:
-            names |= dict.fromkeys(record["image"])
+            images[i] = record["image"]
 
-    names = list(names)
+    names = list(dict.fromkeys(itertools.chain(*images.values())))
     look_up = functools.partial(inspect_picture, data.folder)
     pictures = dict(zip(names, map_items(look_up, names, workers, "pictures"), strict=True))
     table = np.zeros((len(data), 6), np.int32)
-    good = [i for i in range(len(data)) if i not in problems]
-    for i in good:
-        for name in data.records[i]["image"]:
+    for i, names_of_sample in images.items():
+        for name in names_of_sample:
             problem, is_missing = pictures[name]
             table[i, MISSING] += is_missing
             if problem:
                 problems.setdefault(i, problem)
 
-    good = [i for i in good if i not in problems]
+    good = [i for i in images if i not in problems]
     measure = functools.partial(measure_sample, data, reserved_words(data))
     measured = map_items(measure, good, workers, "samples")
     for i, (problem, row) in zip(good, measured, strict=True):

@@ -36,8 +36,6 @@ class Place(NamedTuple):
         unit = "row" if self.size is None else "byte"
         return f"{os.path.basename(self.file)}:{unit} {self.at}:{self.n or 0}"
 
-    __str__ = __repr__
-
     def read(self):
         """The picture as a file of its own would have it, in bytes. Raises OSError, ValueError."""
         if self.size is None:
