@@ -333,12 +333,12 @@ def run_ranks(folder, ranks, script, *argv):
     for rank in range(ranks):
         home = folder / f"rank_{rank}_of_{ranks}"
         home.mkdir()
-        environment = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in environment.items()}
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
         processes.append(start_script(home, script, *argv, environment=environment))
     for process in processes:
         process.join(200)
+        process.kill()                   # if it waits for a rank that is gone
     shown = [(folder / f"rank_{rank}_of_{ranks}/output").read_text() for rank in range(ranks)]
     assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(shown)[-5000:]
     return shown[0]
