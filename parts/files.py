@@ -6,6 +6,7 @@ import argparse
 import codecs
 import dataclasses
 import fcntl
+import functools
 import importlib
 import inspect
 import json
@@ -306,6 +307,7 @@ def typed_flags(config_class, argv, description):
     return vars(parser.parse_args(argv))
 
 
+@functools.cache
 def comments_of(config_class):
     """{field: the comment behind it} of a dataclass and the classes that it extends."""
     notes = {}
