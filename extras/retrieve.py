@@ -40,7 +40,7 @@ from parts.annotations import read_caption_pairs
 from parts.checkpoints import kind_of, load_part
 from parts.files import (
     check_least,
-    distinct_keys,
+    decode_json,
     library,
     lock_folder,
     read_lines,
@@ -182,7 +182,7 @@ def pairs_in_tar(path, left_out):
 def caption_in(record):
     """The caption in the .json of a shard, or None, also where it has two."""
     try:
-        return json.loads(record, object_pairs_hook=distinct_keys)["caption"]
+        return decode_json(record)["caption"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
