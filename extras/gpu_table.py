@@ -56,7 +56,8 @@ def plan_rows(config, memory):
     for size in config.sizes:
         ways = [way for way in WAYS if way != "full" or size != "7b" or memory >= FULL_7B]
         rows += [{"job": "train", "size": size, "way": way} for way in ways]
-        rows += [{"job": "answer", "size": size, "at_once": n} for n in (1, config.answers)]
+        at_once = sorted({1, config.answers})
+        rows += [{"job": "answer", "size": size, "at_once": n} for n in at_once]
     rows.sort(key=lambda row: row["size"] != "7b")       # the large model's come first
     modes = (False, True)[:1 + config.compile]           # and both modes of a row together
     return [{"job": "pictures"}, *(row | {"compiled": mode} for row in rows for mode in modes)]
