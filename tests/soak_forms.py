@@ -24,7 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from parts.files import run_main, typed_flags  # noqa: E402
+from parts.files import run_main, typed_flags, write_lines  # noqa: E402
 
 DISTINCT = 200                 # pictures; their bytes repeat
 LLM = ROOT / "toy" / "pretrained" / "llm"
@@ -69,11 +69,6 @@ def as_messages(turns, picture):
     return [{"role": "user", "content": [picture, text]}, *messages[1:]]
 
 
-def write_rows(rows, path):
-    with open(path, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def write_form(form, config, pictures, folder):
     """The file of a form; picture i is pictures[i % DISTINCT]."""
     path = folder / f"x.{'jsonl' if form in ('messages', 'urls') else form}"
@@ -82,12 +77,12 @@ def write_form(form, config, pictures, folder):
         rows = [{"id": i, "image": f"{i % DISTINCT}.jpg", "conversations": t} for i, t in samples]
         path.write_text(json.dumps(rows))
     elif form == "messages":
-        write_rows(({"images": [f"{i % DISTINCT}.jpg"], "messages": as_messages(
-            t, {"type": "image"})} for i, t in samples), path)
+        write_lines(path, ({"images": [f"{i % DISTINCT}.jpg"], "messages": as_messages(
+            t, {"type": "image"})} for i, t in samples))
     elif form == "urls":
         urls = ["data:image/jpeg;base64," + base64.b64encode(p).decode() for p in pictures]
-        write_rows(({"messages": as_messages(t, {"type": "image_url", "image_url": {
-            "url": urls[i % DISTINCT]}})} for i, t in samples), path)
+        write_lines(path, ({"messages": as_messages(t, {"type": "image_url", "image_url": {
+            "url": urls[i % DISTINCT]}})} for i, t in samples))
     elif form == "parquet":
         import pyarrow
         import pyarrow.parquet
