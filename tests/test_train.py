@@ -458,15 +458,15 @@ def test_a_killed_run_goes_on_bit_for_bit(flags, straight, tmp_path):
 def test_a_kill_behind_a_state_loses_no_validation(flags, chats, tmp_path):
     """Its record is there before the state is; and no more states stay than --keep."""
     out = tmp_path / "out"
-    more = ["--data", chats / "chat.json", "--val_samples", 15, "--save_every", 2, "--max_steps", 4]
+    more = ["--data", chats / "chat.json", "--val_samples", 15, "--save_every", 2, "--max_steps", 6]
     argv = flags(out, *STAGE[2], *more)
     state = out / "train_state" / "step_00000002"
     assert killed_when(state.exists, tmp_path, argv), "it ended before the kill"
     shutil.copytree(state, state.with_name("step_00000001"))
     assert train.main([*argv, "--resume"]) == 0
-    assert os.listdir(out / "train_state") == ["step_00000004"]
+    assert os.listdir(out / "train_state") == ["step_00000006"]
     found = [record["step"] for record in lines(out / "log.jsonl") if "val_loss" in record]
-    assert sorted(set(found)) == [2, 4]
+    assert sorted(set(found)) == [2, 4, 6]
 
 
 def test_a_state_is_what_training_had_come_to_while_it_goes_on(flags, tmp_path):
