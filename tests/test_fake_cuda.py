@@ -88,30 +88,26 @@ def waits(steps):
     return [sum(step.values()) for step in steps]
 
 
-def test_every_kind_of_training_waits_for_the_device_once_a_step(library, flags, tmp_path):
-    """Both stages, adapters in fp16, and NeXT, whose g trains, in steps of several micro-batches:
-    autocast, fused AdamW, validation; the loss and the gradient's norm are read together. A planted
-    wait in each micro-batch is found with its line, and so is a tensor that is left on the CPU."""
+def test_every_kind_of_training_waits_for_the_device_once_a_step(
+        library, flags, retrieved, clip, tmp_path):
+    """Both stages, adapters in fp16, NeXT, whose g trains, in steps of several micro-batches, and
+    REACT: autocast, fused AdamW, validation; the loss and the gradient's norm are read together. A
+    planted wait in each micro-batch is found with its line, and a tensor left on the CPU, too."""
     more = ["--max_steps", 3, "--micro_batch_tokens", 700]
     one, two = test_train.STAGE[1], test_train.STAGE[2]
     adapters = ["--init", tmp_path / "one", *test_train.LORA, "--dtype", "fp16"]
+    react = test_react.training(retrieved, clip, tmp_path / "react", "--device", "cuda")
     runs = [("train", flags(tmp_path / "one", *one, *more), ""),
             ("train", flags(tmp_path / "two", *two, *more, "--val_samples", 3), ""),
             ("train", flags(tmp_path / "adapters", *two, *adapters, *more), ""),
             ("train", flags(tmp_path / "next", *test_train.STAGE["NeXT"], *more), ""),
+            ("extras.react", react, ""),
             ("train", flags(tmp_path / "wait", *one, *more), "new['X_v'].sum().item()"),
             ("train", flags(tmp_path / "CPU", *one, *more), "new['X_v'] = batch['X_v']")]
     *fine, slow, wrong = printed(library, TRAIN.format(runs=runs))
-    assert list(map(waits, fine)) == 4 * [[1, 1]], fine
+    assert list(map(waits, fine)) == [*4 * [[1, 1]], [1] * 5], fine
     assert min(waits(slow)) > 2 and "train.py" in str(slow), slow
     assert "all tensors must be on the same device" in wrong
-
-
-def test_react_waits_for_the_device_once_a_step(library, retrieved, clip, tmp_path):
-    """The loss, tau and the norm."""
-    argv = test_react.training(retrieved, clip, tmp_path / "out", "--device", "cuda")
-    [steps] = printed(library, TRAIN.format(runs=[("extras.react", argv, "")]))
-    assert waits(steps) == [1] * 5, steps
 
 
 def test_answers_are_the_CPUs_and_no_mask_meets_grouped_queries(library):
