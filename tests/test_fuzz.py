@@ -86,7 +86,8 @@ RESULTS = ("instruct.json", "pairs.tsv", "pairs.jsonl")
 SCIENCE = ("problems.json", "pid_splits.json")
 LABELS = " ".join(f"{split}.jsonl" for split in SPLITS)
 COMMANDS = f"""
-    data check chat.json --images . --workers 0 --llm LLM
+    data stats chat.json --images . --workers 0 --llm LLM
+    data show chat.json --images . --llm LLM --index 1
     {INSTRUCT} contexts.jsonl
     {INSTRUCT} captions.json --instances boxes.json
     generate_data expand --out out --pairs pairs.jsonl
