@@ -213,14 +213,19 @@ class ReactSteps(Dataset):
 
 
 def read_retrieved(folder):
-    """(report.json, corpus, pairs (n,)) of what was retrieved. ValueError for another corpus."""
+    """(report.json, corpus, pairs (n,)) of what was retrieved. ValueError if they do not match."""
     path = Path(folder, "report.json")
-    report = typed_fields(read_value(path), path, index=str, crc=int, corpus=int, queries=int)
+    report = typed_fields(read_value(path), path, index=str, crc=int, pairs=int, corpus=int,
+                          queries=int)
     facts, corpus, _ = open_index(report["index"])
     if facts["crc"] != report["crc"]:
         raise ValueError(f"{path} is of another corpus than {report['index']}; retrieve again")
     path = Path(folder, "retrieved.jsonl")
     pairs = [typed(row.get("pair"), int, f"{path}: pair") for row in read_lines(path)]
+    known = {i for i in pairs if 0 <= i < len(corpus)}
+    if not len(known) == len(pairs) == report["pairs"]:
+        raise ValueError(f"{path}: {len(pairs)} rows name {len(known)} of the {len(corpus)} pairs "
+                         f"of the corpus, and report.json says {report['pairs']}; retrieve again")
     return report, corpus, np.array(pairs)
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from parts.annotations import read_caption_pairs
-from parts.checkpoints import kind_of, load_part
+from parts.checkpoints import kind_of, load_part, named_errors
 from parts.files import (
     check_least,
     decode_json,
@@ -481,9 +481,12 @@ def queries_of(classes, templates):
 
 def find_pairs(config, queries, v, good):
     """{pair: {class: [(template, key, score), ...]}} of all that the queries v (Q, D) hit."""
+    faiss = import_faiss()
     hits = {}
     for key in config.keys:
-        index = import_faiss().read_index(os.path.join(config.index, f"{key}.faiss"))
+        path = os.path.join(config.index, f"{key}.faiss")
+        with named_errors(f"{path} cannot be read; index the corpus again"):
+            index = faiss.read_index(path)
         scores, rows = search_index(index, v, config.k)
         for q, (name, t, _) in enumerate(queries):
             for score, row in zip(scores[q].tolist(), rows[q].tolist(), strict=True):

@@ -247,13 +247,19 @@ def test_two_ranks_customise_as_one(retrieved, clip, tmp_path):
 
 
 def test_a_customisation_that_cannot_be_right_does_not_start(retrieved, clip, tmp_path):
-    """A batch larger than the pairs, wrong types, pairs of another corpus, a folder with a run."""
+    """A batch larger than the pairs, rows that are no pairs, doubled, missing or of another type,
+    pairs of another corpus, a folder with a run."""
     folder = shutil.copytree(retrieved, tmp_path / "pairs")
 
     def is_refused(message, *more):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             react.main(training(folder, clip, tmp_path / "out", *more))
     is_refused("at most the", "--global_batch_size", "4096")
+    rows = (folder / "retrieved.jsonl").read_text().splitlines(keepends=True)
+    for changed in ([*rows[1:], '{"pair": 64}\n'], [*rows[1:], '{"pair": -3}\n'], rows + rows[:1],
+                    [*rows[1:], rows[1]], rows[1:]):
+        (folder / "retrieved.jsonl").write_text("".join(changed))
+        is_refused("retrieved.jsonl: .*; retrieve again")
     (folder / "retrieved.jsonl").write_text('{"pair": "3"}\n')
     is_refused("pair: '3' where a whole number belongs")
     test_retrieve.change_facts(folder / "report.json", crc=1)

@@ -171,6 +171,19 @@ def test_members_that_are_no_files_are_left_out_and_counted(tmp_path):
     assert "No such file" in pair.problem()
 
 
+@pytest.mark.parametrize("row, says", [
+    ({"image": "../a.png", "caption": "x"}, "'../a.png' leaves the image folder"),
+    ({"image": 7, "caption": "x"}, "c.json, line 2: .*image: 7 where text belongs"),
+    ({"image": "a.png", "caption": None}, "c.json, line 2: .*caption: None where text belongs"),
+    (5, "c.json, line 2: .*5 where an object belongs")])
+def test_a_row_of_a_list_that_is_no_pair_is_an_error(tmp_path, row, says):
+    """A list is written by a program: what is wrong with one row is wrong with many."""
+    rows = [json.dumps({"image": "a.png", "caption": "fine"}), json.dumps(row)]
+    (tmp_path / "c.json").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=says):
+        list(retrieve.read_pairs([str(tmp_path / "c.json")], tmp_path, []))
+
+
 # -----------------------------------------------------------------------------
 # Index
 
@@ -299,7 +312,8 @@ def change_facts(path, **facts):
 
 
 def test_what_does_not_belong_together_is_refused(clip, corpus, index, tmp_path):
-    """A class there twice, no template, features of another model, a corpus that has changed."""
+    """A class there twice, no template, features of another model, a damaged index, a corpus that
+    has changed."""
     folder = shutil.copytree(index, tmp_path / "index")
 
     def is_refused(message, clip=clip, folder=folder, **flags):
@@ -311,6 +325,9 @@ def test_what_does_not_belong_together_is_refused(clip, corpus, index, tmp_path)
     is_refused("is no template", templates=corpus / "classes.txt")
     is_refused("is not the model that", clip=save_clip(tmp_path / "clip", seed=1))
     is_refused("No such file.*index.json", folder=tmp_path)
+    for content in (b"none", (index / "image.faiss").read_bytes()[:-9]):
+        (folder / "image.faiss").write_bytes(content)
+        is_refused("image.faiss cannot be read; index the corpus again")
     change_facts(folder / "index.json", corpus={__file__: 1})
     is_refused("is not of this corpus any more")
     change_facts(folder / "index.json", done="64")
