@@ -1,6 +1,7 @@
-"""docs/course.md: labs name what there is, their changes apply."""
+"""docs/course.md: labs name what there is, their changes apply and do what they say."""
 import ast
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 from conftest import ROOT
 
 from extras.benchmarks import main as benchmarks
-from parts.files import read_lines, read_value, write_lines
+from parts.checkpoints import load_tokenizer
+from parts.files import IGNORE, IMAGE, read_lines, read_value, write_lines
 from toy.course import SPLITS
 from toy.course import main as course
+from toy.world import Scene, Thing, picture_name, read_coco
 from toy.world import main as world
-from toy.world import picture_name, read_coco
 
 PAGE = Path(ROOT, "docs/course.md").read_text(encoding="utf-8")
 LABS = dict(re.findall(r"^## (\d+\. .*?)\n(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE))
@@ -20,6 +22,51 @@ CHANGES = {text.split(":")[0]: text
            for text in re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)}
 PARTS = ("Question", "Read", "Predict", "Minutes", "Measured", "In the text",
          "Where the miniature differs")
+PRETRAINED = Path(ROOT, "toy/pretrained")
+
+
+# What is so after a change, and not before; run(file) gives what a file defines.
+
+
+def trains_everything(run):
+    model = run("model.py")["LLaVA"].from_parts(str(PRETRAINED / "clip"), str(PRETRAINED / "llm"))
+    stage1 = run("train.py")["RECIPES"]["toy"]["stage1"]
+    trains = any(name.startswith("f_phi") for name in model.set_stage(1))
+    return trains and (stage1["lr_W"], stage1["lr"]) == (1e-2, 5e-4)
+
+
+def scores_all_words(run):
+    tokenizer = load_tokenizer(str(PRETRAINED / "llm"))
+    turns = [("Is it?<image>", False), ("Yes.", True)]
+    ids, labels = run("data.py")["encode"](turns, tokenizer, [3])
+    never = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.bos_token_id
+    return labels == [IGNORE if i in never else i for i in ids]
+
+
+def draws_the_place(run):
+    return run("train.py")["RECIPES"]["toy"]["image_position"] == "random"
+
+
+def puts_the_image_last(run):
+    turns = [{"from": "human", "value": "<image>\nWhy?"}]
+    return run("data.py")["arrange"](turns, "first", None)[0]["value"] == "Why?\n<image>"
+
+
+def asks_with_the_image_last(run):
+    return run("sample.py")["human_turn"]("Why?", 1)["value"] == "Why?\n<image>"
+
+
+def prefers_the_first(run):
+    scene = Scene((Thing("red", "star", (2, 2, 10, 10)),))
+    answers = {"Assistant 1": "The star is blue.", "Assistant 2": "The star is blue."}
+    words = run("toy/teacher.py")["review"]("What colour is the star?", answers, scene)
+    first, second = map(float, words.split()[:2])
+    return first == second + 2
+
+
+CLAIMS = {"unfrozen": trains_everything, "labels": scores_all_words, "random": draws_the_place,
+          "last": puts_the_image_last, "asked_last": asks_with_the_image_last,
+          "first_wins": prefers_the_first}
 
 
 def test_there_are_twelve_short_labs_with_all_their_parts():
@@ -48,12 +95,12 @@ def test_the_script_and_the_page_have_the_same_changes():
     script = Path(ROOT, "runs/course.sh").read_text(encoding="utf-8")
     used = set(re.findall(r"\bchanged (\w+) ", script.split("\nlab() {")[1]))
     used |= set(re.search(r"for place in (.*?);", script)[1].split())
-    assert used == set(CHANGES)
+    assert used == set(CHANGES) == set(CLAIMS)
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_small_and_applies(name, tmp_path):
-    """At most ten changed lines, to the code as it is."""
+def test_a_change_is_small_and_does_what_its_lab_says(name, tmp_path):
+    """At most ten changed lines, to the code as it is, in which the claim is not so."""
     changed = re.findall(r"^[+-](?!\+\+|--)", CHANGES[name], re.MULTILINE)
     assert 0 < len(changed) <= 10
     files = re.findall(r"^--- a/(\S+)", CHANGES[name], re.MULTILINE)
@@ -61,8 +108,8 @@ def test_a_change_is_small_and_applies(name, tmp_path):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(Path(ROOT, file).read_bytes())
     subprocess.run(["git", "apply"], input=CHANGES[name], text=True, cwd=tmp_path, check=True)
-    for file in files:
-        ast.parse((tmp_path / file).read_text(encoding="utf-8"))
+    for folder, holds in ((tmp_path, True), (Path(ROOT), False)):
+        assert CLAIMS[name](lambda file, folder=folder: runpy.run_path(str(folder / file))) == holds
 
 
 def test_pope_asks_for_what_is_there_and_for_what_is_not(tmp_path):
