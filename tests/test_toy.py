@@ -250,7 +250,7 @@ esac
 """
 
 
-def asked(script, tmp_path):
+def asked(script, tmp_path, **settings):
     """What a script of the toy asks of python, its commands as words; nothing of it is run."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir(exist_ok=True)
@@ -259,7 +259,7 @@ def asked(script, tmp_path):
     shutil.copy(f"{ROOT}/requirements.txt", tmp_path / "installed.txt")
     out = tmp_path / "out"               # of all scripts: what one makes, the next finds
     subprocess.run(["bash", f"{ROOT}/runs/{script}", str(out), "0"], check=True,
-                   env=os.environ | {"VENV": str(tmp_path), "OUT": str(out)})
+                   env=os.environ | {"VENV": str(tmp_path), "OUT": str(out)} | settings)
     lines = (out / "asked").read_text().splitlines()
     (out / "asked").unlink()
     return [shlex.split(line.replace(f"{out}/seed0/", "")) for line in lines]
@@ -295,3 +295,14 @@ def test_the_rows_of_the_toy_change_one_thing_each(tmp_path):
     assert [rows[name].projector for name in names] == ["linear"] * 3 + ["mlp2x_gelu"] * 3
     made = {word for command in road for word in command}
     assert made >= {f"exam_{way}-{name}.jsonl" for way in ("normal", "format") for name in names}
+
+
+def test_a_row_of_the_toy_runs_alone(tmp_path):
+    """Table 4's "no instruction tuning" needs stage 1 and the bench, and no stage 2; a row that
+    there is not stops the script."""
+    commands = asked("toy_ablations.sh", tmp_path, ROWS="stage1")
+    trained = [command[command.index("--out") + 1] for command in commands
+               if command[0] == "train.py"]
+    assert trained == ["stage1"]
+    with pytest.raises(subprocess.CalledProcessError):
+        asked("toy_ablations.sh", tmp_path, ROWS="stage2")
