@@ -487,7 +487,11 @@ def main(argv=None):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")      # Pillow's, about damaged pictures
     Image.MAX_IMAGE_PIXELS = None        # `ids_of` has the limit, for all of a request's
-    door = socket.create_server((config.host, config.port))
+    try:
+        door = socket.create_server((config.host, config.port))
+    except OSError as error:
+        raise ValueError(f"--host {config.host} --port {config.port}: {error}; take another "
+                         "port") from error
     app = Server(config)
     if config.allow_origin:
         app = CORSMiddleware(app, config.allow_origin, ["GET", "POST"], ["*"])
