@@ -418,11 +418,16 @@ def score_mmbench(config, labels):
         pairs.append(("unparsed", letter is None))
         groups[index % ROTATION][index] = letter == one_of(LETTERS, row.get("answer"), index)
     levels = []
+    easier = 0
     for index, rights in groups.items():
         row = rows[index]
+        easier += len(rights) < len(options_of(row))
         circular = all(rights.values())
         pairs += [("circular", circular), ("plain", rights[index])]
         levels += [(row[name], circular) for name in ("l2-category", "category") if row.get(name)]
+    if easier:
+        print(f"{easier} of {len(groups)} questions have fewer rows than options: `circular` is "
+              "easier for them")
     return tally(pairs) | tally(sorted(levels))
 
 

@@ -113,23 +113,27 @@ def test_mme_adds_the_share_of_pictures_that_are_all_right(tmp_path, flags, poin
 
 
 def write_mmbench(folder):
-    """Two questions with two options: index and index + 1,000,000 are the same, rotated."""
+    """Two questions with two rows: index and index + 1,000,000 are the same, rotated. The second
+    has a third option."""
     head = "index question hint A B C D answer category image source l2-category comment split"
     rows = [head.split()]
     for index, a, b, answer, image in ((7, "dog", "cat", "A", PICTURE), (8, "1", "2", "B", "7"),
                                        (1_000_007, "cat", "dog", "B", "7"),
                                        (1_000_008, "2", "1", "A", "7")):
-        rows.append([str(index), "Which?", "nan", a, b, "nan", "", answer, "kind", image, "s",
-                     "level", "c", "dev"])
+        c = "3" if a in "12" else "nan"
+        rows.append([str(index), "Which?", "nan", a, b, c, "", answer, "kind", image, "s", "level",
+                     "c", "dev"])
     write_tsv(folder / "dev.tsv", rows)
 
 
-def test_mmbench_counts_a_question_only_if_each_rotation_is_right(tmp_path):
-    """An answer may be a sentence; "A" among many words is an article; an option's text counts."""
+def test_mmbench_counts_a_question_only_if_each_rotation_is_right(tmp_path, capsys):
+    """An answer may be a sentence; "A" among many words is an article; an option's text counts.
+    Where a rotation is missing, chance is right more often."""
     write_mmbench(tmp_path)
     answers = {7: "(A)", 8: "B", 1_000_007: "A thing of sorts", 1_000_008: "The answer: A."}
     scores = score(tmp_path, "mmbench", answers, "--upload", tmp_path / "up.xlsx", labels="dev.tsv")
     assert scores == {"circular": 50, "plain": 100, "unparsed": 25, "kind": 50, "level": 50}
+    assert "1 of 2 questions have fewer rows than options" in capsys.readouterr().out
     head, first, *_ = openpyxl.load_workbook(tmp_path / "up.xlsx").active.values
     assert head == tuple("index question A B C D prediction answer split".split())
     assert first[6] == "(A)"
