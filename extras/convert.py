@@ -330,6 +330,8 @@ def original_view(raw, folder):
     pinpoints = json.dumps(raw.get("image_grid_pinpoints"))      # [[336, 672], ...], or it as text
     sides = [int(side) for side in re.findall(r"\d+", pinpoints)]
     pairs = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]   # (width, height)
+    if raw["minllava"].get("aspect") == "anyres_hf":             # of a folder that was ours
+        return {"aspect": "anyres_hf", "tiling": {"pinpoints": [pair[::-1] for pair in pairs]}}
     return {"aspect": "anyres", "tiling": {"pinpoints": pairs}}
 
 
@@ -496,7 +498,8 @@ def original_config(config, meta, ours, rows):
         "mm_projector_type": checkpoints.projector_of(config),
         "mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": meta.get("im_start_end", False), "mm_use_im_patch_token": False,
-        "image_aspect_ratio": ORIGINAL_ASPECT[meta["aspect"]], "minllava": ours}
+        "image_aspect_ratio": ORIGINAL_ASPECT[meta["aspect"]],
+        "minllava": ours | {"aspect": meta["aspect"]}}
     if meta["tiling"]:                                   # (width, height), as the original reads
         pinpoints = [pair[::-1] for pair in checkpoints.hf_pinpoints(meta)]
         original |= {"image_grid_pinpoints": pinpoints, "mm_patch_merge_type": "spatial_unpad"}
