@@ -652,6 +652,18 @@ def adapter_settings(folder):
     return config
 
 
+def check_adapter(tensors, config, folder):
+    """Raises ValueError if an adapter's adapter_config.json does not go with its tensors."""
+    rows = {len(A) for name, A in tensors.items() if ".lora_A." in name}
+    if rows != {config["r"]}:            # the scale, alpha / r, would be another one
+        raise ValueError(f"{folder}: adapter_config.json says r {config['r']}, A in "
+                         f"adapter_model.safetensors has {sorted(rows)} rows; put its r there")
+    if LINEAR_1 + "weight" in tensors and not config.get("modules_to_save"):
+        raise ValueError(f"{folder}: adapter_config.json says modules_to_save None, but there is a "
+                         "multi_modal_projector in adapter_model.safetensors, which PEFT would "
+                         "leave out; put its name there")
+
+
 @torch.no_grad()
 def load_adapter(cls, folder, dtype):
     """An adapter's base with the adapter merged; W, tokenizer and meta become the adapter's.
@@ -669,6 +681,7 @@ def load_adapter(cls, folder, dtype):
     model = load(cls, base, dtype or torch.float32)
     tensors = load_tensors(Path(folder, "adapter_model.safetensors"))
     new = hf_keys({name.removeprefix(PEFT): value for name, value in tensors.items()})
+    check_adapter(new, config, folder)
     state = to_hf_keys(model, model.state_dict())
     with named_errors(f"{folder}: an adapter of another model; pass its base, {base!r}"):
         scale = config["lora_alpha"] / config["r"]

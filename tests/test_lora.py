@@ -16,7 +16,8 @@ from parts.ranks import Machine
 
 # qwen2 has biases, qwen3 and gemma3 more norms; phi3 has fewer, wider layers
 FAMILIES = pytest.mark.parametrize("family, tied", [
-    ("llama", False), ("qwen2", True), ("qwen3", False), ("gemma3", True), ("phi3", False)])
+    ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False), ("gemma3", True),
+    ("phi3", False)])
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
@@ -86,6 +87,23 @@ def test_an_adapter_adds_alpha_over_r_B_A_x():
         want = bias[j] + sum(w * v for w, v in zip(W_0[j], x.tolist(), strict=True))
         want += 6 / 3 * sum(b * v for b, v in zip(B[j], low, strict=True))
         assert abs(got - want) < 1e-5, f"output {j} is {got}, by hand {want}"
+
+
+def test_A_starts_as_in_released_runs_and_dropout_thins_what_it_sees_alone():
+    """A is uniform within 1 / sqrt(in), B zero. W_0 sees all of x; of what A sees a share p is 0
+    and the rest is divided by 1 - p, so that training sees the sizes of inference."""
+    torch.manual_seed(0)
+    layer = LoRA(torch.nn.Linear(400, 5), rank=64, alpha=128, dropout=0.25)
+    A, bound = layer.lora_A.detach(), 400 ** -0.5
+    assert not layer.lora_B.any() and 0.99 * bound < A.abs().max() <= bound
+    assert abs(A.std().item() - bound / 3 ** 0.5) < 0.02 * bound, "A is not uniform over its range"
+    layer.lora_A.data = torch.eye(64, 400)                   # A x is the first 64 of x's numbers
+    layer.lora_B.data = torch.zeros(5, 64).fill_diagonal_(1.0)
+    x = torch.ones(4000, 400)
+    update = (layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)) / 2
+    kept = update > 0.5
+    torch.testing.assert_close(update, kept / 0.75, atol=1e-5, rtol=0)
+    assert abs(kept.float().mean().item() - 0.75) < 0.02, "not a share of 0.25"
 
 
 # -----------------------------------------------------------------------------
@@ -160,6 +178,12 @@ def test_merged_and_unmerged_logits_agree(family, tied, tmp_path):
     """W_0 + (alpha / r) B A is a plain checkpoint: for us, for transformers, and made of the
     adapter's folder."""
     model, base, adapter = saved_adapter(tmp_path, family, tied)
+    kept = load_file(adapter / "adapter_model.safetensors")
+    for name, p in theta_of(model).items():
+        if "lora_" in name:
+            name = name.replace("f_phi.model.", "base_model.model.model.language_model.")
+            assert torch.equal(kept[f"{name}.weight"], p), f"{name} is another one in its folder"
+    assert json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"] == 0.05
     want = logits(model)
     assert (want - logits(LLaVA.from_pretrained(base))).abs().max() > 0.5, "they do nothing"
     before = copied(model)
@@ -209,7 +233,8 @@ def test_an_adapter_on_another_model_is_refused(tmp_path):
     ("adapter_config.json", {"alpha_pattern": {"q_proj": 4}}, ["alpha_pattern"]),
     ("adapter_config.json", {"peft_type": "LOHA"}, ["peft_type 'LOHA'"]),
     ("adapter_config.json", {"r": "4"}, ["r: '4'", "a whole number"]),
-    ("adapter_config.json", {"r": 0}, ["zero"]),
+    ("adapter_config.json", {"r": 8}, ["r 8", "[4] rows"]),
+    ("adapter_config.json", {"modules_to_save": None}, ["modules_to_save None", "projector"]),
     ("adapter_config.json", {"lora_alpha": None}, ["lora_alpha: None", "a number"]),
     ("minllava.json", {"template": []}, ["template []"]),
     ("minllava.json", {"aspect": "anyres"}, ["'anyres'", "tiling"])])
