@@ -1,4 +1,6 @@
 """The engine gives model.generate's tokens: in a batch or alone, in a chat or from its start."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import byte_tokenizer, chat, noise, tiny_clip, tiny_llava, tiny_llm
@@ -8,7 +10,7 @@ from data import collate, sample_of
 from model import LLaVA
 from parts import decoders
 from parts.decoders import Fast, Plain, decoder_for
-from parts.engine import Engine
+from parts.engine import Engine, Prefix
 from parts.ranks import ANSWERING
 from parts.templates import TEMPLATES
 from parts.views import view_of
@@ -107,10 +109,13 @@ def test_what_is_not_written_out_runs_on_the_modules_of_transformers(window, kin
 
 
 def compile_with(monkeypatch, backend):
-    """torch.compile without the minutes of its own backend."""
+    """torch.compile without the minutes of its own backend, asked as its CUDA graphs are."""
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile",
-                        lambda f, mode, **more: compiled(f, backend=backend, **more))
+
+    def compile_(f, **asked):
+        assert asked == {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
+        return compiled(f, backend=backend, dynamic=False, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_)
 
 
 @pytest.mark.slow
@@ -256,6 +261,20 @@ def test_two_conversations_at_once_keep_their_caches(monkeypatch):
             if len(texts) > 1:
                 assert calls[0][1] < 100, "the other conversation took this one's cache"
             texts += [answer, "Why?"]
+
+
+def test_a_prefix_cuts_no_picture_and_leaves_a_token_to_compute():
+    """A tuple is a picture's token, (its number, its name)."""
+    a, b, again = (0, "a"), (0, "b"), (1, "a")
+    prefix = Prefix([1, 2, a, a, 3, 4])
+    prefix.cache = SimpleNamespace(length=6)
+    assert prefix.shared([1, 2, a, a, 3, 4, 5]) == 6
+    assert prefix.shared([1, 2, a, a, 3, 4]) == 5, "the next word would be seen from nowhere"
+    assert prefix.shared([1, 2, b, b, 3, 4, 5]) == 2
+    assert prefix.shared([1, 2, a, a, again, again, 5]) == 4
+    assert prefix.shared([1, 2, a, a, a, 5]) == 2, "a picture of other tokens"
+    assert prefix.shared([1, 2, a, a]) == 2, "a prompt that ends in its picture"
+    assert prefix.shared([1, 2, 5]) == 2
 
 
 # -----------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_a_sample_is_the_same_in_every_form(form, chats):
             assert torch.equal(got[key], want[key]), f"{form}: {key} of sample {i}"
 
 
-@pytest.mark.parametrize("form", [webdataset], indirect=True)
+@pytest.mark.parametrize("form", [folder_of_parquet, webdataset], indirect=True)
 def test_a_run_on_shards_has_the_losses_of_the_json(form, parts, chats, tmp_path):
     """From the command line, with a process that decodes, and a validation."""
     logs = []

@@ -10,7 +10,9 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,15 +303,18 @@ machine.finish()
 
 
 @pytest.mark.slow
-def test_a_rank_that_shards_never_holds_the_whole_model(flags, tmp_path):
+@pytest.mark.parametrize("init", ["none", "stage1"])
+def test_a_rank_that_shards_never_holds_the_whole_model(init, flags, tmp_path):
     """Two gloo processes: each holds its half in fp32, and a layer at a time. Eight whole copies of
     7B in fp32 would be 216 GB of a machine's memory."""
     llm = LlamaForCausalLM(LlamaConfig(
         vocab_size=320, hidden_size=512, intermediate_size=2048, num_hidden_layers=24,
         num_attention_heads=8, bos_token_id=1, eos_token_id=2, pad_token_id=0))
     parts = save_parts(tmp_path, llm.to(torch.bfloat16))
-    LLaVA.from_parts(str(parts / "clip"), str(parts / "llm")).save_pretrained(tmp_path / "one")
-    argv = flags(tmp_path / "out", *STAGE[2], "--init", tmp_path / "one")
+    argv = flags(tmp_path / "out", *STAGE[2], "--vision", parts / "clip", "--llm", parts / "llm")
+    if init == "stage1":
+        LLaVA.from_parts(str(parts / "clip"), str(parts / "llm")).save_pretrained(tmp_path / "one")
+        argv = flags(tmp_path / "out", *STAGE[2], "--init", tmp_path / "one")
     (tmp_path / "loading.py").write_text(LOADING)
     shown = run_ranks(tmp_path, 2, str(tmp_path / "loading.py"), *argv)
     peak, whole = map(int, re.search(r"peak (\d+) of (\d+) MB", shown).groups())
@@ -465,8 +470,10 @@ def test_a_kill_behind_a_state_loses_no_validation(flags, chats, tmp_path):
     shutil.copytree(state, state.with_name("step_00000001"))
     assert train.main([*argv, "--resume"]) == 0
     assert os.listdir(out / "train_state") == ["step_00000006"]
-    found = [record["step"] for record in lines(out / "log.jsonl") if "val_loss" in record]
-    assert sorted(set(found)) == [2, 4, 6]
+    train.main(flags(tmp_path / "whole", *STAGE[2], *more))
+    found, want = ([(record["step"], record["val_loss"]) for record in lines(folder / "log.jsonl")
+                    if "val_loss" in record] for folder in (out, tmp_path / "whole"))
+    assert [step for step, _ in want] == [2, 4, 6] and set(found) == set(want)
 
 
 def test_a_state_is_what_training_had_come_to_while_it_goes_on(flags, tmp_path):
@@ -857,7 +864,9 @@ def test_another_feature_layer_is_used_and_stored(flags, straight, tmp_path):
             train.main(flags(tmp_path / "two", "--stage", 2, "--init", init, flag, value))
 
 
-FAMILY = {"anyres": NEXT, "LoRA": LORA, "4_bits": [*LORA, "--dtype", "nf4"]}
+TWO_LAYERS = ["--projector", "mlp2x_gelu", "--aspect"]
+FAMILY = {"pad": [*TWO_LAYERS, "pad"], "hd": [*TWO_LAYERS, "hd_tiles"], "anyres": NEXT,
+          "LoRA": LORA, "4_bits": [*LORA, "--dtype", "nf4"]}
 
 
 @pytest.mark.slow
@@ -926,6 +935,17 @@ def test_a_finished_checkpoint_brings_its_own_ways(flags, tmp_path, capsys):
     assert model.meta["aspect"] == "pad" and model.newline is None
 
 
+def test_a_rate_or_a_length_of_0_is_not_the_default(flags, parts, tmp_path):
+    """What a user typed counts, 0 as well: no step is taken, or nothing moves."""
+    want = LLaVA.from_parts(str(parts / "clip"), str(parts / "llm")).f_phi.state_dict()
+    for argv, n in ((["--max_steps", 0], 0), (["--lr", 0, "--max_steps", 1], 1)):
+        out = tmp_path / str(n)
+        train.main(flags(out, *STAGE[2], *argv))
+        assert log_size(out) == n
+        got = LLaVA.from_pretrained(out).f_phi.state_dict()
+        assert all(torch.equal(got[name], p) for name, p in want.items())
+
+
 # -----------------------------------------------------------------------------
 # --track: nothing leaves a run unless it is asked for
 
@@ -944,6 +964,24 @@ def test_tensorboard_gets_the_numbers_of_the_log(flags, tmp_path):
         want = [(record["step"], record[key]) for record in log if key in record]
         assert [step for step, _ in found] == [step for step, _ in want] and want
         assert [value for _, value in found] == pytest.approx([value for _, value in want])
+
+
+def test_wandb_gets_the_numbers_of_the_log_and_is_finished(flags, tmp_path, monkeypatch):
+    """A stand-in keeps what a run tells its library: init, each record by step, finish."""
+    told = []
+
+    def init(project, name, config):
+        told.append((project, name, config["lr"]))
+        return SimpleNamespace(log=lambda numbers, step: told.append((step, numbers)),
+                               finish=lambda: told.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    argv = flags(tmp_path / "out", *STAGE[1], "--val_samples", 3, "--max_steps", 2)
+    assert train.main([*argv, "--track", "wandb"]) == 0
+    log = lines(tmp_path / "out" / "log.jsonl")
+    want = [(record.pop("step"), {key: value for key, value in record.items() if key != "answers"})
+            for record in log]
+    assert told == [("minllava", str(tmp_path / "out"), 2e-2), *want, "finish"]
+    assert [step for step, _ in want] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
