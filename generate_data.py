@@ -24,7 +24,7 @@ from parts import annotations, client, files, scoring
 from parts.annotations import REJECTED
 from parts.client import Endpoint, Request
 from parts.files import IMAGE, PROMPTS
-from parts.replies import Replies, content_of, unfinished, words_of_refusal
+from parts.replies import Replies, content_of, labelled, unfinished, words_of_refusal
 
 TYPES = ("conversation", "detail_description", "complex_reasoning")     # 58K, 23K, 77K
 WRITE_IN = ("\n\nWrite in {}, whatever the language of the sentences. Only the words Question and "
@@ -165,37 +165,28 @@ class Reject(Exception):
     """Why a reply is no record; the reason is what it is counted under."""
 
 
-# At the head of a line: "Question:", "**Answer:**", "### Question 2:"; or by letters, "1. Q:", "A:"
-LABELS = [re.compile(rf"^[^\w\n]*(?:\d+\s*[.)]\W*)?{name}\W{{0,3}}[:：]\**", re.I | re.M)
-          for name in (r"(question|answer)\s*\d*", r"(q|a)\d*")]
 TITLE = re.compile(r"^\W*((detailed )?description|answer)\W*:\**", re.I)    # above a description
 RULE = re.compile(r"^\s*[=\-*_#]{3,}\s*$", re.M)                 # a line like ===, --- or ***
-
-
-def labelled(text):
-    """[question, answer, question, ...], by their labels. Raises Reject unless they take turns."""
-    for pattern in LABELS:                          # letters, where no word is a label
-        _, *pieces = pattern.split(text)            # before the first label there is chatter
-        labels = [label[0].lower() for label in pieces[::2]]
-        if "q" in labels:                           # else a line "A:" belongs to a description
-            parts = [part.strip() for part in pieces[1::2]]
-            if labels != ["q", "a"] * (len(labels) // 2) or "" in parts:
-                raise Reject("question and answer do not take turns")
-            return parts
-    return []
 
 
 def parse(kind, text):
     """What a teacher wrote -> [(question, answer), ...]; a description's question is None.
 
     The form asked for is "Question:\\n...\\n===\\nAnswer:\\n..."; "Q:" and markdown are read, too.
+    Raises Reject unless questions and answers take turns: a part of an answer would be lost.
     """
     text = RULE.sub("", text)
-    parts = labelled(text)
-    if kind == "detail_description":
-        parts = [None, parts[1] if parts else TITLE.sub("", text).strip()]
-    turns = [pair for pair in zip(parts[::2], parts[1::2], strict=True) if pair[1]]
-    return turns[:1] if kind == "complex_reasoning" else turns      # one is asked for
+    labels, parts = labelled(text)                  # "qaqa", [question, answer, ...]
+    if kind == "detail_description" and "q" not in labels:
+        labels, parts = "qa", [None, TITLE.sub("", text).strip()]
+    while labels.endswith("q") or parts[-1:] == [""]:       # a last question without its answer
+        labels, parts = labels[:-1], parts[:-1]
+    if labels != "qa" * (len(parts) // 2) or "" in parts:
+        raise Reject("question and answer do not take turns")
+    turns = list(zip(parts[::2], parts[1::2], strict=True))
+    if kind == "detail_description":                # its question is drawn, see make_record
+        turns = [(None, answer) for _, answer in turns]
+    return turns if kind == "conversation" else turns[:1]       # of the others one is asked for
 
 
 def read_turns(kind, reply):

@@ -111,3 +111,28 @@ def has_counts(usage):
     """Whether a reply's `usage` is an object whose counts of tokens are whole numbers."""
     names = ("prompt_tokens", "completion_tokens")
     return isinstance(usage, dict) and all(isinstance(usage.get(n) or 0, int) for n in names)
+
+
+# -----------------------------------------------------------------------------
+# Questions and answers in a reply
+
+# At the head of a line: "Question:", "**Answer:**", "### Question 2:", "1. Q:"
+LABEL = r"(?im)^[^\w\n]*(?:\d+\s*[.)]\W*)?(%s)\W{0,3}[:：]\**"
+
+
+def labelled(text):
+    """The labels of a text's parts, like "qaqa", and these parts; chatter before them is left out.
+
+    A letter is a label only where its word is none: an answer may list "A: red".
+    """
+    names = [word if re.search(LABEL % word, text) else rf"{word[0]}\d*"
+             for word in (r"question\s*\d*", r"answer\s*\d*")]
+    _, *pieces = re.split(LABEL % "|".join(names), text)
+    labels = "".join(label[0].lower() for label in pieces[::2])
+    parts = []
+    for part in pieces[1::2]:
+        part = part.strip()
+        if part.count("**") % 2:         # the end of a line that is bold as a whole, label and all
+            part = part.removesuffix("**").strip()
+        parts.append(part)
+    return labels, parts

@@ -162,6 +162,10 @@ def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
     ("conversation", "Question:\nWhy?\n===\nAnswer:\nSo.\n===\n", [("Why?", "So.")]),
     ("conversation", "Sure!\n**Question 1:** Why?\n**Answer 1:** So.\n### Question 2: Who?\n"
      "Answer: **I**", [("Why?", "So."), ("Who?", "**I**")]),
+    ("conversation", "**Question: Why?**\n**Answer: So.**\nQuestion: And then",
+     [("Why?", "So.")]),
+    ("conversation", "Question: Why?\nA: So.", [("Why?", "So.")]),
+    ("conversation", "Q: Why?\nAnswer: So.\nQ: Who?\nAnswer:", [("Why?", "So.")]),
     ("conversation", "1. Q: Why?\nA: The bus\nA 3:15 leaves.",
      [("Why?", "The bus\nA 3:15 leaves.")]),
     ("conversation", "Question: Which?\nAnswer: There are\nA: red\nB: blue",
@@ -176,9 +180,9 @@ def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
      [(None, "The board reads\nA: Monday\nB: Tuesday.")]),
     ("detail_description", "Question:\nWhat?\n===\nAnswer:\nA bus.", [(None, "A bus.")])])
 def test_what_models_write_is_understood(kind, text, turns):
-    """The form asked for, markdown, and letters, which are labels only where no word is one: else
-    an answer that lists "A: red" would end before it. A description is the text itself: its
-    question comes from our list, whatever heading a model writes."""
+    """The form asked for, markdown, a last question without its answer, and letters, which are
+    labels only where no word is one: else an answer that lists "A: red" would end before it. A
+    description is the text itself: its question comes from our list, whatever heading it has."""
     assert generate_data.parse(kind, text) == turns
 
 
@@ -197,8 +201,8 @@ def about(answer):
     ("A bus.", "MAX_TOKENS", "MAX_TOKENS"), ("A bus.", 5, "finish_reason 5"),
     ("<think>Question: What?\nAnswer: A bus.", "stop", "no question"),
     ("I'm sorry, I cannot help with that.", "stop", "refuses"),
-    (about("A bus.") + "\nQuestion: And then?", "stop", "take turns"),
-    (about("A bus.\nAnswer: Or a tram."), "stop", "take turns"), (about(""), "stop", "take turns"),
+    (about("A bus.\nAnswer: Or a tram."), "stop", "take turns"), (about(""), "stop", "no question"),
+    (about("\nQuestion: Who?\nAnswer: I."), "stop", "take turns"),
     ("Certainly!", "stop", "no question and answer")])
 def test_what_is_no_answer_about_the_picture_is_rejected_with_its_reason(text, finish, reason):
     """As if the assistant saw it; a half sentence would teach the model to stop in the middle."""
