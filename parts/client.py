@@ -37,6 +37,8 @@ AGAIN = "run the same command again, with the same flags: it asks only for the o
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
 MOST_BYTES = 2 ** 24           # of a reply; what is longer is no answer to anything we ask
 NO_ADDRESS = (exceptions.InvalidURL, exceptions.MissingSchema, exceptions.InvalidSchema)
+TORN = (exceptions.ChunkedEncodingError, exceptions.ContentDecodingError)
+BUSY = re.compile(r"overload|rate.?limit|unavailable|timed? ?out|try again|busy", re.I)
 THREAD = threading.local()     # what each thread asks has its own deadline
 
 
@@ -227,8 +229,11 @@ def ask(base_url, body, timeout=120):
     except (exceptions.RequestException, TryAgain) as error:
         if isinstance(error, NO_ADDRESS):
             raise
-        is_late = time.monotonic() - start > timeout
-        reason = "timeout" if is_late else masked(str(error), key)
+        reason = masked(str(error), key)
+        if time.monotonic() - start > timeout:
+            reason = "timeout"
+        elif isinstance(error, TORN):                     # whose words count the bytes of each
+            reason = "connection lost"
         raise TryAgain(reason) from error
     finally:
         if THREAD.deadline:
@@ -254,9 +259,10 @@ def read_body(response, key):
         content += part
         if len(content) > MOST_BYTES:
             raise TryAgain(f"a reply of more than {MOST_BYTES:,} bytes")
-    text = content.decode("utf-8-sig", "replace")
-    try:
-        return json.loads(masked(json.dumps(json.loads(text)), key))
+    text = content.decode("utf-8-sig", "replace") or response.headers.get("Location", "")
+    try:                                  # Python reads no more than 4,300 digits
+        value = json.loads(text, parse_int=lambda digits: int(digits[:20]))
+        return json.loads(masked(json.dumps(value), key))
     except (ValueError, RecursionError):
         return masked(text, key)
 
@@ -288,7 +294,7 @@ def read_refusal(response, value, where):
     code = response.status_code
     if code == 200 and isinstance(signs[0], int):         # some tell the code in the body only
         code = signs[0]
-    may_pass = code in (408, 409, 429) or code >= 500
+    may_pass = code in (408, 409, 429) or code >= 500 or (code == 200 and BUSY.search(words))
     if not may_pass or "insufficient_quota" in signs:
         raise ValueError(f"{where}: HTTP {code}: {words}")
     retry = Retry()
