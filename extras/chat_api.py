@@ -22,7 +22,6 @@ OTHERS = {               # the type of whatever else it may name
     "messages": list,
     "model": str,
     "user": str,
-    "answer": str,       # of /attention alone: what the model said
 }
 NOTHING = (None, False, 0, "", [], {})   # what asks for nothing, under any name
 NEUTRAL = {              # what asks for nothing, under names of this API and of what others add
@@ -31,7 +30,17 @@ NEUTRAL = {              # what asks for nothing, under names of this API and of
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",),
+    "best_of": (1,),
     "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "do_sample": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
 }
 MAX_STOPS = 16           # of a request, each
 MAX_STOP = 256           # characters long: they are looked for at every token
@@ -59,6 +68,14 @@ def object_of(data):
     if not isinstance(value, dict):
         raise Refusal("the request is not a JSON object")
     return value
+
+
+def answer_of(body):
+    """The answer that a request for attention holds, taken out: the chat API does not know it."""
+    answer = body.pop("answer", None)
+    if not isinstance(answer, str) or not answer.strip():
+        raise Refusal("answer is not the text of an answer")
+    return answer
 
 
 def brief(value):
@@ -125,6 +142,10 @@ def check_options(body):
         kinds = {int, type(low)}         # but no bool, which is an int to isinstance
         if value is not None and (type(value) not in kinds or not low <= value <= high):
             raise Refusal(f"{name} {brief(value)}: it is a number from {low} to {high}")
+    options = body.get("stream_options") or {}
+    check_names(options, {"include_usage"}, "stream_options: ")
+    if not isinstance(options.get("include_usage"), bool | None):
+        raise Refusal("stream_options: include_usage is neither true nor false")
 
 
 def sampling_of(body):

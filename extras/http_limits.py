@@ -85,6 +85,8 @@ def is_reached_at(host, names):
     Another name may be that of a foreign page, whose owner let it point to this machine afterwards
     (DNS rebinding): to a visitor's browser, the server would be part of that page.
     """
+    if set(host) & set("@/?#"):          # no name holds them, but urlsplit reads around them
+        return False
     name = ""
     try:
         name = urlsplit(f"//{host}").hostname or ""      # without its port

@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 try:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -88,9 +89,11 @@ class Config:
 
 
 def refusal_of(error):
-    """What to tell a client: only a Refusal's words were written for it."""
+    """What to tell a client: only a Refusal's words, and Starlette's, were written for it."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, HTTPException):
+        return Refusal(error.detail, status=error.status_code)
     return Refusal("the server failed; its own output says why", status=500)
 
 
@@ -234,7 +237,7 @@ class Server:
                   Route("/v1/chat/completions", self.completions, methods=["POST"]),
                   Route("/prompt", self.prompt, methods=["POST"]),
                   Route("/attention", self.attention, methods=["POST"])]
-        kinds = (Refusal, ClientDisconnect, Exception)
+        kinds = (Refusal, HTTPException, ClientDisconnect, Exception)
         self.app = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, send_refusal))
 
     async def __call__(self, scope, receive, send):
@@ -260,7 +263,7 @@ class Server:
             self.failures.add(trace)
             print(f"the server failed, {type(error).__name__}:\n{trace}", file=sys.stderr)
 
-    async def read(self, request):
+    async def read(self, request, with_answer=False):
         """What a request asks, as a ChatRequest, if there is room for it."""
         config = self.config
         client = request.client.host
@@ -275,17 +278,17 @@ class Server:
         if not request.headers.get("content-type", "").startswith("application/json"):
             # pages of others cannot send this from a visitor's browser
             raise Refusal("the request is not of Content-Type application/json", status=415)
-        return await asyncio.wrap_future(self.reader.submit(self.check, data))
+        return await asyncio.wrap_future(self.reader.submit(self.check, data, with_answer))
 
-    def check(self, data):
+    def check(self, data, with_answer):
         """Everything that could stop an answer is found here, in the reader's thread."""
         body = chat_api.object_of(data)
         if body.get("model") not in (None, self.name):
             raise Refusal(f"there is no model {chat_api.brief(body['model'])} here, but "
                           f"{self.name!r}", "model_not_found", 404)
+        answer = chat_api.answer_of(body) if with_answer else ""
         sampling = chat_api.sampling_of(body)
         conversation = chat_api.conversation_of(body.get("messages"))
-        answer = body.get("answer") or ""
         self.check_length([*conversation, (answer, [])])
         talker = self.talker
         turns, contents = [], {}
@@ -405,8 +408,6 @@ class Server:
     async def completions(self, request):
         """OpenAI's chat API: https://platform.openai.com/docs/api-reference/chat"""
         question = await self.read(request)
-        if question.answer:
-            raise Refusal("'answer' is not supported here, but in /attention")
         if self.config.moderation:
             await self.moderate_question(question)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()),
@@ -463,9 +464,7 @@ class Server:
 
     async def attention(self, request):
         """Where the model looked: at each word of `answer`, the pictures under its weights."""
-        question = await self.read(request)
-        if not question.answer.strip():
-            raise Refusal("answer is not the text of an answer")
+        question = await self.read(request, with_answer=True)
         return JSONResponse(await collect(request, self.line.run(self.looks(question))))
 
     def looks(self, question):

@@ -183,7 +183,9 @@ BAD = [
     ({"messages": ASK, "model": "gpt-4"}, 404, "no model 'gpt-4' here, but 'my_run'"),
     ({"messages": ASK, "temperature": float("nan")}, 400, "temperature nan: it is a number from"),
     ({"messages": ASK, "seed": True}, 400, "seed True"),
-    ({"messages": ASK, "answer": "So."}, 400, "'answer' is not supported"),
+    ({"messages": ASK, "answer": "So."}, 400, "'answer' is not supported.* taken are max_compl"),
+    ({"messages": ASK, "stream_options": {"include_usage": "yes"}}, 400, "neither true nor false"),
+    ({"messages": ASK, "stream_options": {"x": 3}}, 400, "stream_options: 'x' is not supported"),
     ({"messages": ASK, "stop": [""]}, 400, "stop"),
     ({"messages": ASK, "tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
     ("not JSON", 400, "not JSON.*line 1"), ("[" * 10 ** 5, 400, "not JSON.*recursion"),
@@ -205,13 +207,24 @@ def test_what_cannot_be_answered_is_an_error_in_the_form_of_the_api(body, status
     assert plain.status_code == 415, "any page in the same browser could use this server"
 
 
+def test_other_paths_methods_and_fields_are_refused_in_the_form_of_the_api(url):
+    """A client reads `error`, whatever it did wrong; an answer is a field of /attention alone."""
+    body = {"messages": ASK, "answer": "So."}
+    for reply, status in ((post(url, body, "/v1/completions"), 404),
+                          (post(url, body, "/prompt"), 400),
+                          (requests.get(url + "/v1/chat/completions", timeout=20), 405),
+                          (post(url, {"messages": ASK}, "/attention"), 400)):
+        assert reply.status_code == status and reply.json()["error"]["message"], reply.text
+
+
 def test_options_that_ask_for_nothing_are_taken(url, pictures):
     """Clients name options at their neutral values; some break the lines of base64."""
     head, data = data_url(pictures[1]).split(",")
     address = head + "," + "\r\n".join(data[i:i + 76] for i in range(0, len(data), 76))
     more = {"top_k": -1, "tool_choice": "none", "tools": [], "n": 1, "logprobs": False,
             "response_format": {"type": "text"}, "presence_penalty": 0, "repetition_penalty": 1.0,
-            "stream_options": None, "seed": None, "stop": None, "logit_bias": {}}
+            "stream_options": None, "seed": None, "stop": None, "logit_bias": {}, "best_of": 1,
+            "service_tier": "auto", "skip_special_tokens": True, "reasoning_effort": "none"}
     reply = post(url, {"messages": [user(QUESTION, address)]} | more)
     assert reply.ok and reply.text.count("content") == 1, reply.text
 
@@ -266,6 +279,7 @@ def test_a_foreign_name_a_foreign_page_and_a_claimed_address_gain_nothing(url, e
     origin = {"Origin": "https://lab.org"}
     for path in ("/", "/v1/models"):
         for host, status in (("evil.org", 421), ("localhost.evil.org:80", 421), ("", 421),
+                             ("evil.org@localhost", 421), ("localhost/evil.org", 421),
                              ("LOCALHOST:1", 200), ("[::1]:8000", 200), ("10.0.0.1", 200)):
             reply = requests.get(url + path, headers={"Host": host} | origin, timeout=20)
             assert reply.status_code == status, host
