@@ -19,6 +19,7 @@ import io
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from extras.published import normalise
@@ -99,6 +100,8 @@ def read_rows(path):
         csv.field_size_limit(2 ** 31 - 1)      # MMBench keeps its pictures in the sheet
         sheet = io.StringIO(read_text(path), newline="")
         rows = list(csv.DictReader(sheet, delimiter="\t", restval=""))
+        if any(None in row for row in rows):
+            raise ValueError(f"{path}: a row has more cells than the first; is the file whole?")
     elif path.endswith(".txt"):
         lines = read_text(path).replace("\r", "").split("\n")
         rows = [line.split("\t") for line in lines if line.strip()]
@@ -139,6 +142,8 @@ def read_label_objects(labels, **kinds):
     for path, rows in labels.items():
         for data in rows:
             for name, record in typed(data, dict, path).items():
+                if name in records:
+                    raise ValueError(f"{path}: {name} has a label in another file, too")
                 records[name] = typed_fields(record, f"{path}: {name}", **kinds)
     return records
 
@@ -172,11 +177,14 @@ def bare_question(prompt):
 def match_answers(wanted, found, source, missing_ok=False):
     """The values of `found`, [(key, value), ...], in the order of the keys that are wanted.
 
-    Raises ValueError, see `check_ids`; with `missing_ok` a missing value is None.
+    What is asked more than once is found in order. Raises ValueError, see `check_ids`; with
+    `missing_ok` a missing value is None.
     """
     check_ids(source, [key for key, _ in found], wanted, missing_ok)
-    values = dict(found)
-    return [values.get(key) for key in wanted]
+    left = defaultdict(list)
+    for key, value in reversed(found):
+        left[key].append(value)
+    return [left[key].pop() if left[key] else None for key in wanted]
 
 
 def with_texts(config, records, missing_ok=False):
@@ -436,15 +444,18 @@ def write_sheet(path, answered):
 
     It cannot hold control characters: they become "?".
     """
+    if not path.endswith(".xlsx"):
+        raise ValueError(f"--upload {path}: MMBench's server reads .xlsx; name the file so")
     openpyxl = library("openpyxl", ".xlsx", "openpyxl")
+    control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in answered[0][1] if name not in dropped]
     names.insert(6, "prediction")                # behind the options
     book = openpyxl.Workbook()
     book.active.append(names)
     for _, row, text in answered:
-        record = row | {"prediction": openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE.sub("?", text)}
-        book.active.append([record[name] for name in names])
+        record = row | {"prediction": text}
+        book.active.append([control.sub("?", record[name]) for name in names])
         for cell in book.active[book.active.max_row]:
             cell.data_type = "s"                 # "=..." is an answer, no formula
     book.save(path)
@@ -463,7 +474,10 @@ def mmbench_data(config):
             Path(config.images, name).write_bytes(base64.b64decode(picture, validate=True))
         except ValueError as error:
             raise ValueError(f"--labels: the picture of {index} is no base64: {error}") from error
-        lines = [row["question"], *lettered(options_of(row).values())]
+        options = options_of(row)
+        lines = [row["question"]]
+        for letter in takewhile(options.get, "ABCD"):            # as published, up to a gap
+            lines.append(f"{letter}. {options[letter]}")
         if is_filled(row.get("hint")):
             lines.insert(0, row["hint"])
         chinese = re.search("[\u4e00-\u9fff]", row["question"])
@@ -578,9 +592,9 @@ def listed_value(cell):
 CHOICE = "multiple-choice"               # MMMU's word for a question with options
 
 
-def read_mmmu(labels):
+def read_mmmu(labels, **kinds):
     """{id: row} of MMMU, with their options as lists: the rows of the data set as JSON."""
-    rows = read_label_records(labels, question_type=str, question=str, image_1=str)
+    rows = read_label_records(labels, question_type=str, **kinds)
     for name, row in rows.items():
         row["options"] = listed_value(row.get("options"))
         one_of((CHOICE, "open"), row["question_type"], name)
@@ -596,8 +610,9 @@ def mmmu_data(config):
     OFFICIAL: MMMU's own run of LLaVA-1.5 writes options as (A), (B), ..., and shows the first of
     several pictures alone. So it is here.
     """
+    rows = read_mmmu(read_labels(config.labels, "*.json*"), question=str, image_1=str)
     questions = []
-    for name, row in read_mmmu(read_labels(config.labels, "*.json*")).items():
+    for name, row in rows.items():
         options = []
         if row["question_type"] == CHOICE:
             options = [*lettered(row["options"], "({}) {}"), ""]
@@ -643,10 +658,9 @@ def value_named(problem, text):
     return None
 
 
-def read_mathvista(labels):
-    """{pid: problem} of testmini.json."""
-    problems = read_label_objects(labels, question=str, image=str, answer=str, question_type=str,
-                                  answer_type=str)
+def read_mathvista(labels, **kinds):
+    """{pid: problem} of testmini.json, with fields of these kinds, too."""
+    problems = read_label_objects(labels, question_type=str, answer_type=str, **kinds)
     for name, problem in problems.items():
         if problem["question_type"] == "multi_choice":
             typed_fields(problem, f"--labels: {name}", choices=list)
@@ -661,8 +675,9 @@ def mathvista_data(config):
     OURS: LLaVA-1.5's two format prompts. The benchmark's own ask for the value "at the end" of an
     answer, where a language model has to find it.
     """
+    problems = read_mathvista(read_labels(config.labels, "*.json"), question=str, image=str)
     questions = []
-    for name, problem in read_mathvista(read_labels(config.labels, "*.json")).items():
+    for name, problem in problems.items():
         text = problem["question"]
         if problem.get("unit"):
             text += f" (Unit: {problem['unit']})"
@@ -679,7 +694,7 @@ def score_mathvista(config, labels):
     The rest is unparsed and wrong, so accuracy is a lower bound; the benchmark has GPT read it.
     """
     pairs = []
-    for _, problem, text in with_texts(config, read_mathvista(labels)):
+    for _, problem, text in with_texts(config, read_mathvista(labels, answer=str)):
         value = value_named(problem, text)
         pairs.append(("accuracy", value == problem["answer"].strip()))
         pairs.append(("unparsed", value is None))
@@ -760,14 +775,15 @@ def score_vizwiz(config, labels):
 
     A question_id is the place in the official annotations; without them, as --questions has it.
     """
-    if labels:
-        rows = [row for rows in labels.values() for row in rows]
-        questions = dict(enumerate(rows))
-        for i, row in questions.items():
-            typed_fields(row, f"--labels[{i}]", image=str)
-    else:
-        questions = asked_for_server(config, "image")
-    return vqa_scores(config, with_texts(config, questions), "image")
+    questions = {}
+    for i, row in enumerate([row for rows in labels.values() for row in rows]):
+        typed_fields(row, f"--labels[{i}]", image=str, question=str)
+        questions[str(i)] = row | {"text": row["question"]}
+    if not labels:
+        questions = asked_for_server(config, "image", "text")
+    answers = read_answers(config.answers, questions)
+    answered = [(name, row, answers[name]["text"]) for name, row in questions.items()]
+    return vqa_scores(config, answered, "image")
 
 
 def score_gqa(config, labels):

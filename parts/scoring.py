@@ -135,6 +135,8 @@ def read_runs(files, most_failed):
     Raises ValueError if that is not so, if a review's `tuple` is not two finite numbers, or if more
     than a share of `most_failed` of a run's judgements failed; failed ones have -1, and are named.
     """
+    if len(set(map(os.path.realpath, files))) < len(files):
+        raise ValueError(f"{' '.join(files)}: a file is named more than once; each run is one file")
     runs = [read_by_id(path, "category") for path in files]
     first = runs[0]
     ordered = []

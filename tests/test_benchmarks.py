@@ -106,6 +106,10 @@ def test_mme_adds_the_share_of_pictures_that_are_all_right(tmp_path, flags, poin
     scores = score(tmp_path, "mme", answers[::-1], *flags, labels="mme")
     assert scores["OCR"] == points
     assert scores["perception"] is None, "the sum of ten tasks is undefined without nine of them"
+    write_tsv(tmp_path / "mme" / "OCR.txt", [rows[0], rows[0]])
+    answers = [answers[0], answers[0] | {"text": "No"}]
+    scores = score(tmp_path, "mme", answers, *flags, labels="mme")
+    assert scores["OCR.acc"] == 50, "a question that is asked twice has one answer"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,15 +118,15 @@ def test_mme_adds_the_share_of_pictures_that_are_all_right(tmp_path, flags, poin
 
 def write_mmbench(folder):
     """Two questions with two rows: index and index + 1,000,000 are the same, rotated. The second
-    has a third option."""
+    has a third option, behind a gap, and a character that no .xlsx can hold."""
     head = "index question hint A B C D answer category image source l2-category comment split"
     rows = [head.split()]
     for index, a, b, answer, image in ((7, "dog", "cat", "A", PICTURE), (8, "1", "2", "B", "7"),
                                        (1_000_007, "cat", "dog", "B", "7"),
                                        (1_000_008, "2", "1", "A", "7")):
-        c = "3" if a in "12" else "nan"
-        rows.append([str(index), "Which?", "nan", a, b, c, "", answer, "kind", image, "s", "level",
-                     "c", "dev"])
+        d, split = ("3", "dev\a") if a in "12" else ("nan", "dev")
+        rows.append([str(index), "Which?", "nan", a, b, "None", d, answer, "kind", image, "s",
+                     "level", "c", split])
     write_tsv(folder / "dev.tsv", rows)
 
 
@@ -134,9 +138,11 @@ def test_mmbench_counts_a_question_only_if_each_rotation_is_right(tmp_path, caps
     scores = score(tmp_path, "mmbench", answers, "--upload", tmp_path / "up.xlsx", labels="dev.tsv")
     assert scores == {"circular": 50, "plain": 100, "unparsed": 25, "kind": 50, "level": 50}
     assert "1 of 2 questions have fewer rows than options" in capsys.readouterr().out
-    head, first, *_ = openpyxl.load_workbook(tmp_path / "up.xlsx").active.values
+    head, first, second, *_ = openpyxl.load_workbook(tmp_path / "up.xlsx").active.values
     assert head == tuple("index question A B C D prediction answer split".split())
-    assert first[6] == "(A)"
+    assert (first[6], second[8]) == ("(A)", "dev?")
+    with pytest.raises(ValueError, match="reads .xlsx; name the file so"):
+        score(tmp_path, "mmbench", answers, "--upload", tmp_path / "up.tsv", labels="dev.tsv")
 
 
 def questions_of(folder, name, labels):
@@ -148,14 +154,19 @@ def questions_of(folder, name, labels):
 
 
 def test_mmbench_data_writes_questions_and_one_picture_for_all_rotations(tmp_path):
-    """The prompt of LLaVA-1.5: hint, question, an option a line, and how to answer."""
+    """The prompt of LLaVA-1.5: hint, question, an option a line up to a gap, and how to answer."""
     write_mmbench(tmp_path)
     questions = questions_of(tmp_path, "mmbench", "dev.tsv")
     assert questions[2] == {
         "question_id": 1_000_007, "image": "7.png",
         "text": "Which?\nA. cat\nB. dog\n"
                 "Answer with the option's letter from the given choices directly."}
+    assert questions[1]["text"].startswith("Which?\nA. 1\nB. 2\nAnswer")
     assert {path.read_bytes() for path in (tmp_path / "images").iterdir()} == {b"a picture"}
+    with (tmp_path / "dev.tsv").open("a") as sheet:
+        sheet.write("9" + "\tx" * 14)
+    with pytest.raises(ValueError, match="a row has more cells than the first"):
+        questions_of(tmp_path, "mmbench", "dev.tsv")
 
 
 def test_seed_bench_wants_the_letter_alone_and_all_kinds_for_all(tmp_path):
@@ -183,8 +194,10 @@ NUMBER = CHOOSE | {"id": "Art_2", "question_type": "open", "options": "[]",
     (NUMBER, "It is 24/7.", True), (NUMBER, "34.3", False)])
 def test_mmmus_answers_are_read_as_published(tmp_path, label, text, right):
     """Of several letters the last one, option texts only among more than five words. Open answers
-    are numbers with two decimals or words, behind the key words of a line; any truth will do."""
-    write_json(tmp_path / "mmmu.json", [label])
+    are numbers with two decimals or words, behind the key words of a line; any truth will do.
+    Neither question nor picture is needed."""
+    fields = ("id", "question_type", "options", "answer")
+    write_json(tmp_path / "mmmu.json", [{name: label[name] for name in fields}])
     scores = score(tmp_path, "mmmu", {label["id"]: text}, labels="mmmu.json")
     assert scores["accuracy"] == 100 * right
 
@@ -216,17 +229,21 @@ def test_mathvista_has_questions_and_counts_what_only_a_language_model_could_rea
     """LLaVA-1.5's two format prompts, and the unit that an answer is in. Read are choices by text
     or letter, integers, floats at the problem's precision; the rest is wrong."""
     choice = {"question_type": "multi_choice", "answer_type": "text", "choices": ["red", "blue"],
-              "answer": "blue", "question": "Which?", "image": "images/1.jpg"}
+              "question": "Which?", "image": "images/1.jpg"}
     number = {"question_type": "free_form", "answer_type": "float", "precision": 1.0, "unit": "cm",
-              "answer": "1.2", "question": "How long?", "image": "images/2.jpg"}
-    write_json(tmp_path / "testmini.json", {"1": choice, "2": choice, "3": number, "4": number})
-    questions = questions_of(tmp_path, "mathvista", "testmini.json")
+              "question": "How long?", "image": "images/2.jpg"}
+    problems = {"1": choice, "2": choice, "3": number, "4": number}
+    write_json(tmp_path / "test.json", problems)         # a test split has no answers
+    questions = questions_of(tmp_path, "mathvista", "test.json")
     assert questions[0] == {
         "question_id": "1", "image": "images/1.jpg",
         "text": "Which?\nA. red\nB. blue\n"
                 "Answer with the option's letter from the given choices directly."}
     assert questions[2]["text"] == f"How long? (Unit: cm){SHORT}"
     answers = {"1": "(B)", "2": "The blue one", "3": "1.24", "4": "1.3"}
+    truths = {"1": "blue", "2": "blue", "3": "1.2", "4": "1.2"}
+    write_json(tmp_path / "testmini.json", {
+        name: problem | {"answer": truths[name]} for name, problem in problems.items()})
     scores = score(tmp_path, "mathvista", answers, labels="testmini.json")
     assert scores == {"accuracy": 50, "unparsed": 25}
 
@@ -251,15 +268,17 @@ def test_vqav2_takes_the_mean_over_nine_humans_and_fills_its_upload(tmp_path):
 
 
 def test_textvqa_finds_answers_by_picture_and_question(tmp_path):
-    """LLaVA's ids are pictures, which have several questions; the OCR line is not part of one."""
+    """LLaVA's ids are pictures, which have several questions, some of them twice; the OCR line is
+    not part of one."""
+    humans = [*HUMANS.items(), ("sure", ["red"] * 10)]
     write_json(tmp_path / "TextVQA_0.5.1_val.json", {"data": [
         {"question_id": i, "image_id": "003a8ae2ef43b901", "question": f"what is {name}?",
-         "answers": humans} for i, (name, humans) in enumerate(HUMANS.items())]})
+         "answers": said} for i, (name, said) in enumerate(humans)]})
     answers = [{"question_id": "003a8ae2ef43b901", "text": text,
                 "prompt": f"What is {name}?\nReference OCR token: DAKOTA, CAT{SHORT}"}
-               for name, text in (("split", "two dogs"), ("sure", "Cat"))]
+               for name, text in (("split", "two dogs"), ("sure", "Cat"), ("sure", "red"))]
     scores = score(tmp_path, "textvqa", answers, labels="TextVQA_0.5.1_val.json")
-    assert scores["accuracy"] == pytest.approx(100 * (1 + 0.6) / 2)
+    assert scores["accuracy"] == pytest.approx(100 * (1 + 0.6 + 1) / 3)
 
 
 def test_vizwiz_ids_are_places_in_its_annotations(tmp_path):
@@ -279,6 +298,9 @@ def test_vizwiz_ids_are_places_in_its_annotations(tmp_path):
           "--upload", tmp_path / "up.json")
     assert json.loads((tmp_path / "up.json").read_text())[1] == {
         "image": "VizWiz_val_1.jpg", "answer": "unanswerable"}
+    answers[0]["prompt"] = "Is it red?"
+    with pytest.raises(ValueError, match="0 answers another question than 'What is this"):
+        score(tmp_path, "vizwiz", answers, labels="val.json")
 
 
 def test_gqa_counts_balanced_questions_and_its_server_gets_all(tmp_path):
@@ -291,6 +313,9 @@ def test_gqa_counts_balanced_questions_and_its_server_gets_all(tmp_path):
     assert scores == {"accuracy": 50}
     assert json.loads((tmp_path / "up.json").read_text())[2] == {
         "questionId": "2", "prediction": "dog"}
+    write_json(tmp_path / "more_questions.json", {"2": {"answer": "cat", "isBalanced": True}})
+    with pytest.raises(ValueError, match="2 has a label in another file, too"):
+        score(tmp_path, "gqa", answers, labels=".")
 
 
 @pytest.mark.parametrize("text, normal", [

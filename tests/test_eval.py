@@ -63,6 +63,8 @@ def test_a_judge_is_asked_once_for_each_question_and_never_paid_twice(tmp_path, 
         "--json", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["all.relative"] == 75.0
     assert "85.1" in capsys.readouterr().out, "the paper's row is not beside ours"
+    with pytest.raises(ValueError, match="a file is named more than once"):
+        run(eval_py, "score", "llava_bench", "--reviews", *[tmp_path / "r.jsonl"] * 2)
     run(judges, "swap", *flags, "--swapped", tmp_path / "s.jsonl")
     assert "standing first is worth +2.00 points" in capsys.readouterr().out
     run(judges, "html", *argv, "--reviews", tmp_path / "r.jsonl", "--page", tmp_path / "r.html")
