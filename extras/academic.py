@@ -324,13 +324,14 @@ def source_of(record, where):
     VQAv2 and OK-VQA, whose records cannot be told apart; what has none is llava_instruct.
     """
     try:
+        turns = typed(record["conversations"], list, f"{where}: conversations")
         image = record.get("image")
         if not image:
             return "sharegpt"
         folder = image.split("/")[0]
         if folder in MIXTURE_FOLDERS:
             return folder
-        question = record["conversations"][0]["value"]
+        question = turns[0]["value"]
         sources = [source for source, prompts in ON_COCO.items()
                    if any(prompt in question for prompt in prompts)]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -347,6 +348,8 @@ def split_mixture(config):
     for i, record in enumerate(read_json(config.data)):
         source = source_of(record, f"{os.path.basename(config.data)}[{i}]")
         sources[source].append(record)
+    if not any(sources.values()):
+        raise ValueError(f"{config.data}: no records in it")
     for source, records in sources.items():
         if records:
             write_array(Path(config.out, f"{source}.json"), records)

@@ -239,8 +239,8 @@ def kind_of_record(record):
 def read_academic(questions, annotations=None):
     """An official file as (its kind, {index or id: record}), with the fields of --annotations.
 
-    Raises ValueError for a file of no known kind, and for annotations that are missing or of
-    another file.
+    Raises ValueError for a file of no known kind, and for annotations that are missing, unneeded or
+    of another file.
     """
     records = read_official(questions)
     if not isinstance(records, dict):
@@ -252,6 +252,8 @@ def read_academic(questions, annotations=None):
     if kind.joined and not annotations:
         raise ValueError(f"{questions}: {kind} has {', '.join(kind.joined)} in a file of their "
                          "own, --annotations FILE")
+    if annotations and not kind.joins:
+        raise ValueError(f"{questions}: {kind} needs no --annotations; all is in the file itself")
     if annotations:
         records = with_annotations(records, kind, annotations)
     return kind, records

@@ -39,6 +39,14 @@ def read_all(sources, images):
     return pairs
 
 
+def check_apart(train, test):
+    """Raises ValueError if a picture to test on is one to learn from, too."""
+    both = {pair.where for pair in train} & {pair.where for pair in test}
+    if both:
+        raise ValueError(f"{len(both)} pictures to test on are among those to learn from, e.g. "
+                         f"{min(both)}")
+
+
 def read_labelled(source, images, classes):
     """(pairs, y (pairs,)) of a part, y the numbers of class names. ValueError for other names."""
     pairs = read_all([source], images)
@@ -85,6 +93,7 @@ def read_task(row, where, folder, shots, seed):
     note = f"{task.name}: {len(test):,} pictures to test on, {len(classes)} classes"
     if shots:
         train, y = read_labelled(files["train"], files["images"], classes)
+        check_apart(train, test)
         chosen = choose_shots(y, shots, seed)
         task = task._replace(train=[train[i] for i in chosen], y_train=y[chosen])
         note += (f"; {len(chosen):,} of {len(train):,} pictures to learn from, of "
@@ -99,7 +108,7 @@ def read_datasets(path, shots=None, seed=0):
     tasks = [read_task(row, f"{path}[{i}]", folder, shots, seed)
              for i, row in enumerate(read_json(path))]
     names = [task.name for task in tasks]
-    if not names or len(set(names)) < len(names):
+    if not names or len({*names, "mean"}) <= len(names):
         raise ValueError(f"{path}: data sets {names}; one or more are needed, each with a name of "
-                         "its own")
+                         "its own, and none called mean")
     return tasks

@@ -45,11 +45,10 @@ def dense_features(clip, X_v):
 def read_mask(path, size, C):
     """The class of each pixel, (height, width): 0 to C - 1, or 255 for one that is not counted."""
     with Image.open(path) as mask:
+        if mask.mode not in ("L", "P") or mask.size != size:
+            raise ValueError(f"{path}: mode {mask.mode}, {mask.size}; needed is a mask in grey or "
+                             f"with a palette (L or P), as large as its picture, {size}")
         truth = torch.from_numpy(np.array(mask)).long()
-    width, height = size
-    if truth.shape != (height, width):
-        raise ValueError(f"{path}: numbers of shape {tuple(truth.shape)}; needed is a mask in grey "
-                         f"or with a palette, as large as its picture, {height} x {width}")
     others = truth[(truth >= C) & (truth != NO_CLASS)].unique().tolist()
     if others:
         raise ValueError(f"{path}: classes {others[:5]}; there are 0 to {C - 1}, and {NO_CLASS} "

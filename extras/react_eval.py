@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from extras.elevater import read_all, read_datasets
+from extras.elevater import check_apart, read_all, read_datasets
 from extras.maskclip import segmentation_score
 from extras.react import customise, react_loss, react_optimizer, unlock
 from extras.retrieve import (
@@ -302,6 +302,7 @@ def compare_retrieval(config):
     check_least(config, lr=0, epochs=1, batch_size=2)
     test = read_all(config.test, config.images)
     train = read_all(config.train, config.images) if config.train else []
+    check_apart(train, test)
     print(f"{len(test):,} texts to retrieve; {len(train):,} to fine-tune on")
 
     def score(clip, tokenizer):

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from parts.annotations import read_caption_pairs
+from parts.annotations import pairs_of_file, pairs_of_folder
 from parts.checkpoints import kind_of, load_part, named_errors
 from parts.files import (
     check_least,
@@ -190,8 +190,10 @@ def caption_in(record):
 def pairs_in_list(source, images):
     """The pairs of a table, of JSON lines, or of a folder. Raises ValueError for a bad line."""
     if os.path.isdir(source):
-        images = source
-    for name, text in read_caption_pairs(source):
+        images, pairs = source, pairs_of_folder(source)
+    else:
+        pairs = pairs_of_file(source, "image caption")
+    for name, text in pairs:
         yield Pair(image_path(images, name), 0, -1, text)
 
 
@@ -336,8 +338,12 @@ def index_corpus(config):
         good = np.flatnonzero(is_readable)
         bad = [corpus[i] for i in np.flatnonzero(~is_readable)]
         left_out = [tuple(row) for row in read_lines(out / "left_out.jsonl", kind=list)]
-        left_out += [(pair.where, pair.problem()) for pair in bad]
-        left_out = list(dict.fromkeys(left_out))         # who runs it again finds them there
+        listed = set(left_out)           # where who runs it again finds the bad pictures already
+        rows = [(pair.where, pair.problem()) for pair in bad]
+        left_out += [row for row in rows if row not in listed]
+        if not len(good):
+            raise ValueError(f"{out}: not one of {len(corpus)} pictures can be read; "
+                             f"{left_out_report(left_out)}")
         for key in KEYS:
             index = build_index(features[key], good, kind_for(len(good)))
             faiss.write_index(index, str(out / f"{key}.faiss"))
@@ -420,7 +426,7 @@ def search_index(index, queries, k):
 def open_index(folder):
     """(index.json, Corpus, the indices of the readable pairs) of an index folder.
 
-    Raises ValueError if it is unfinished, or if the corpus has changed since.
+    Raises ValueError if it is unfinished or damaged, or if the corpus has changed since.
     """
     path = Path(folder, "index.json")
     facts = typed_fields(read_value(path), path, **INDEX_FACTS)
@@ -433,6 +439,9 @@ def open_index(folder):
         raise ValueError(f"{folder} is not of this corpus any more: it had {facts['corpus']} bytes "
                          f"when it was indexed, and has {now} now; index it again")
     u = np.load(Path(folder, "image.npy"), mmap_mode="r")
+    crc = zlib.crc32(np.memmap(corpus.file, mode="r"))
+    if crc != facts["crc"] or len(corpus) != len(u):
+        raise ValueError(f"{corpus.file} or a file beside it is not what was indexed; index again")
     return facts, corpus, np.flatnonzero(u.any(1))
 
 

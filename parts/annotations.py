@@ -238,7 +238,8 @@ def pairs_of_file(path, columns):
     else:
         names = columns.split()
         lines = io.StringIO(read_text(path), newline=None)
-        rows = (dict(zip(names, line.rstrip("\n").split("\t"), strict=False)) for line in lines)
+        rows = (dict(zip(names, line.rstrip("\n").split("\t", len(names) - 1), strict=False))
+                for line in lines)
     for number, row in enumerate(rows, 1):
         where = f"{path}, line {number}"
         typed_fields(row, f"{where}: image and caption are needed, as JSON or in --columns "

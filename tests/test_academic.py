@@ -249,6 +249,8 @@ def test_questions_and_annotations_are_joined_by_the_value_of_question_id(conver
     for others in (None, {"annotations": 5}, {"annotations": [{"id": 1}]}, [1]):
         with pytest.raises(ValueError, match="annotations"):
             convert(questions, others)
+    with pytest.raises(ValueError, match="needs no --annotations"):
+        convert([GOOD], annotations)
 
 
 @pytest.mark.parametrize("data", [{"a": 1}, [1, 2], [{"image": "a.jpg", "text": "Q?"}],
@@ -419,12 +421,16 @@ def test_the_mixture_is_split_by_source_and_nothing_is_lost(tmp_path, capsys):
     assert found == expected
     counts = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert counts == {source: str(len(rows)) for source, rows in found.items()} | {"all": "20"}
+    (tmp_path / "mix.json").write_text("[]")
+    with pytest.raises(ValueError, match="mix.json: no records in it"):
+        academic.main(["split", "--data", f"{tmp_path}/mix.json", "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("record, message", [
     (mixture_record("sam/1.jpg", "Q?"), "'sam/1.jpg' is in none of coco, gqa"),
     (7, "no record in LLaVA's format"), ({"image": COCO}, "no record in LLaVA's format"),
-    ({"image": 5, "conversations": []}, "no record in LLaVA's format")])
+    ({"image": 5, "conversations": []}, "no record in LLaVA's format"),
+    ({"image": "gqa/1.jpg"}, r"no record in LLaVA's format \(KeyError\('conversations'\)\)")])
 def test_what_is_no_record_of_the_mixture_is_named(record, message, tmp_path):
     """File, index, and what is needed; nothing is written."""
     (tmp_path / "mix.json").write_text(json.dumps([mixture_record(None, "Hello."), record]))

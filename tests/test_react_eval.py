@@ -7,14 +7,13 @@ import test_retrieve
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_retrieve import COLOURS, TEMPLATES, square
+from test_retrieve import COLOURS, QUICK, TEMPLATES, square
 
 from extras import maskclip, react, react_eval
 from extras.elevater import choose_shots, read_datasets
 from extras.retrieve import load_clip, tokenise_for_clip
 from parts.views import preprocess
 
-QUICK = ["--workers", "0", "--device", "cpu"]
 clip = test_retrieve.clip
 corpus = test_retrieve.corpus
 
@@ -72,6 +71,8 @@ def test_shots_are_drawn_from_each_class(shots, counts):
 @pytest.mark.parametrize("change, message", [
     ({"test": "corpus_test.tsv"}, "32 class names of the pictures are not among the classes"),
     ({"images": "../there"}, "cannot be read"),
+    ({"train": "labels.tsv"}, "32 pictures to test on are among those to learn from"),
+    ({"name": "mean"}, "none called mean"),
 ])
 def test_a_list_that_cannot_be_right_is_refused(clip, corpus, datasets, change, message):
     """What is wrong is named before a model is loaded, and a missing picture when it is met."""
@@ -183,6 +184,8 @@ def test_fine_tuned_retrieval_finds_more(clip, corpus, datasets, tmp_path):
     assert table_of(tmp_path / "same.json", *flags, *more, "--lr", 0)[clip] == zero
     tuned = table_of(tmp_path / "tuned.json", *flags, *more, "--lr", 3e-3)[clip]
     assert tuned["T2I R@5"] > zero["T2I R@5"]
+    with pytest.raises(ValueError, match="32 pictures to test on are among those to learn from"):
+        table_of(tmp_path / "same.json", *flags, "--train", test)
 
 
 # -----------------------------------------------------------------------------
@@ -245,8 +248,9 @@ def test_segmentation_is_scored_pixel_by_pixel(clip, corpus, tmp_path):
 
 @pytest.mark.parametrize("mask, message", [
     (Image.new("L", (30, 30), 4), r"classes \[4\]; there are 0 to 3, and 255 for pixels"),
-    (Image.new("L", (20, 30), 0), "as large as its picture, 30 x 30"),
+    (Image.new("L", (20, 30), 0), r"as large as its picture, \(30, 30\)"),
     (Image.new("RGB", (30, 30)), "needed is a mask in grey or with a palette"),
+    (Image.new("I;16", (30, 30), 1), "mode I;16, .*needed is a mask in grey or with a palette"),
 ])
 def test_a_mask_that_does_not_fit_is_refused(clip, corpus, mask, message):
     write_masks(corpus, mask)

@@ -18,6 +18,7 @@ faiss = pytest.importorskip("faiss")
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250,) * 3}
 TEMPLATES = ["a {} square", "a picture of a {} thing"]
+QUICK = ["--workers", "0", "--device", "cpu"]
 
 
 def save_clip(folder, seed=0):
@@ -72,8 +73,7 @@ def corpus(tmp_path_factory):
 
 def run_index(clip, corpus, out, source="corpus.tsv"):
     retrieve.main(["index", "--clip", clip, "--corpus", f"{corpus}/{source}", "--images",
-                   str(corpus), "--out", str(out), "--batch_size", "10", "--workers", "0",
-                   "--device", "cpu"])
+                   str(corpus), "--out", str(out), "--batch_size", "10", *QUICK])
 
 
 def run_retrieve(clip, corpus, index, out, **flags):
@@ -96,20 +96,22 @@ def index(clip, corpus, tmp_path_factory):
 
 
 def test_a_corpus_is_read_from_a_table_json_lines_a_folder_or_tar_shards(tmp_path):
-    """The same two pairs in four forms; a picture in a shard is read where it lies."""
+    """The same two pairs in four forms; a picture in a shard is read where it lies. A text may hold
+    a tab, a STOP and <image>, which CLIP reads as any other."""
     (tmp_path / "f").mkdir()
-    members = {"0.png": png(0), "0.txt": b"one red", "1.png": png(1), "1.txt": b"two  red\n"}
+    members = {"0.png": png(), "0.txt": b"one red", "1.png": png(1), "1.txt": b"two\t### <image>\n"}
     for name, data in members.items():
         (tmp_path / "f" / name).write_bytes(data)
     write_tar(tmp_path / "c.tar", members.items())
-    texts = {"0.png": "one red", "1.png": "two  red"}
+    texts = {"0.png": "one red", "1.png": "two\t### <image>"}
     (tmp_path / "c.tsv").write_text("".join(f"{i}\t{text}\n" for i, text in texts.items()))
     rows = [json.dumps({"image": i, "caption": text}) for i, text in texts.items()]
     (tmp_path / "c.jsonl").write_text("\n".join(rows))
     for source in ("f", "c.tsv", "c.jsonl", "c.tar"):
         left_out = []
         pairs = list(retrieve.read_pairs([str(tmp_path / source)], tmp_path / "f", left_out))
-        assert [pair.text for pair in pairs] == ["one red", "two red"] and not left_out, source
+        assert [pair.text for pair in pairs] == ["one red", "two ### <image>"], source
+        assert not left_out, source
         for i, pair in enumerate(pairs):
             assert pair.picture().tobytes() == square(i, "red").tobytes(), source
 
@@ -124,14 +126,19 @@ def test_what_cannot_be_a_pair_is_counted_and_shown(clip, tmp_path, capsys):
     data = bytearray(shard.read_bytes())
     data[2048:2560] = b"\x07" * 512                      # the header of the second picture
     shard.write_bytes(data)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.tsv").write_text("bad.png\tone\nbad.png\tone\n")
+    sources = [str(tmp_path / "a.tar"), str(shard)]
     for _ in range(2):                                   # the second time, all is done
-        retrieve.main(["index", "--clip", clip, "--corpus", str(tmp_path / "a.tar"), str(shard),
-                       "--out", str(tmp_path / "out"), "--workers", "0", "--device", "cpu"])
-        assert "2 pairs, flat; 5 left out" in capsys.readouterr().out
+        retrieve.main(["index", "--clip", clip, "--corpus", *sources, f"{tmp_path}/bad.tsv",
+                       "--images", str(tmp_path), "--out", str(tmp_path / "out"), *QUICK])
+        assert "2 pairs, flat; 7 left out" in capsys.readouterr().out
     reasons = " ".join(why for _, why in lines(tmp_path / "out" / "left_out.jsonl"))
     for why in ("no text beside it", "no picture beside", "empty", "not a readable picture",
                 "damaged at byte 2048"):
         assert why in reasons, why
+    with pytest.raises(ValueError, match="not one of 2 pictures can be read; 2 left out\n"):
+        run_index(clip, tmp_path, tmp_path / "none", "bad.tsv")
 
 
 def test_the_text_of_a_shard_is_its_txt_and_else_the_caption_of_its_json(tmp_path):
@@ -328,6 +335,9 @@ def test_what_does_not_belong_together_is_refused(clip, corpus, index, tmp_path)
     for content in (b"none", (index / "image.faiss").read_bytes()[:-9]):
         (folder / "image.faiss").write_bytes(content)
         is_refused("image.faiss cannot be read; index the corpus again")
+    pairs = (folder / "pairs.jsonl").read_text()
+    (folder / "pairs.jsonl").write_text(pairs.replace("red", "tan"))
+    is_refused("pairs.jsonl or a file beside it is not what was indexed; index again")
     change_facts(folder / "index.json", corpus={__file__: 1})
     is_refused("is not of this corpus any more")
     change_facts(folder / "index.json", done="64")
