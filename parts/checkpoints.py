@@ -407,7 +407,12 @@ def save(model, folder, dtype=None, state=None):
         adapter = os.path.join(folder, "adapter")
         save_adapter(model, adapter, state)
         model = load(type(model), adapter, dtype)        # merged
-        state = model.state_dict()
+        merged = model.state_dict()
+        name = "f_phi.model.embed_tokens.weight"         # frozen, and not in 4 bits
+        if not torch.equal(merged[name], state[name].cpu().to(dtype)):
+            raise ValueError(f"{model.meta['init']} has other weights now than these adapters were "
+                             "trained on; put the old ones back, and --resume")
+        state = merged
     state = to_hf_keys(model, state)
     for name, value in state.items():
         # parts/decoders.py lays several weights side by side; safetensors takes no part of a whole
@@ -652,16 +657,18 @@ def adapter_settings(folder):
     return config
 
 
-def check_adapter(tensors, config, folder):
-    """Raises ValueError if an adapter's adapter_config.json does not go with its tensors."""
-    rows = {len(A) for name, A in tensors.items() if ".lora_A." in name}
-    if rows != {config["r"]}:            # the scale, alpha / r, would be another one
-        raise ValueError(f"{folder}: adapter_config.json says r {config['r']}, A in "
-                         f"adapter_model.safetensors has {sorted(rows)} rows; put its r there")
-    if LINEAR_1 + "weight" in tensors and not config.get("modules_to_save"):
-        raise ValueError(f"{folder}: adapter_config.json says modules_to_save None, but there is a "
-                         "multi_modal_projector in adapter_model.safetensors, which PEFT would "
-                         "leave out; put its name there")
+def adapter_weights(names, state, config):
+    """{name: tensor of the right shape} of what an adapter of these layers has: A and B of each,
+    and all of W, or nothing of it. state: that of its base."""
+    wanted = {}
+    for layer in {name.split(".lora_")[0] for name in names if ".lora_" in name}:
+        if f"{layer}.weight" in state and layer.startswith("language_model."):
+            rows, columns = state[f"{layer}.weight"].shape
+            wanted[f"{layer}.lora_A.weight"] = torch.empty(config["r"], columns, device="meta")
+            wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, config["r"], device="meta")
+    if config.get("modules_to_save"):
+        wanted |= {name: state[name] for name in state if name.startswith("multi_modal_projector.")}
+    return wanted
 
 
 @torch.no_grad()
@@ -681,8 +688,10 @@ def load_adapter(cls, folder, dtype):
     model = load(cls, base, dtype or torch.float32)
     tensors = load_tensors(Path(folder, "adapter_model.safetensors"))
     new = hf_keys({name.removeprefix(PEFT): value for name, value in tensors.items()})
-    check_adapter(new, config, folder)
     state = to_hf_keys(model, model.state_dict())
+    check_weights(new, adapter_weights(new, state, config), folder,
+                  f"an adapter of another model than its base, {base!r}, or of another rank than "
+                  f"{config['r']} or modules_to_save than {config.get('modules_to_save')}")
     with named_errors(f"{folder}: an adapter of another model; pass its base, {base!r}"):
         scale = config["lora_alpha"] / config["r"]
         for name in list(new):

@@ -233,8 +233,8 @@ def test_an_adapter_on_another_model_is_refused(tmp_path):
     ("adapter_config.json", {"alpha_pattern": {"q_proj": 4}}, ["alpha_pattern"]),
     ("adapter_config.json", {"peft_type": "LOHA"}, ["peft_type 'LOHA'"]),
     ("adapter_config.json", {"r": "4"}, ["r: '4'", "a whole number"]),
-    ("adapter_config.json", {"r": 8}, ["r 8", "[4] rows"]),
-    ("adapter_config.json", {"modules_to_save": None}, ["modules_to_save None", "projector"]),
+    ("adapter_config.json", {"r": 8}, ["rank than 8", "(4, "]),
+    ("adapter_config.json", {"modules_to_save": None}, ["modules_to_save than None", "projector"]),
     ("adapter_config.json", {"lora_alpha": None}, ["lora_alpha: None", "a number"]),
     ("minllava.json", {"template": []}, ["template []"]),
     ("minllava.json", {"aspect": "anyres"}, ["'anyres'", "tiling"])])
@@ -257,6 +257,33 @@ def test_an_adapter_whose_weights_are_not_ours_is_refused(tmp_path):
         save_file(state | change, adapter / "adapter_model.safetensors")
         with refused(words):
             LLaVA.from_pretrained(adapter)
+
+
+@pytest.mark.parametrize("end, new, words", [
+    ("linear_1.bias", None, "are missing"),
+    ("embed_tokens.weight", torch.zeros(320, 48), "are not of this model"),
+    ("layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 1), "another shape")])
+def test_an_adapter_is_loaded_strictly(end, new, words, tmp_path):
+    """Without a part of W, with a weight that is frozen, or with an A that fits by broadcasting it
+    would be another model, and nobody would know."""
+    _, _, adapter = saved_adapter(tmp_path)
+    path = adapter / "adapter_model.safetensors"
+    state = {name: value for name, value in load_file(path).items() if not name.endswith(end)}
+    if new is not None:
+        state[f"base_model.model.model.language_model.{end}"] = new
+    save_file(state, path)
+    with refused(words, end):
+        LLaVA.from_pretrained(adapter)
+
+
+def test_adapters_are_merged_with_the_weights_that_they_began_with_alone(tmp_path):
+    """Who writes another model to --init meanwhile is told, and not given a mixture."""
+    model, base, _ = saved_adapter(tmp_path)
+    other = tiny_llava()
+    other.f_phi.get_input_embeddings().weight.data += 1
+    other.save_pretrained(base)
+    with refused(base, "other weights now"):
+        model.save_pretrained(tmp_path / "out")
 
 
 # -----------------------------------------------------------------------------
