@@ -14,8 +14,9 @@ Other people's checkpoints: folders of `liuhaotian/llava-*` to ours, and back.
 
 `train.py --init OUT` and `sample.py --model OUT` go on from there. A name, shape or setting that is
 not understood is an error before anything is written. A weight is read when its file is written, so
-memory peaks at about one file (--shard), plus CLIP where the checkpoint has none inside. Tested on
-small made-up folders of these layouts, never on a released one.
+memory peaks at about one file (--shard), plus CLIP where the checkpoint has none inside, or what
+--as_mlp and --head_dim change. Tested on small made-up folders of these layouts, never on a
+released one.
 """
 import json
 import math
@@ -568,15 +569,16 @@ def widen_heads(f_phi, head_dim):
 @torch.no_grad()
 def convert_to_engine(args):
     """Write a folder of ours again in a form that computes the same and that more engines take."""
-    model = LLaVA.from_pretrained(args.model, dtype=None)        # mapped
+    folder = local_folder(args.model, "model")
+    model = LLaVA.from_pretrained(folder, dtype=None)    # mapped
     dtype = model.f_phi.dtype
     if args.as_mlp:
-        check_setting(args.model, "projector_hidden_act", model.projector, ["linear"])
+        check_setting(folder, "projector_hidden_act", model.projector, ["linear"])
         model.W = two_layers(model.W)
         model.projector = "mlp2x_gelu"
     if args.head_dim is not None:
         widen_heads(model.f_phi, args.head_dim)
-    model.save_pretrained(args.out, dtype)
+    checkpoints.save(model, args.out, dtype, shard=args.shard)
     print(f"{args.out}: W {model.projector}, heads of "
           f"{getattr(model.f_phi.config, 'head_dim', None)}")
 

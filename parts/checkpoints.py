@@ -90,6 +90,9 @@ def hf_keys(state):
             continue
         for pattern, old_name in NEW_NAMES.items():
             name = re.sub(pattern, old_name, name)
+        if name in renamed:
+            raise ValueError(f"{name} stands twice: old and new llava-hf names are mixed; take "
+                             "one of the two away")
         renamed[name] = value
     return renamed
 
@@ -388,11 +391,12 @@ def inherit(config, origin):
 # The whole model
 
 
-def save(model, folder, dtype=None, state=None):
+def save(model, folder, dtype=None, state=None, shard="5GB"):
     """Write a model as a checkpoint folder; it is complete once it has its config.json.
 
     dtype    casts the weights; else they are written in W's
     state    the model's state dict, where it was gathered already
+    shard    size of a file of weights, at most
     Adapters are written alone, for PEFT, and then merged with the weights that they began with.
     """
     dtype = dtype or next(model.W.parameters()).dtype
@@ -418,7 +422,7 @@ def save(model, folder, dtype=None, state=None):
         # parts/decoders.py lays several weights side by side; safetensors takes no part of a whole
         is_part = value.untyped_storage().nbytes() > value.nbytes
         state[name] = value.to(dtype, copy=is_part)
-    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    save_torch_state_dict(state, folder, max_shard_size=shard, metadata={"format": "pt"})
     save_settings(folder, model.tokenizer, model.eos_ids, model.g.config, model.meta)
     config.save_pretrained(folder)
 
@@ -506,7 +510,9 @@ def read_weights(folder):
     """{llava-hf's name: tensor} of all weight files of a folder."""
     state = {}
     for path in weight_files(folder):
-        new = hf_keys(load_tensors(path))
+        tensors = load_tensors(path)
+        with named_errors(path):
+            new = hf_keys(tensors)
         check_new(new, state, path)
         state |= new
     return state

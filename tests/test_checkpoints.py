@@ -343,6 +343,7 @@ NAN = torch.full((48,), torch.nan)
 @pytest.mark.parametrize("change, words", [
     ({NORM: None}, ["1 weights are missing", NORM]),
     ({"image_newline": torch.zeros(48)}, ["1 weights are not of this model", "image_newline"]),
+    ({"model.language_model.norm.weight": torch.ones(48)}, ["safetensors: " + NORM, "twice"]),
     ({NORM: torch.ones(47)}, [NORM, "(47,)", "(48,)"]),
     ({NORM: NAN}, ["NaN or infinite", NORM]), ({NORM: 1 / (0 * NAN.nan_to_num())}, [NORM]),
     ({LINEAR_2 + "weight": 2 * torch.eye(48)}, ["linear_2 is not the identity"]),

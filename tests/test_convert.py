@@ -489,7 +489,8 @@ def test_a_linear_W_that_does_not_fit_into_two_layers_is_refused(tmp_path):
     """z and -z are 2 D_v numbers, and llava-hf's hidden layer has D."""
     see(tiny_llava(), "crop").save_pretrained(tmp_path / "narrow")
     see(tiny_llava(projector="mlp2x_gelu"), "crop").save_pretrained(tmp_path / "mlp")
-    for name, words in (("narrow", "32 -> 48"), ("mlp", "projector_hidden_act")):
+    for name, words in (("narrow", "32 -> 48"), ("mlp", "projector_hidden_act"),
+                        ("gone", "neither a folder nor a hub id")):
         argv = ["--as_mlp", "--model", tmp_path / name]
         assert_refused(tmp_path / "out", argv, words)
 
@@ -503,7 +504,9 @@ def test_wider_heads_compute_the_same(tmp_path, family, times):
             nn.init.normal_(layer.self_attn.q_proj.bias)
             nn.init.normal_(layer.self_attn.v_proj.bias)
     ours.save_pretrained(tmp_path / "ours")
-    out = converted(tmp_path / "out", "--head_dim", 12 * times, "--model", tmp_path / "ours")
+    out = converted(tmp_path / "out", "--head_dim", 12 * times, "--model", tmp_path / "ours",
+                    "--shard", "60KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2
     wide = assert_computes_what(ours, out)
     assert wide.f_phi.model.layers[1].self_attn.k_proj.weight.shape == (2 * 12 * times, 48)
     for head_dim in (0, 6, 18):
