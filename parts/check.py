@@ -17,7 +17,7 @@ from parts.templates import TEMPLATES
 from parts.views import ASPECTS
 
 # Columns of the table that `inspect_data` returns, a row for each sample.
-TOKENS, SCORED, IMAGES, TURNS, DROPPED, MISSING = range(6)
+TOKENS, SCORED, IMAGES, TURNS, DROPPED, MISSING, RENAMED = range(7)
 
 
 def map_items(function, items, workers, title):
@@ -36,7 +36,7 @@ def inspect_data(data, workers=0):
     """Check every sample of a data.Conversations and decode every picture once.
 
     Returns ({index: problem}, table): a row (TOKENS, SCORED, ...) for each sample. Where `data` has
-    no tokenizer, tokens are 0; where a sample is bad, all is 0 but MISSING.
+    no tokenizer, tokens are 0; where a sample is bad, all is 0 but MISSING and RENAMED.
     """
     problems = {}
     images = {}                          # of each sample of good form
@@ -50,11 +50,11 @@ def inspect_data(data, workers=0):
     names = list(dict.fromkeys(itertools.chain(*images.values())))
     look_up = functools.partial(inspect_picture, data.folder)
     pictures = dict(zip(names, map_items(look_up, names, workers, "pictures"), strict=True))
-    table = np.zeros((len(data), 6), np.int32)
+    table = np.zeros((len(data), 7), np.int32)
     for i, names_of_sample in images.items():
         for name in names_of_sample:
-            problem, is_missing = pictures[name]
-            table[i, MISSING] += is_missing
+            problem, *counts = pictures[name]
+            table[i, MISSING:] += counts
             if problem:
                 problems.setdefault(i, problem)
 
@@ -69,12 +69,12 @@ def inspect_data(data, workers=0):
 
 
 def inspect_picture(folder, name):
-    """(problem or None, is it missing?)"""
+    """(problem or None, is it missing?, has it another name?)"""
     try:
-        check_image(folder, name)
+        path = check_image(folder, name)
     except (FileNotFoundError, ValueError) as error:
-        return str(error), isinstance(error, FileNotFoundError)
-    return None, False
+        return str(error), isinstance(error, FileNotFoundError), False
+    return None, False, isinstance(name, str) and path != os.path.join(folder, name)
 
 
 def reserved_words(data):
@@ -167,6 +167,9 @@ def report(data, problems, table, stats=False):
         lines.append(f"{file}: {count} samples{drawn}, {count - len(good)} bad, "
                      f"{table[samples, MISSING].sum()} images missing, "
                      f"{(table[good, IMAGES] == 0).sum()} text only")
+        renamed = table[samples, RENAMED].sum()
+        if renamed:
+            lines[-1] += f", {renamed} found under another name"
         if stats and good:
             lines += measures(data, table[good])
     if data.template is None:

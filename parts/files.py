@@ -60,12 +60,19 @@ def check_text_file(path):
 
 
 @contextmanager
-def errors_of_file(path):
-    """Name the file in errors about its content, all of which become ValueErrors."""
+def errors_of_file(path, lines=0):
+    """Name the file in errors about its content, all of which become ValueErrors.
+
+    lines   how many of the file's are before what is read
+    """
     try:
         yield
+    except json.JSONDecodeError as error:
+        place = f"line {lines + error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: bad JSON at {place}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        where = f"{path}: line {lines + 1}" if lines else path
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_json(path):
@@ -96,9 +103,9 @@ def read_spans(path):
             return
         # an object over several lines is one record
         lines = [f.read()] if re.match(rb"{\s*\n", head) else f
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines):
             if line.strip():
-                with errors_of_file(f"{path}: line {number}"):
+                with errors_of_file(path, number):
                     record = decode_json(line)
                 yield record, start, len(line)
             start += len(line)

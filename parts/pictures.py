@@ -133,17 +133,22 @@ def upright_size(image):
 
 
 def check_image(folder, name):
-    """Decode a picture to its end, as small as possible.
+    """Decode a picture to its end, as small as possible; returns its path.
 
     Raises FileNotFoundError with what is there instead, and else as `opened` does.
     """
+    path = image_path(folder, name)
     try:
-        with opened(image_path(folder, name), f"image {name!r}") as image:
+        with opened(path, f"image {name!r}") as image:
             image.draft(image.mode, (1, 1))
             upright_rgb(image)
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise FileNotFoundError(f"image {name!r} is a link to {os.readlink(path)}, which is "
+                                    "not there") from None
         raise FileNotFoundError(f"image {name!r} is not in {folder}"
                                 f"{what_is_there(folder, name)}") from None
+    return path
 
 
 def what_is_there(folder, name):

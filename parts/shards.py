@@ -120,8 +120,12 @@ def read_parquet(path):
     """The rows of a Parquet file; the bytes of pictures are passed over where a path tells them."""
     file, pictures = open_parquet(path)
     leaves = [file.schema.column(i) for i in range(len(file.schema))]
-    raw = [leaf.path for leaf in leaves if leaf.path.partition(".")[0] == pictures
-           and leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
+    raw = [leaf.path for leaf in leaves
+           if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
+    unread = {path.partition(".")[0] for path in raw} - {pictures}
+    if unread:
+        raise ValueError(f"{path}: column {min(unread)!r} holds bytes, and those of pictures are "
+                         "read from image or images alone; rename it, or leave it out")
     columns = [leaf.path for leaf in leaves if leaf.path not in raw]
     if raw and not any(column.startswith(f"{pictures}.") for column in columns):
         columns += raw

@@ -158,7 +158,7 @@ def test_what_is_not_found_is_said_with_what_is_there(tmp_path):
     for name, says in (("../1.jpg", "leaves the image folder"), ("..\\1.jpg", "leaves"),
                        (str(tmp_path / "1.jpg"), "leaves"), ("C:\\data\\2.jpg", "; 2.jpg is there"),
                        ("coco/2.jpg", "; 2.jpg is there"), ("/data/2.jpg", "; 2.jpg is there"),
-                       ("3.jpg", "is not in"), ("4.jpg", "is not in"),
+                       ("3.jpg", "a link to gone.jpg, which is"), ("4.jpg", "is not in"),
                        ("a\0b.jpg", "null"), ("x" * 300, "too long")):
         with pytest.raises((FileNotFoundError, ValueError), match=says):
             check_image(tmp_path / "images", name)

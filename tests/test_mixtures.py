@@ -105,11 +105,12 @@ def mixture(images, tmp_path, write):
     return [str(tmp_path / "vqa.json"), write("text.json", 30)]
 
 
-def test_missing_pictures_are_counted_for_each_source(mixture, images, capsys):
+def test_missing_and_renamed_pictures_are_counted_for_each_source(mixture, images, capsys):
     """A folder that was not unpacked is seen in the line of its source."""
     assert data_module.main(["check", *mixture, "--images", images, "--workers", "0"]) == 1
     printed = capsys.readouterr().out
-    assert "vqa.json: 12 samples, 1 bad, 1 images missing, 0 text only" in printed
+    assert ("vqa.json: 12 samples, 1 bad, 1 images missing, 0 text only, 3 found under another "
+            "name") in printed
     assert "text.json: 30 samples, 0 bad, 0 images missing, 30 text only" in printed
     assert "vqa.json[11] (id vqa_11): image 'gone.jpg' is not in " in printed
 
