@@ -61,6 +61,7 @@ FILES = {
     "seed.json": {"question_type": {"Scene": 1}, "questions": rows(
         question_id="ID", question_type_id=1, data_type="image", answer="B")},
     "vqa.json": {"annotations": VQA, "data": rows(**QUESTION, image_id="#"), "questions": VQA},
+    "vqa_asked.json": {"questions": rows(question_id="ID", image_id="ID", question="What is #?")},
     "vizwiz.json": VQA,
     "gqa.json": by_id(imageId="#", question="Q?", answer="b", isBalanced=True,
                       types={"structural": "query"}),
@@ -107,7 +108,7 @@ COMMANDS = f"""
     benchmarks score mathvista {ANSWERS} math.json
     benchmarks mmmu_data --questions out --images pictures --labels mmmu.json
     benchmarks mathvista_data --questions out --images pictures --labels math.json
-    academic convert --out out --questions vqa.json --annotations vqa.json
+    academic convert --out out --questions vqa_asked.json --annotations vqa.json
     academic convert --out out --questions gqa.json
     academic convert --out out --questions choices.json
     academic convert --out out --questions regions.json
