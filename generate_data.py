@@ -165,7 +165,7 @@ class Reject(Exception):
     """Why a reply is no record; the reason is what it is counted under."""
 
 
-TITLE = re.compile(r"^\W*((detailed )?description|answer)\W*:\**", re.I)    # above a description
+TITLE = re.compile(r"^\W*(detailed )?description\W*:\**", re.I)    # some put it above theirs
 RULE = re.compile(r"^\s*[=\-*_#]{3,}\s*$", re.M)                 # a line like ===, --- or ***
 
 
@@ -178,7 +178,7 @@ def parse(kind, text):
     text = RULE.sub("", text)
     labels, parts = labelled(text)                  # "qaqa", [question, answer, ...]
     if kind == "detail_description" and "q" not in labels:
-        labels, parts = "qa", [None, TITLE.sub("", text).strip()]
+        labels, parts = "q" + (labels or "a"), [None, *(parts or [TITLE.sub("", text).strip()])]
     while labels.endswith("q") or parts[-1:] == [""]:       # a last question without its answer
         labels, parts = labels[:-1], parts[:-1]
     if labels != "qa" * (len(parts) // 2) or "" in parts:

@@ -167,7 +167,7 @@ class Kind(NamedTuple):
 
 COCO = "coco/train2017/{image_id:012d}.jpg"
 TEXTVQA = "textvqa/train_images/{image_id}.jpg"
-# A record is of the first kind of which it has the fields: some have those of VQAv2, too. Of
+# A record is of the first kind of which it has the fields; many have those of VQAv2, too. Of
 # LLaVA-1.5 the folders are those of the released mixture; so are they of NeXT, where known.
 KINDS = [
     Kind("TextVQA", ["image_id", "question", "answers"], TEXTVQA),
@@ -175,8 +175,6 @@ KINDS = [
          (("image_id", "data", "image_id"),), once=True),
     Kind("A-OKVQA", ["image_id", "question", "choices", "correct_choice_idx"], COCO,
          question_with_choices),
-    Kind("VQAv2 or OK-VQA", ["image_id", "question", "question_id"], COCO, annotated_question,
-         (("question_id", "annotations", "question_id"),), ("answers",)),
     Kind("GQA", ["imageId", "question", "answer"], "gqa/images/{imageId}.jpg"),
     Kind("OCR-VQA", ["imageURL", "questions", "split", "answers"], "ocr_vqa/images/{key}.jpg",
          questions_about_a_cover, split=1),
@@ -196,6 +194,8 @@ KINDS = [
     Kind("ShareGPT or ShareGPT4V", ["conversations"], "", whole_conversation),
     Kind("regions", ["image", "phrase", "box", "width", "height"], "{image}", own_region),
     Kind("questions", ["image", "question", "answer"], "{image}"),
+    Kind("VQAv2 or OK-VQA", ["image_id", "question", "question_id"], COCO, annotated_question,
+         (("question_id", "annotations", "question_id"),), ("answers",)),
 ]
 
 

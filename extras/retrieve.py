@@ -41,6 +41,7 @@ from parts.checkpoints import kind_of, load_part, named_errors
 from parts.files import (
     check_least,
     decode_json,
+    errors_of_file,
     library,
     lock_folder,
     read_lines,
@@ -192,9 +193,11 @@ def pairs_in_list(source, images):
     if os.path.isdir(source):
         images, pairs = source, pairs_of_folder(source)
     else:
-        pairs = pairs_of_file(source, "image caption")
+        pairs = pairs_of_file(source, "image caption", tabs=1)
     for name, text in pairs:
-        yield Pair(image_path(images, name), 0, -1, text)
+        with errors_of_file(source):
+            place = image_path(images, name)
+        yield Pair(place, 0, -1, text)
 
 
 def clean_text(text):

@@ -231,14 +231,15 @@ def pairs_of_folder(path):
             yield str(picture.relative_to(path)), " ".join(caption.split())
 
 
-def pairs_of_file(path, columns):
-    """Yield (image, caption) of each line."""
+def pairs_of_file(path, columns, tabs=-1):
+    """Yield (image, caption) of each line. Of a table, columns without a name are passed over,
+    unless a line is cut at so many tabs alone: then a caption may hold some."""
     if path.endswith((".json", ".jsonl")):
         rows = read_json(path)
     else:
         names = columns.split()
         lines = io.StringIO(read_text(path), newline=None)
-        rows = (dict(zip(names, line.rstrip("\n").split("\t", len(names) - 1), strict=False))
+        rows = (dict(zip(names, line.rstrip("\n").split("\t", tabs), strict=False))
                 for line in lines)
     for number, row in enumerate(rows, 1):
         where = f"{path}, line {number}"
@@ -246,7 +247,7 @@ def pairs_of_file(path, columns):
                      f"{columns!r} with tabs between", image=str, caption=str)
         image = row["image"]
         caption = " ".join(row["caption"].split())
-        if PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
+        if tabs < 0 and PICTURE_NAME.search(caption) and not PICTURE_NAME.search(image):
             raise ValueError(f"{where}: image {image!r} and caption {caption!r} look swapped; "
                              f"--columns {columns!r} must name them in order")
         yield image, caption

@@ -609,7 +609,7 @@ def grow_vocabulary(f_phi, size):
 PEFT = "base_model.model."               # before transformers' names
 ADAPTER_KIND = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "use_rslora": False,
                 "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
-                "init_lora_weights": True, "modules_to_save": ["multi_modal_projector"]}
+                "modules_to_save": ["multi_modal_projector"]}
 
 
 def peft_state(model, state):
@@ -654,8 +654,9 @@ def save_adapter(model, folder, state):
 def adapter_settings(folder):
     """An adapter's adapter_config.json. Raises ValueError if PEFT would compute another thing."""
     path = os.path.join(folder, "adapter_config.json")
-    config = typed_fields(read_value(path), path, r=int, lora_alpha=float,
-                          base_model_name_or_path=str)
+    config = typed_fields(read_value(path), path, r=int, lora_alpha=float)
+    if config["r"] < 1:
+        raise ValueError(f"{path}: rank {config['r']}; 1 or more is needed")
     for key, value in ADAPTER_KIND.items():
         if config.get(key) not in (value, None):         # None: PEFT's default, and no W in it
             raise ValueError(f"{path}: an adapter of another kind: {key} {config[key]!r}, not "
@@ -686,16 +687,18 @@ def load_adapter(cls, folder, dtype):
     or of another model.
     """
     config = adapter_settings(folder)
-    base = config["base_model_name_or_path"]
+    base = typed_fields(config, folder, base_model_name_or_path=str)["base_model_name_or_path"]
     if not has_file(base, "config.json"):
         raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no checkpoint "
                                 "folder here; put its place into its adapter_config.json "
                                 "(base_model_name_or_path), or pass a merged checkpoint")
     model = load(cls, base, dtype or torch.float32)
     tensors = load_tensors(Path(folder, "adapter_model.safetensors"))
-    new = hf_keys({name.removeprefix(PEFT): value for name, value in tensors.items()})
-    state = to_hf_keys(model, model.state_dict())
-    check_weights(new, adapter_weights(new, state, config), folder,
+    with named_errors(folder):
+        new = hf_keys({name.removeprefix(PEFT): value for name, value in tensors.items()})
+        state = to_hf_keys(model, model.state_dict())
+        wanted = adapter_weights(new, state, config)
+    check_weights(new, wanted, folder,
                   f"an adapter of another model than its base, {base!r}, or of another rank than "
                   f"{config['r']} or modules_to_save than {config.get('modules_to_save')}")
     with named_errors(f"{folder}: an adapter of another model; pass its base, {base!r}"):
@@ -703,8 +706,8 @@ def load_adapter(cls, folder, dtype):
         for name in list(new):
             layer, is_A, _ = name.partition(".lora_A.")
             if is_A:
-                A = new.pop(name)
-                B = new.pop(f"{layer}.lora_B.weight")
+                A = new.pop(name).float()
+                B = new.pop(f"{layer}.lora_B.weight").float()
                 W_0 = state[f"{layer}.weight"]
                 W_0.copy_(merge(W_0, A, B, scale))       # in place: no second f_phi in memory
         model.load_state_dict(from_hf_keys(model, state | new, folder))

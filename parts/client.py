@@ -36,7 +36,8 @@ from parts.replies import Replies, content_of, joined_text, unfinished
 AGAIN = "run the same command again, with the same flags: it asks only for the others"
 TOKEN = re.compile(r"[a-zA-Z]+|\d{1,3}|\S")
 MOST_BYTES = 2 ** 24           # of a reply; what is longer is no answer to anything we ask
-NO_ADDRESS = (exceptions.InvalidURL, exceptions.MissingSchema, exceptions.InvalidSchema)
+UNSENDABLE = (exceptions.InvalidURL, exceptions.MissingSchema, exceptions.InvalidSchema,
+              exceptions.InvalidJSONError)
 TORN = (exceptions.ChunkedEncodingError, exceptions.ContentDecodingError)
 BUSY = re.compile(r"overload|rate.?limit|unavailable|timed? ?out|try again|busy", re.I)
 THREAD = threading.local()     # what each thread asks has its own deadline
@@ -227,7 +228,7 @@ def ask(base_url, body, timeout=120):
         if response.status_code == 200 and not has_error:
             return read_completion(value)
     except (exceptions.RequestException, TryAgain) as error:
-        if isinstance(error, NO_ADDRESS):
+        if isinstance(error, UNSENDABLE):
             raise
         reason = masked(str(error), key)
         if time.monotonic() - start > timeout:
@@ -245,7 +246,8 @@ def masked(text, key):
     """A text without the key. A word, or a few letters, is no key, but what a server without keys
     is given: it stays, for answers may have it."""
     if len(key) >= 8 and not key.isalpha():
-        text = text.replace(key, "OPENAI_API_KEY")
+        for spelling in (json.dumps(key)[1:-1], key):     # within JSON, and outside
+            text = text.replace(spelling, "OPENAI_API_KEY")
     return text
 
 

@@ -101,14 +101,26 @@ def read_spans(path):
             with errors_of_file(path):
                 yield from read_array(f.read().decode(), start)
             return
-        # an object over several lines is one record
-        lines = [f.read()] if re.match(rb"{\s*\n", head) else f
+        first = next((line for line in f if line.strip()), b"").strip()
+        f.seek(start)
+        lines = [f.read()] if goes_on(first) else f        # one object, over several lines
         for number, line in enumerate(lines):
             if line.strip():
                 with errors_of_file(path, number):
-                    record = decode_json(line)
+                    record = decode_json(line.rstrip())
                 yield record, start, len(line)
             start += len(line)
+
+
+def goes_on(line):
+    """Whether a line of JSON is right as far as it goes, and ends before its value does."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return 0 < len(error.doc) <= error.pos
+    except (ValueError, RecursionError):
+        pass                             # read_spans says it, with the line
+    return False
 
 
 def read_array(text, start):

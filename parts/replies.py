@@ -129,10 +129,13 @@ def labelled(text):
              for word in (r"question\s*\d*", r"answer\s*\d*")]
     _, *pieces = re.split(LABEL % "|".join(names), text)
     labels = "".join(label[0].lower() for label in pieces[::2])
+    if "q" not in labels and "answer" not in names[1]:     # "A:" is a label behind "Q:" alone
+        return "", []
     parts = []
     for part in pieces[1::2]:
-        part = part.strip()
-        if part.count("**") % 2:         # the end of a line that is bold as a whole, label and all
-            part = part.removesuffix("**").strip()
+        part = re.sub(r"\s+#+$", "", part.strip())         # "## Question: ... ##"
+        for mark in ("**", "*"):         # the end of a line that is bold as a whole, label and all
+            if part.count(mark) % 2:
+                part = part.removesuffix(mark).strip()
         parts.append(part)
     return labels, parts

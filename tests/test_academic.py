@@ -92,7 +92,8 @@ FORMS = {     # the questions, the annotations, the picture, and what is asked a
                 "textvqa/train_images/e0c.jpg", [f"<image>\nWhat brand?{SHORT}", "dakota"]),
     "GQA": ({"02930152": {"imageId": "2354786", "question": "Dark?", "answer": "yes"}}, None,
             "gqa/images/2354786.jpg", [f"<image>\nDark?{SHORT}", "yes"]),
-    "questions": ([{"image": "a/b.png", "question": "What?", "answer": "a dog"}], None,
+    "questions": ([{"image": "a/b.png", "question": "What?", "answer": "a dog", "image_id": 5,
+                    "question_id": 1}], None,
                   "a/b.png", [f"<image>\nWhat?{SHORT}", "a dog"]),
     "DocVQA": ({"dataset_name": "docvqa", "dataset_split": "train", "data": [
                    {"questionId": 1, "question": "Which date?", "image": "documents/x_1.png",

@@ -213,10 +213,10 @@ def test_a_torn_line_is_cut_or_told_and_its_request_asked_again(serve, tmp_path,
     assert "torn, or no reply" in told and "2 of them to these 4 requests; 2 are new" in told
 
 
-KEY = "sk-secret-1234"
+KEY = 'sk-"secret-1234'
 
 
-@pytest.mark.parametrize("echo", [KEY, KEY.replace("s", "\\u0073")])
+@pytest.mark.parametrize("echo", [KEY.replace('"', '\\"'), KEY.replace('"', "\\u0022")])
 def test_the_key_is_sent_but_never_written(serve, tmp_path, monkeypatch, capfd, echo):
     """Not in a file, not on the screen; neither if a reply has it, however it is spelt in JSON."""
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")

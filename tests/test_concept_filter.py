@@ -68,7 +68,7 @@ def test_filter_and_expand_make_stage_1s_file(tmp_path):
 
 def test_a_caption_that_holds_a_stop_is_left_out_and_counted(tmp_path, capsys):
     """An answer would end there. A byte order mark is no part of the first name."""
-    (tmp_path / "p.tsv").write_text("\ufeff1.jpg\ta bus\n2.jpg\ta ### bus\n3.jpg\ta </s>\n")
+    (tmp_path / "p.tsv").write_text("\ufeff1.jpg\ta bus\t0.31\n2.jpg\ta ### bus\n3.jpg\ta </s>\n")
     assert list(read_caption_pairs(str(tmp_path / "p.tsv"))) == [("1.jpg", "a bus")]
     assert "2 captions hold a STOP or special token" in capsys.readouterr().out
 

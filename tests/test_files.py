@@ -24,7 +24,7 @@ RECORD = {"id": "7", "image": "7.jpg", "conversations": TURNS}
 @pytest.mark.parametrize("text, records", [
     ("", []), ("[]", []), (' [ {"a": 1} , {"a": "]"}\n]\n', [{"a": 1}, {"a": "]"}]),
     ('{"a": 1}\n\n{"a": "é"}\n', [{"a": 1}, {"a": "é"}]), ('\ufeff[{"a": 1}]', [{"a": 1}]),
-    ('{\n "a": 1\n}', [{"a": 1}])])
+    ('{\n "a": 1\n}', [{"a": 1}]), ('{"a": [\n1\n]}\n', [{"a": [1]}])])
 def test_an_array_and_json_lines_give_the_same_records(tmp_path, text, records):
     """LLaVA's files are arrays, many others are lines; an editor may have put a mark in front."""
     (tmp_path / "x.json").write_text(text, encoding="utf-8")

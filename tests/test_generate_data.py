@@ -164,7 +164,7 @@ def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
      "Answer: **I**", [("Why?", "So."), ("Who?", "**I**")]),
     ("conversation", "**Question: Why?**\n**Answer: So.**\nQuestion: And then",
      [("Why?", "So.")]),
-    ("conversation", "Question: Why?\nA: So.", [("Why?", "So.")]),
+    ("conversation", "## Question: Why? ##\n*A: So.*", [("Why?", "So.")]),
     ("conversation", "Q: Why?\nAnswer: So.\nQ: Who?\nAnswer:", [("Why?", "So.")]),
     ("conversation", "1. Q: Why?\nA: The bus\nA 3:15 leaves.",
      [("Why?", "The bus\nA 3:15 leaves.")]),
@@ -175,7 +175,8 @@ def test_a_flag_that_cannot_be_meant_is_named(tmp_path, flags, says):
     ("conversation", "What a nice picture.", []), ("complex_reasoning", "What a nice picture.", []),
     ("detail_description", " A bus.\n", [(None, "A bus.")]),
     ("detail_description", "**Detailed description:** A bus.\n---", [(None, "A bus.")]),
-    ("detail_description", "Answer: **A** bus in C#", [(None, "**A** bus in C#")]),
+    ("detail_description", "Sure!\nAnswer: **A** bus in C#", [(None, "**A** bus in C#")]),
+    ("detail_description", "Q: What?\nA: A bus.", [(None, "A bus.")]),
     ("detail_description", "The board reads\nA: Monday\nB: Tuesday.",
      [(None, "The board reads\nA: Monday\nB: Tuesday.")]),
     ("detail_description", "Question:\nWhat?\n===\nAnswer:\nA bus.", [(None, "A bus.")])])

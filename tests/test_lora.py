@@ -194,6 +194,9 @@ def test_merged_and_unmerged_logits_agree(family, tied, tmp_path):
     theirs = transformers_logits(AutoModelForImageTextToText.from_pretrained(tmp_path))
     for got in (logits(merged), logits(LLaVA.from_pretrained(adapter)), theirs):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    kept = {name: p.bfloat16() if "lora_A" in name else p.float() for name, p in kept.items()}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    LLaVA.from_pretrained(adapter)       # of two formats: they are multiplied in fp32
 
 
 def test_a_merge_in_bf16_rounds_once():
@@ -234,6 +237,7 @@ def test_an_adapter_on_another_model_is_refused(tmp_path):
     ("adapter_config.json", {"peft_type": "LOHA"}, ["peft_type 'LOHA'"]),
     ("adapter_config.json", {"r": "4"}, ["r: '4'", "a whole number"]),
     ("adapter_config.json", {"r": 8}, ["rank than 8", "(4, "]),
+    ("adapter_config.json", {"r": -1}, ["rank -1"]),
     ("adapter_config.json", {"modules_to_save": None}, ["modules_to_save than None", "projector"]),
     ("adapter_config.json", {"lora_alpha": None}, ["lora_alpha: None", "a number"]),
     ("minllava.json", {"template": []}, ["template []"]),
