@@ -8,7 +8,6 @@ import re
 import resource
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -329,17 +328,23 @@ def run_script(folder, script, *argv, **options):
     return process.exitcode, (folder / "output").read_text()
 
 
+def open_ranks(ranks):
+    """(the store that ranks meet at, which has to be kept, the environment of each), as torchrun
+    has them: no port is free for a moment that another process may take."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, [environment | {"RANK": str(rank)} for rank in range(ranks)]
+
+
 def run_ranks(folder, ranks, script, *argv):
     """Run a script in several processes that train together, without torchrun's own start; returns
     what rank 0 shows."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    _store, environments = open_ranks(ranks)
     processes = []
-    for rank in range(ranks):
+    for rank, environment in enumerate(environments):
         home = folder / f"rank_{rank}_of_{ranks}"
         home.mkdir()
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
         processes.append(start_script(home, script, *argv, environment=environment))
     for process in processes:
         process.join(200)

@@ -6,7 +6,6 @@ generate. Tokenizers are tiny ones of each family's own class, with that family'
 import itertools
 import json
 import os
-import socket
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +18,7 @@ from conftest import (
     chat,
     messages_of,
     noise,
+    open_ranks,
     processor_pixels,
     sample_from,
     save_parts,
@@ -224,9 +224,8 @@ def two_losses(folder, machine):
     return losses
 
 
-def be_rank(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+def be_rank(rank, environment, folder):
+    os.environ |= environment
     machine = Machine("cpu", "fp32", shard=True)
     losses = {family: two_losses(folder / family, machine) for family in FAMILIES}
     write_json(str(folder / f"{rank}.json"), losses)
@@ -239,9 +238,9 @@ def test_two_ranks_with_shards_train_each_family_as_one_process(tmp_path):
     for family in FAMILIES:
         (tmp_path / "parts" / family).mkdir(parents=True)
         make(tmp_path / "parts" / family, family).save_pretrained(tmp_path / family)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = [FORKS.Process(target=be_rank, args=(rank, port, tmp_path)) for rank in range(2)]
+    _store, environments = open_ranks(2)
+    ranks = [FORKS.Process(target=be_rank, args=(rank, environment, tmp_path))
+             for rank, environment in enumerate(environments)]
     for process in ranks:
         process.start()
     for process in ranks:
