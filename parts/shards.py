@@ -98,9 +98,13 @@ def data_urls(value):
 # Parquet
 
 
-@functools.lru_cache(maxsize=64)
 def open_parquet(path):
     """(ParquetFile, its column of pictures or None), memory-mapped. Raises ValueError."""
+    return parquet_file(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def parquet_file(path, modified):
     parquet = library("pyarrow.parquet", f"{path}, which is Parquet,", "pyarrow")
     try:
         file = parquet.ParquetFile(path, memory_map=True)
