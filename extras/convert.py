@@ -54,6 +54,7 @@ from parts.checkpoints import (
     weight_files,
 )
 from parts.files import IMAGE, read_value, run_main, typed, typed_flags, write_json
+from parts.lora import merge
 from parts.templates import TEMPLATES, check_template, template_for
 from parts.towers import CLIPTower
 
@@ -192,11 +193,6 @@ def add_delta(delta, base, where):
     return delta | {name: computed(added, delta[name], old) for name, old in base.items()}
 
 
-def merged(W, A, B, scale):
-    """W + scale B A, computed in fp32, in W's own format."""
-    return (W.float() + scale * (B.float() @ A.float())).to(W.dtype)
-
-
 def add_lora(table, folder):
     """The table with the LoRA adapter of a folder merged."""
     settings = checkpoints.adapter_settings(folder)
@@ -205,18 +201,15 @@ def add_lora(table, folder):
     found = {PEFT_PREFIX.sub("", key): weight for key, weight in table_of([path]).items()}
     layers = {key.split(".lora_")[0] for key in found}
     layers &= {name.removesuffix(".weight") for name in table}
-    wanted = {}
     with named_errors(f"{path}: rank {r}"):
-        for layer in layers:
-            rows, columns = table[f"{layer}.weight"].meta.shape
-            wanted[f"{layer}.lora_A.weight"] = torch.empty(r, columns, device="meta")
-            wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, r, device="meta")
+        weights = {layer: table[f"{layer}.weight"].meta for layer in layers}
+        wanted = checkpoints.lora_weights(weights, r)
     check_weights(shapes_of(found), wanted, f"{path}: rank {r}, on --llm",
                   "pass the language model that it was trained on")
-    merge = partial(merged, scale=settings["lora_alpha"] / r)
+    merge_scaled = partial(merge, scale=settings["lora_alpha"] / r)
     for layer in layers:
         A, B = found[f"{layer}.lora_A.weight"], found[f"{layer}.lora_B.weight"]
-        table[f"{layer}.weight"] = computed(merge, table[f"{layer}.weight"], A, B)
+        table[f"{layer}.weight"] = computed(merge_scaled, table[f"{layer}.weight"], A, B)
     return table
 
 

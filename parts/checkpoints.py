@@ -664,15 +664,24 @@ def adapter_settings(folder):
     return config
 
 
+def lora_weights(layers, rank):
+    """{name: A and B, without numbers} of an adapter for {layer's name: W_0}."""
+    wanted = {}
+    for layer, W_0 in layers.items():
+        rows, columns = W_0.shape
+        wanted[f"{layer}.lora_A.weight"] = torch.empty(rank, columns, device="meta")
+        wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, rank, device="meta")
+    return wanted
+
+
 def adapter_weights(names, state, config):
     """{name: tensor of the right shape} of what an adapter of these layers has: A and B of each,
     and all of W, or nothing of it. state: that of its base."""
-    wanted = {}
+    layers = {}
     for layer in {name.split(".lora_")[0] for name in names if ".lora_" in name}:
         if f"{layer}.weight" in state and layer.startswith("language_model."):
-            rows, columns = state[f"{layer}.weight"].shape
-            wanted[f"{layer}.lora_A.weight"] = torch.empty(config["r"], columns, device="meta")
-            wanted[f"{layer}.lora_B.weight"] = torch.empty(rows, config["r"], device="meta")
+            layers[layer] = state[f"{layer}.weight"]
+    wanted = lora_weights(layers, config["r"])
     if config.get("modules_to_save"):
         wanted |= {name: state[name] for name in state if name.startswith("multi_modal_projector.")}
     return wanted
@@ -687,7 +696,7 @@ def load_adapter(cls, folder, dtype):
     or of another model.
     """
     config = adapter_settings(folder)
-    base = typed_fields(config, folder, base_model_name_or_path=str)["base_model_name_or_path"]
+    base = typed(config.get("base_model_name_or_path"), str, f"{folder}: base_model_name_or_path")
     if not has_file(base, "config.json"):
         raise FileNotFoundError(f"{folder}: an adapter without its base, {base!r} is no checkpoint "
                                 "folder here; put its place into its adapter_config.json "
@@ -706,8 +715,8 @@ def load_adapter(cls, folder, dtype):
         for name in list(new):
             layer, is_A, _ = name.partition(".lora_A.")
             if is_A:
-                A = new.pop(name).float()
-                B = new.pop(f"{layer}.lora_B.weight").float()
+                A = new.pop(name)
+                B = new.pop(f"{layer}.lora_B.weight")
                 W_0 = state[f"{layer}.weight"]
                 W_0.copy_(merge(W_0, A, B, scale))       # in place: no second f_phi in memory
         model.load_state_dict(from_hf_keys(model, state | new, folder))

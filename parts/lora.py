@@ -69,7 +69,7 @@ class LoRA(nn.Linear):
 
 def merge(W_0, A, B, scale):
     """W_0 + scale B A, (out, in), in W_0's format: summed in fp32, rounded once."""
-    return (W_0 + scale * B @ A).to(W_0.dtype)
+    return (W_0.float() + scale * (B.float() @ A.float())).to(W_0.dtype)
 
 
 def bitsandbytes():
