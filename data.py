@@ -354,8 +354,8 @@ def show(ids, labels, tokenizer):
 def open_data(args):
     """The data set of a command line; without --model or --llm one that is not tokenised."""
     tokenizer = None
-    view = view_of(args.aspect)
     template = TEMPLATES.get(args.template)
+    view = view_of(args.aspect)
     if args.model:
         config, meta = checkpoints.load_settings(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)

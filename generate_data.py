@@ -177,8 +177,11 @@ def parse(kind, text):
     """
     text = RULE.sub("", text)
     labels, parts = labelled(text)                  # "qaqa", [question, answer, ...]
-    if kind == "detail_description" and "q" not in labels:
-        labels, parts = "q" + (labels or "a"), [None, *(parts or [TITLE.sub("", text).strip()])]
+    if kind == "detail_description":
+        if not labels:                              # the text is the answer
+            labels, parts = "a", [TITLE.sub("", text).strip()]
+        if "q" not in labels:
+            labels, parts = "q" + labels, [None, *parts]
     while labels.endswith("q") or parts[-1:] == [""]:       # a last question without its answer
         labels, parts = labels[:-1], parts[:-1]
     if labels != "qa" * (len(parts) // 2) or "" in parts:

@@ -410,8 +410,8 @@ def score_mmbench(config, labels):
     """MMBench: `circular` counts a question only if each rotation of its options is right.
 
     The rotations are the rows index, index + 1,000,000, ... of the official TSV; `plain` looks at
-    the first. OFFICIAL: what no rule understands goes to GPT, and at last
-    to chance; here it is wrong. --upload writes the result sheet, .xlsx.
+    the first. OFFICIAL: what no rule understands goes to GPT, and at last to chance; here it is
+    wrong. --upload writes the result sheet, .xlsx.
     """
     rows = read_mmbench(labels)
     answered = with_texts(config, rows)
